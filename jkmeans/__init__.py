@@ -1,0 +1,1 @@
+"""jkmeans: k-means and deep clustering in JAX, on any number of devices."""

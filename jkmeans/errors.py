@@ -1,0 +1,19 @@
+"""Errors that are answers to the user: one sentence, no traceback, a stated exit status."""
+
+
+class UserError(Exception):
+    """Something the user gave cannot be used; launchers print the sentence and exit with 2.
+
+    The message says in one sentence what was wrong, which value it was, and what is accepted.
+    """
+
+    exit_status = 2
+
+
+class CollapseError(Exception):
+    """Training stopped because the embeddings collapsed or diverged; launchers exit with 3.
+
+    Everything saved before the collapse is still in the workdir.
+    """
+
+    exit_status = 3
