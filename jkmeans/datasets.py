@@ -1,0 +1,521 @@
+"""Named data sets, the user's own arrays and files, and the checks on what comes in.
+
+Everything here runs on the host with NumPy; nothing is moved to a device. Files of the named sets
+are looked for in three places, in this order: `$JKMEANS_DATA/<name>/`, the cache folder
+(`$JKMEANS_CACHE/<name>/`, or `<name>/` in the user's cache folder for jkmeans), and the mirrors on
+the internet, from which they are put into the cache folder. Wherever a file came from, its
+checksum is verified every time it is read.
+"""
+
+import dataclasses
+import gzip
+import hashlib
+import math
+import operator
+import os
+import tempfile
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from absl import logging
+
+from jkmeans.errors import UserError
+
+NAMES = ("digits", "mnist", "fashion-mnist", "npy")
+SPLITS = ("all", "train", "test")
+DTYPES = (
+    "float16",
+    "float32",
+    "float64",
+    "bfloat16",
+    "int8",
+    "int16",
+    "int32",
+    "int64",
+    "uint8",
+    "uint16",
+    "uint32",
+    "bool",
+)
+
+# Of the unpacked files: mirrors compress them anew, with other bytes for the same content.
+_MD5 = {
+    "mnist": {
+        "train-images-idx3-ubyte.gz": "6bbc9ace898e44ae57da46a324031adb",
+        "train-labels-idx1-ubyte.gz": "a25bea736e30d166cdddb491f175f624",
+        "t10k-images-idx3-ubyte.gz": "2646ac647ad5339dbf082846283269ea",
+        "t10k-labels-idx1-ubyte.gz": "27ae3e4e09519cfbb04c329615203637",
+    },
+    "fashion-mnist": {
+        "train-images-idx3-ubyte.gz": "f4a8712d7a061bf5bd6d2ca38dc4d50a",
+        "train-labels-idx1-ubyte.gz": "9018921c3c673c538a1fc5bad174d6f9",
+        "t10k-images-idx3-ubyte.gz": "8181f5470baa50b63fa0f6fddb340f0a",
+        "t10k-labels-idx1-ubyte.gz": "15d484375f8d13e6eb1aabb0c3f46965",
+    },
+}
+_FILE_PREFIXES = {"all": ("train", "t10k"), "train": ("train",), "test": ("t10k",)}
+# Tried in order. The last one has no https; the checksum guards what it sends.
+_MIRRORS = {
+    "mnist": (
+        "https://ossci-datasets.s3.amazonaws.com/mnist/",
+        "https://storage.googleapis.com/cvdf-datasets/mnist/",
+    ),
+    "fashion-mnist": (
+        "https://github.com/zalandoresearch/fashion-mnist/raw/master/data/fashion/",
+        "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",
+    ),
+}
+_DOWNLOAD_TIMEOUT_SECONDS = 30
+# Large enough to read a disk at its speed, small enough that the temporaries stay in a cache.
+_CHUNK_BYTES = 4 * 2**20
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Dataset:
+    """Examples to cluster, with their ground truth if there is one.
+
+    Attributes:
+      name: what the data set is called in reports.
+      examples: [n, *example_shape], in the dtype they came in, C order, native byte order. An
+        array from a .npy file stays a memory map.
+      scale: the network sees `examples.astype(float32) * scale`.
+      labels: [n] int32 ground truth, for metrics only; None where there is none.
+    """
+
+    name: str
+    examples: np.ndarray
+    scale: float
+    labels: np.ndarray | None
+
+    @property
+    def n_examples(self) -> int:
+        """The number of examples n."""
+        return self.examples.shape[0]
+
+    @property
+    def example_shape(self) -> tuple[int, ...]:
+        """The shape of one example, without the leading n."""
+        return self.examples.shape[1:]
+
+
+def load(
+    name: str,
+    *,
+    split: str = "all",
+    path: str = "",
+    labels_path: str = "",
+    n_examples: int = 0,
+) -> Dataset:
+    """Load a data set by its name.
+
+    | name | examples | scale | source |
+    | --- | --- | --- | --- |
+    | digits | [1797, 8, 8] uint8 | 1/16 | ships inside scikit-learn |
+    | mnist | [70000, 28, 28] uint8 | 1/255 | LeCun, Cortes, Burges |
+    | fashion-mnist | [70000, 28, 28] uint8 | 1/255 | Xiao, Rasul, Vollgraf 2017 |
+    | npy | the array in `path` | 1 | the user's file |
+
+    Args:
+      name: one of the above.
+      split: "all", and for the two MNISTs also "train" (60,000) or "test" (10,000); their "all" is
+        the 70,000 of train followed by test, as clustering papers use it.
+      path: the .npy file, for "npy" only. It is memory-mapped, not read into memory, unless its
+        array is in Fortran order or of foreign byte order: then a converted copy is made in memory.
+        Two-byte records without a type are taken as bfloat16, which NumPy stores like that.
+      labels_path: a .npy file with one integer per example, for "npy" only; "" for none.
+      n_examples: how many to take from the start; 0 takes all.
+
+    Returns:
+      The data set.
+
+    Raises:
+      UserError: an argument, a file or its content cannot be used, or a download failed.
+    """
+    if name not in NAMES:
+        raise UserError(f"no data set is called {name!r}: known are {_listed(NAMES)}.")
+    if split not in SPLITS:
+        raise UserError(f"no split is called {split!r}: known are {_listed(SPLITS)}.")
+    if split != "all" and name not in _MD5:
+        raise UserError(
+            f"data set {name!r} has no split {split!r}: the only one accepted is 'all'."
+        )
+    n_examples = _checked_count(n_examples)
+    if name == "npy":
+        if not path:
+            raise UserError("data set 'npy' needs a path: the .npy file that holds the examples.")
+        examples = _open_npy(path)
+        labels = _open_npy(labels_path) if labels_path else None
+        return _checked_dataset(
+            examples,
+            labels,
+            name="npy",
+            scale=1.0,
+            n_examples=n_examples,
+            examples_source=str(path),
+            labels_source=str(labels_path),
+        )
+    for argument, value in (("path", path), ("labels_path", labels_path)):
+        if value:
+            raise UserError(
+                f"{argument} {str(value)!r} cannot be used with data set {name!r}: "
+                "it is accepted with 'npy' only."
+            )
+    if name == "digits":
+        examples, labels, scale = *_digits(), 1 / 16
+    else:
+        examples, labels, scale = *_mnist(name, split), 1 / 255
+    return _checked_dataset(examples, labels, name=name, scale=scale, n_examples=n_examples)
+
+
+def from_arrays(
+    examples: Any, labels: Any = None, *, name: str = "array", scale: float = 1.0
+) -> Dataset:
+    """Make a data set of arrays in memory, or memory maps, after checking them.
+
+    Args:
+      examples: [n, *example_shape], of a dtype in `DTYPES`, finite, also as float32 after scaling.
+      labels: [n] integers that fit into int32, or None.
+      name: what it is called in reports and errors.
+      scale: finite and above zero; the network sees `examples.astype(float32) * scale`.
+
+    Returns:
+      The data set. The arrays are not copied unless they have to be converted to C order or native
+      byte order.
+
+    Raises:
+      UserError: one of the above does not hold.
+    """
+    return _checked_dataset(examples, labels, name=name, scale=scale, n_examples=0)
+
+
+def check_examples(
+    array: Any, *, expected_shape: Sequence[int] | None = None, name: str = "input"
+) -> np.ndarray:
+    """Check that an array can be clustered, or given to a trained run.
+
+    Args:
+      array: [n, *example_shape], of a dtype in `DTYPES`, finite, also as float32.
+      expected_shape: the example shape it must have; None accepts any.
+      name: what to call the array in errors.
+
+    Returns:
+      The array, [n, *example_shape], same dtype, C order, native byte order; copied only where it
+      was not.
+
+    Raises:
+      UserError: one of the above does not hold.
+    """
+    array = _check_form(array, expected_shape, name)
+    _check_values(array, 1.0, name)
+    return array
+
+
+def _checked_dataset(
+    examples: Any,
+    labels: Any,
+    *,
+    name: str,
+    scale: float,
+    n_examples: int,
+    examples_source: str = "",
+    labels_source: str = "",
+) -> Dataset:
+    source = examples_source or name
+    scale = _checked_scale(scale, source)
+    examples = _check_form(examples, None, source)
+    if n_examples > len(examples):
+        raise UserError(
+            f"n_examples is {n_examples:,}, but {source} has {len(examples):,} examples: "
+            "accepted is up to that many, or 0 for all."
+        )
+    if labels is not None:
+        labels = _checked_labels(labels, len(examples), labels_source or f"labels of {name}")
+    if n_examples:
+        examples = examples[:n_examples]
+        labels = None if labels is None else labels[:n_examples]
+    # After the cut: what is not used need not be finite, and is not read from the disk.
+    _check_values(examples, scale, source)
+    return Dataset(name=name, examples=examples, scale=scale, labels=labels)
+
+
+def _checked_count(n_examples: int) -> int:
+    try:
+        count = operator.index(n_examples)
+    except TypeError:
+        count = -1
+    if count < 0:
+        raise UserError(
+            f"n_examples is {n_examples!r}: accepted is a whole number from 1, or 0 for all."
+        )
+    return count
+
+
+def _checked_scale(scale: float, source: str) -> float:
+    try:
+        value = float(scale)
+    except (TypeError, ValueError):
+        value = math.nan
+    # As float32 as well, because that is what it is multiplied in.
+    if not (0.0 < value <= float(np.finfo(np.float32).max) and float(np.float32(value)) > 0.0):
+        raise UserError(
+            f"the scale of {source} is {scale!r}: accepted is a finite float32 above zero."
+        )
+    return value
+
+
+def _check_form(array: Any, expected_shape: Sequence[int] | None, name: str) -> np.ndarray:
+    """Check type, dtype and shape; nothing of the data is read unless it has to be converted."""
+    if isinstance(array, np.ma.MaskedArray):
+        raise UserError(f"{name} is a masked array: accepted is an array without a mask.")
+    if hasattr(array, "toarray") and not isinstance(array, np.ndarray):
+        raise UserError(f"{name} is a sparse matrix: accepted is a dense array (x.toarray()).")
+    # np.asarray would turn a memory map into a plain view of it.
+    if type(array) is not np.memmap:
+        try:
+            array = np.asarray(array)
+        except (TypeError, ValueError) as error:
+            raise UserError(
+                f"{name} cannot be read as an array: accepted is one array of numbers, "
+                "all of its examples of one shape."
+            ) from error
+    if array.dtype.name not in DTYPES:
+        raise UserError(f"{name} is of dtype {array.dtype}: accepted are {', '.join(DTYPES)}.")
+    accepted = "[n, ...] with at least two dimensions, one example per row"
+    if expected_shape is not None:
+        expected_shape = tuple(expected_shape)
+        accepted = _shape(("n", *expected_shape))
+    if array.ndim < 2 or (expected_shape is not None and array.shape[1:] != expected_shape):
+        raise UserError(f"{name} is of shape {_shape(array.shape)}: accepted is {accepted}.")
+    if array.size == 0:
+        raise UserError(
+            f"{name} is of shape {_shape(array.shape)}, which holds no data: "
+            "accepted is at least one example of at least one number."
+        )
+    if array.flags.c_contiguous and array.dtype.isnative:
+        return array
+    try:
+        return np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("="))
+    except MemoryError as error:
+        raise UserError(
+            f"{name} is too large to be converted in memory: an array of {array.nbytes:,} bytes "
+            "is accepted in C order and native byte order only."
+        ) from error
+
+
+def _check_values(array: np.ndarray, scale: float, name: str) -> None:
+    """Check that the values are finite as the float32 the network will see, chunk by chunk."""
+    if array.dtype.kind in "biu" and scale <= 1.0:
+        return
+    n = array.shape[0]
+    rows = max(1, _CHUNK_BYTES // (array.itemsize * math.prod(array.shape[1:])))
+    not_finite: list[tuple[int, int]] = []  # (how many rows, the first of them), per chunk
+    overflowing: list[tuple[int, int]] = []
+    for start in range(0, n, rows):
+        chunk = array[start : start + rows]
+        with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+            seen = chunk.astype(np.float32, copy=False)
+            if scale != 1.0:
+                seen = seen * np.float32(scale)
+        finite = np.isfinite(seen)
+        if finite.all():
+            continue
+        bad = ~finite.reshape(len(chunk), -1).all(axis=1)
+        lost = ~np.isfinite(chunk).reshape(len(chunk), -1).all(axis=1)
+        for found, where in ((not_finite, lost), (overflowing, bad & ~lost)):
+            if where.any():
+                found.append((int(where.sum()), start + int(where.argmax())))
+    for what, accepted, found in (
+        ("NaN or infinity", "finite values", not_finite),
+        (
+            "values that overflow float32" + (f" when scaled by {scale:g}" * (scale != 1.0)),
+            f"values of magnitude up to {np.finfo(np.float32).max:.3g}",
+            overflowing,
+        ),
+    ):
+        if found:
+            raise UserError(
+                f"{name} has {what} in {sum(count for count, _ in found):,} of {n:,} rows, "
+                f"the first is row {found[0][1]:,} (counted from 0): accepted are {accepted}."
+            )
+
+
+def _checked_labels(labels: Any, n: int, name: str) -> np.ndarray:
+    try:
+        labels = np.asarray(labels)
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            f"{name} cannot be read as an array: accepted is [{n}] integers."
+        ) from error
+    if labels.dtype.kind not in "iu":
+        raise UserError(f"{name} is of dtype {labels.dtype}: accepted are integers.")
+    if labels.ndim != 1:
+        raise UserError(f"{name} is of shape {_shape(labels.shape)}: accepted is {_shape((n,))}.")
+    if len(labels) != n:
+        raise UserError(
+            f"{name} has {len(labels):,} entries for {n:,} examples: accepted is one each."
+        )
+    limits = np.iinfo(np.int32)
+    smallest, largest = int(labels.min()), int(labels.max())
+    if smallest < limits.min or largest > limits.max:
+        raise UserError(
+            f"{name} has values from {smallest:,} to {largest:,}: accepted are those of int32."
+        )
+    return labels.astype(np.int32)
+
+
+def _open_npy(path: str) -> np.ndarray:
+    """Memory-map the array of a .npy file, read-only."""
+    try:
+        array = np.lib.format.open_memmap(Path(path).expanduser(), mode="r")
+    except OSError as error:
+        raise UserError(
+            f"cannot read {path} ({error.strerror or error}): accepted is a readable .npy file."
+        ) from error
+    except MemoryError as error:
+        raise UserError(
+            f"cannot map {path} into memory: the array it declares is too large."
+        ) from error
+    except Exception as error:  # the header is parsed by evaluating it: any of a dozen types
+        if "Python objects" in str(error):
+            raise UserError(
+                f"{path} is of dtype object: accepted are {', '.join(DTYPES)}."
+            ) from error
+        raise UserError(
+            f"{path} is not a .npy file, or is truncated or damaged ({error}): "
+            "accepted is a file written by numpy.save."
+        ) from error
+    if array.dtype == np.dtype("V2"):
+        return array.view(ml_dtypes.bfloat16)
+    return array
+
+
+def _digits() -> tuple[np.ndarray, np.ndarray]:
+    from sklearn.datasets import load_digits
+
+    digits: Any = load_digits()
+    return digits.images.astype(np.uint8), digits.target
+
+
+def _mnist(name: str, split: str) -> tuple[np.ndarray, np.ndarray]:
+    images, labels = [], []
+    needed = [
+        f"{prefix}-{what}-ubyte.gz"
+        for prefix in _FILE_PREFIXES[split]
+        for what in ("images-idx3", "labels-idx1")
+    ]
+    for prefix in _FILE_PREFIXES[split]:
+        images.append(_read_idx(name, f"{prefix}-images-idx3-ubyte.gz", 3, needed))
+        labels.append(_read_idx(name, f"{prefix}-labels-idx1-ubyte.gz", 1, needed))
+    return np.concatenate(images), np.concatenate(labels)
+
+
+def _read_idx(name: str, file: str, ndim: int, needed: Sequence[str]) -> np.ndarray:
+    """Read one file of a named set, from where it is found or downloaded to."""
+    path = _find(name, file)
+    if path is None:
+        path = _download(name, file, needed)
+    return _parse_idx(path, ndim, _MD5[name][file])
+
+
+def _find(name: str, file: str) -> Path | None:
+    folders = [_cache_folder() / name]
+    data = os.environ.get("JKMEANS_DATA", "")
+    if data:
+        folders.insert(0, Path(data).expanduser() / name)
+    return next((folder / file for folder in folders if os.path.isfile(folder / file)), None)
+
+
+def _cache_folder() -> Path:
+    cache = os.environ.get("JKMEANS_CACHE", "")
+    if cache:
+        return Path(cache).expanduser()
+    import pooch
+
+    return Path(pooch.os_cache("jkmeans"))
+
+
+def _download(name: str, file: str, needed: Sequence[str]) -> Path:
+    """Download a file into the cache folder: whole and verified, or not at all."""
+    import pooch
+
+    folder = _cache_folder() / name
+    reasons = []
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        # In the same folder, because only there the final rename is atomic.
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".download-") as temporary:
+            part = Path(temporary) / file
+            for mirror in _MIRRORS[name]:
+                logging.info("Downloading %s%s to %s", mirror, file, folder)
+                fetch = pooch.HTTPDownloader(timeout=_DOWNLOAD_TIMEOUT_SECONDS, chunk_size=2**16)
+                try:
+                    fetch(mirror + file, str(part), None)  # pyright: ignore[reportArgumentType]
+                    _parse_idx(part, 3 if "idx3" in file else 1, _MD5[name][file])
+                except (OSError, ValueError) as error:
+                    reasons.append(f"{mirror}: {type(error).__name__}")
+                except UserError:
+                    reasons.append(f"{mirror}: not the file expected")
+                else:
+                    os.replace(part, folder / file)
+                    return folder / file
+    except OSError as error:
+        reasons.append(f"{folder}: {error.strerror or error}")
+    missing = [wanted for wanted in needed if _find(name, wanted) is None]
+    data = os.environ.get("JKMEANS_DATA", "")
+    others = f" or {Path(data).expanduser() / name}" if data else ""
+    raise UserError(
+        f"{file} of data set {name!r} is not on this machine and could not be downloaded "
+        f"({'; '.join(reasons)}): put {_listed(missing)} into {folder}{others}."
+    )
+
+
+def _parse_idx(path: Path, ndim: int, md5: str) -> np.ndarray:
+    """Unpack an IDX file of uint8: two zero bytes, 8, ndim, the big-endian sizes, the data."""
+    try:
+        with gzip.open(path) as file:
+            data = file.read()
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise UserError(
+            f"{path} is truncated or damaged ({error}): accepted is the original .gz file."
+        ) from error
+    except OSError as error:
+        raise UserError(
+            f"cannot read {path} ({error.strerror or error}): accepted is a readable .gz file."
+        ) from error
+    magic = bytes((0, 0, 8, ndim))
+    header = 4 + 4 * ndim
+    if data[:4] != magic:
+        raise UserError(
+            f"{path} starts with the magic number {data[:4].hex() or 'of nothing'}: "
+            f"accepted is {magic.hex()}, an IDX file of bytes in {ndim} dimensions."
+        )
+    shape = (
+        tuple(int(size) for size in np.frombuffer(data[4:header], dtype=">u4", count=-1))
+        if (len(data) >= header)
+        else ()
+    )
+    expected = header + math.prod(shape)
+    if len(shape) != ndim or len(data) != expected:
+        raise UserError(
+            f"{path} is truncated or damaged: it holds {len(data):,} bytes after unpacking, "
+            f"accepted are {expected:,}, as its header says."
+        )
+    found = hashlib.md5(data, usedforsecurity=False).hexdigest()
+    if found != md5:
+        raise UserError(
+            f"{path} has the checksum {found} after unpacking: accepted is {md5} (MD5); "
+            "delete the file or replace it with the original."
+        )
+    return np.frombuffer(data, dtype=np.uint8, offset=header).reshape(shape)
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names)
+
+
+def _shape(sizes: Sequence[int | str]) -> str:
+    return "[" + ", ".join(str(size) for size in sizes) + "]"
