@@ -1,0 +1,865 @@
+"""Pictures of a finished run: curves, a map of the embeddings, nearest examples, confusion."""
+
+from __future__ import annotations
+
+import colorsys
+import dataclasses
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+DPI = 150
+MAP_EXAMPLES = 3000  # t-SNE of this many takes seconds on a laptop
+SHOWN_CLUSTERS = 20
+SUMMARY_CLUSTERS = 10
+NEAREST = 10
+MAX_CLASSES = 30
+
+PICTURES = ("curves", "map", "nearest", "confusion", "sizes", "summary")
+
+_INK = "#222222"
+_FAINT = "#8a8a8a"
+_GRID = "#e6e6e6"
+_BLUE, _ORANGE, _GREEN, _RED = "#1f77b4", "#ff7f0e", "#2ca02c", "#d62728"
+_LINES = (_BLUE, _ORANGE, _GREEN, _RED, "#9467bd", "#8c564b", "#17becf")
+_PHASE_NAMES = {"pretrain": "pretraining", "cluster": "clustering"}
+
+
+def write_report(
+    folder: str | os.PathLike[str],
+    *,
+    metrics: Sequence[Mapping[str, Any]],
+    embeddings: np.ndarray,
+    labels: np.ndarray,
+    distances: np.ndarray,
+    centroids: np.ndarray,
+    examples: np.ndarray,
+    truth: np.ndarray | None = None,
+    class_names: Sequence[str] | None = None,
+    seed: int = 0,
+    title: str = "",
+) -> list[Path]:
+    """Writes the pictures of a run as PNG files.
+
+    `curves.png` (if epochs were recorded), `map.png`, `nearest.png`, `confusion.png` (with true
+    classes, at most 30), `sizes.png` and `summary.png`, a wide picture for a first glance. A
+    picture from an earlier report is replaced once the new one is complete, and removed if this
+    report has no such picture.
+
+    Args:
+        folder: where the pictures go, made if missing.
+        metrics: the records of the epochs, as `jkmeans.recorder.read_metrics` returns them.
+        embeddings: embeddings of the examples, [n, p].
+        labels: cluster of each example, integers from 0 to k - 1, [n].
+        distances: distance of each embedding to its centroid, [n]; of NaN the example comes last.
+        centroids: [k, p].
+        examples: the data as the user knows them, [n, *example_shape]: images if the shape is
+            (h, w) or (h, w, 1 | 3 | 4), otherwise vectors. May be a memory map: only the rows
+            that are shown are read.
+        truth: true class of each example, [n].
+        class_names: names of the classes 0, 1, …
+        seed: picks the examples in the map.
+        title: heads the pictures: data set, method.
+
+    Returns:
+        The files written.
+
+    Raises:
+        ValueError: the arrays do not belong together.
+    """
+    folder = Path(folder)
+    clusters = _Clusters.of(embeddings, labels, distances, centroids, examples, truth, class_names)
+    folder.mkdir(parents=True, exist_ok=True)
+    embedding_map = _embedding_map(clusters, seed)
+
+    figures: dict[str, Callable[[], Figure]] = {}
+    if metrics:
+        figures["curves"] = lambda: _curves(metrics, title)
+    figures["map"] = lambda: _map(clusters, embedding_map, title)
+    figures["nearest"] = lambda: _nearest(clusters, title)
+    if clusters.truth is not None and 1 <= len(clusters.class_names) <= MAX_CLASSES:
+        figures["confusion"] = lambda: _confusion(clusters, title)
+    figures["sizes"] = lambda: _sizes(clusters, title)
+    figures["summary"] = lambda: _summary(clusters, embedding_map, metrics, title)
+
+    written = []
+    for name, draw in figures.items():
+        path = folder / f"{name}.png"
+        _save(draw(), path)
+        written.append(path)
+    for name in PICTURES:
+        if name not in figures:
+            (folder / f"{name}.png").unlink(missing_ok=True)
+    return written
+
+
+# --- the run as the pictures need it ---------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class _Clusters:
+    """The arrays of a report, checked, with what several pictures share."""
+
+    embeddings: np.ndarray  # [n, p]
+    labels: np.ndarray  # [n]
+    distances: np.ndarray  # [n]
+    centroids: np.ndarray  # [k, p]
+    examples: np.ndarray  # [n, ...]
+    truth: np.ndarray | None  # [n], index into class_names
+    class_names: list[str]
+    sizes: np.ndarray  # [k]
+    colours: np.ndarray  # [k, 3]
+    class_colours: np.ndarray  # [n_classes, 3]
+
+    @staticmethod
+    def of(embeddings, labels, distances, centroids, examples, truth, class_names) -> _Clusters:
+        labels = np.asarray(labels)
+        n, k = len(labels), len(centroids)
+        for name, array in (
+            ("embeddings", embeddings),
+            ("distances", distances),
+            ("examples", examples),
+            ("truth", truth),
+        ):
+            if array is not None and len(array) != n:
+                raise ValueError(f"{name} has {len(array)} rows, but there are {n} labels")
+        if n == 0:
+            raise ValueError("labels is empty: there is nothing to report")
+        if not np.issubdtype(labels.dtype, np.integer) or labels.min() < 0 or labels.max() >= k:
+            raise ValueError(f"labels must be integers from 0 to {k - 1}, one per centroid")
+
+        names: list[str] = []
+        if truth is not None:
+            values, truth = np.unique(np.asarray(truth), return_inverse=True)
+            truth = truth.reshape(-1)
+            names = [_class_name(value, class_names) for value in values.tolist()]
+        palette = _palette(max(k, len(names)))
+        colours, class_colours = palette[:k], palette[: len(names)]
+        if truth is not None and max(k, len(names)) <= SHOWN_CLUSTERS:
+            colours = _matched_colours(truth, labels, k, palette)
+        return _Clusters(
+            embeddings=embeddings,
+            labels=labels,
+            distances=np.asarray(distances, dtype=np.float64),
+            centroids=np.asarray(centroids, dtype=np.float64),
+            examples=examples,
+            truth=truth,
+            class_names=names,
+            sizes=np.bincount(labels, minlength=k),
+            colours=colours,
+            class_colours=class_colours,
+        )
+
+    @property
+    def n(self) -> int:
+        return len(self.labels)
+
+    @property
+    def k(self) -> int:
+        return len(self.centroids)
+
+    def shown(self, limit: int) -> np.ndarray:
+        """The clusters that fit into a picture: all of them, or the largest."""
+        if self.k <= limit:
+            return np.arange(self.k)
+        return np.argsort(-self.sizes, kind="stable")[:limit]
+
+    def members(self, cluster: int) -> np.ndarray:
+        """The examples of a cluster, nearest first."""
+        rows = np.flatnonzero(self.labels == cluster)
+        return rows[np.argsort(self.distances[rows], kind="stable")]
+
+    def describe(self, cluster: int) -> str:
+        """Size and, with true classes, the most frequent class: `187 · Sneaker 92%`."""
+        size = self.sizes[cluster]
+        if size == 0:
+            return "empty"
+        if self.truth is None:
+            return f"{size:,}"
+        counts = np.bincount(self.truth[self.labels == cluster], minlength=len(self.class_names))
+        best = int(counts.argmax())
+        return f"{size:,} · {self.class_names[best]} {100 * counts[best] / size:.0f}%"
+
+
+def _class_name(value: Any, class_names: Sequence[str] | None) -> str:
+    if class_names is not None and isinstance(value, int) and 0 <= value < len(class_names):
+        return str(class_names[value])
+    return str(value)
+
+
+def _palette(n: int) -> np.ndarray:
+    """Colours for n groups, [n, 3]: distinct up to ten, and round the colour circle beyond."""
+    if n <= 10:
+        from matplotlib import colormaps
+
+        return np.asarray(colormaps["tab10"].colors)[:n]  # pyright: ignore[reportAttributeAccessIssue]
+    # The golden angle keeps neighbouring numbers far apart, for any n.
+    golden = (np.sqrt(5) - 1) / 2
+    return np.asarray(
+        [
+            colorsys.hsv_to_rgb(i * golden % 1, (0.85, 0.6)[i % 2], (0.65, 0.85, 0.95)[i % 3])
+            for i in range(n)
+        ]
+    )
+
+
+def _matched_colours(
+    truth: np.ndarray, labels: np.ndarray, k: int, palette: np.ndarray
+) -> np.ndarray:
+    """Gives each cluster the colour of the class that it is matched with."""
+    from jkmeans.metrics import match
+
+    colour_of = match(truth, labels)
+    spare = iter(sorted(set(range(len(palette))) - set(colour_of.values())))
+    return palette[[colour_of[i] if i in colour_of else next(spare) for i in range(k)]]
+
+
+# --- the map ---------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class _EmbeddingMap:
+    rows: np.ndarray  # [m] examples in the map
+    points: np.ndarray  # [m, 2]
+    centroids: np.ndarray  # [c, 2], the centroids of clusters that are not empty
+    method: str
+
+
+def _embedding_map(clusters: _Clusters, seed: int) -> _EmbeddingMap:
+    """Places a sample of the embeddings, and the centroids, in the plane."""
+    rows = np.arange(clusters.n)
+    if clusters.n > MAP_EXAMPLES:
+        rows = np.sort(np.random.default_rng(seed).choice(rows, MAP_EXAMPLES, replace=False))
+    x = np.asarray(clusters.embeddings[rows], dtype=np.float64).reshape(len(rows), -1)
+    finite = np.isfinite(x).all(axis=1)
+    rows, x = rows[finite], x[finite]
+    usable = (clusters.sizes > 0) & np.isfinite(clusters.centroids).all(axis=1)
+    c = clusters.centroids[usable].reshape(int(usable.sum()), -1)
+
+    both = np.concatenate([x, c])
+    if len(x) == 0:
+        plane, method = np.zeros((len(both), 2)), "no finite"
+    elif x.shape[1] == 1:
+        # The height means nothing: it only keeps the points apart.
+        height = np.random.default_rng(seed).uniform(-1, 1, len(both))
+        height[len(x) :] = 0
+        plane, method = np.column_stack([both[:, 0], height]), ""
+    elif x.shape[1] == 2:
+        plane, method = both, ""
+    else:
+        plane = _principal_plane(both)
+        method = "PCA of "
+        # t-SNE has nothing to unfold in a handful of points, a line or a single point.
+        spread = plane.std(axis=0)
+        if len(x) > 30 and spread[1] > 1e-6 * spread[0]:
+            plane, method = _tsne(both, plane, seed), "t-SNE of "
+    return _EmbeddingMap(rows, plane[: len(x)], plane[len(x) :], method)
+
+
+def _principal_plane(x: np.ndarray) -> np.ndarray:
+    """The first two principal components of the rows, [n, 2]."""
+    x = x - x.mean(axis=0)
+    scale = np.abs(x).max()
+    if not scale > 0:
+        return np.zeros((len(x), 2))
+    u, s, _ = np.linalg.svd(x / scale, full_matrices=False)
+    plane = np.zeros((len(x), 2))
+    rank = min(2, len(s))
+    plane[:, :rank] = u[:, :rank] * s[:rank]
+    return plane
+
+
+def _tsne(x: np.ndarray, plane: np.ndarray, seed: int) -> np.ndarray:
+    from sklearn.manifold import TSNE
+
+    start = plane / plane[:, 0].std() * 1e-4
+    x = x - x.mean(axis=0)
+    x = x / np.sqrt(np.square(x).sum(axis=1).mean())
+    tsne = TSNE(
+        perplexity=min(30.0, (len(x) - 1) / 3),
+        init=start.astype(np.float32),
+        learning_rate="auto",
+        random_state=seed,
+    )
+    return tsne.fit_transform(x.astype(np.float32))
+
+
+def _draw_map(
+    ax: Axes,
+    embedding_map: _EmbeddingMap,
+    groups: np.ndarray,
+    colours: np.ndarray,
+    names: Sequence[str] | None,
+    *,
+    centroids: bool,
+    size: float = 9,
+) -> None:
+    """Draws the points in the colours of their groups, each named at its median."""
+    from matplotlib.patheffects import withStroke
+
+    points = embedding_map.points
+    # In a fixed random order, so that no group lies on top of the others.
+    order = np.random.default_rng(0).permutation(len(points))
+    ax.scatter(
+        *points[order].T,
+        c=colours[groups[order]],
+        s=float(np.clip(15000 / max(len(points), 1), 4, 30)),
+        linewidths=0,
+        alpha=0.8,
+        rasterized=True,
+    )
+    if centroids and len(embedding_map.centroids):
+        few = len(embedding_map.centroids) <= SHOWN_CLUSTERS
+        ax.scatter(
+            *embedding_map.centroids.T,
+            marker="X" if few else "o",
+            s=45 if few else 9,
+            c=_INK,
+            edgecolors="white",
+            linewidths=0.8 if few else 0.4,
+            zorder=3,
+        )
+    if names is not None:
+        for group in np.unique(groups):
+            ax.text(
+                *np.median(points[groups == group], axis=0),
+                names[group],
+                color=colours[group] * 0.6,
+                fontsize=size,
+                fontweight="bold",
+                ha="center",
+                va="center",
+                zorder=4,
+                parse_math=False,
+                path_effects=[withStroke(linewidth=2.5, foreground="white")],
+            )
+    ax.set_xticks([])
+    ax.set_yticks([])
+    ax.margins(0.03)
+    ax.spines[:].set_color(_GRID)
+    if len(points) == 0:
+        _say(ax, "no finite embeddings")
+
+
+def _draw_cluster_map(ax: Axes, clusters: _Clusters, embedding_map: _EmbeddingMap, **style) -> None:
+    names = [str(i) for i in range(clusters.k)] if clusters.k <= SHOWN_CLUSTERS else None
+    groups = clusters.labels[embedding_map.rows]
+    _draw_map(ax, embedding_map, groups, clusters.colours, names, centroids=True, **style)
+
+
+def _map(clusters: _Clusters, embedding_map: _EmbeddingMap, title: str) -> Figure:
+    panels = 1 if clusters.truth is None else 2
+    figure = _figure(6.2 * panels + 0.3, 6.6)
+    axes = figure.subplots(1, panels, squeeze=False)[0]
+    m = len(embedding_map.rows)
+    some = f"{m:,} of {clusters.n:,}" if m < clusters.n else f"{clusters.n:,}"
+    _head(figure, title, f"{embedding_map.method}{some} embeddings")
+
+    _draw_cluster_map(axes[0], clusters, embedding_map)
+    mark = "×" if len(embedding_map.centroids) <= SHOWN_CLUSTERS else "●"
+    _title(axes[0], f"{clusters.k:,} clusters ({mark} centroids)")
+    if clusters.truth is not None:
+        n_classes = len(clusters.class_names)
+        _draw_map(
+            axes[1],
+            embedding_map,
+            clusters.truth[embedding_map.rows],
+            clusters.class_colours,
+            clusters.class_names if n_classes <= SHOWN_CLUSTERS else None,
+            centroids=False,
+        )
+        _title(axes[1], f"{n_classes:,} true classes")
+    return figure
+
+
+# --- nearest examples ------------------------------------------------------------------------
+
+
+def _are_images(examples: np.ndarray) -> bool:
+    shape = examples.shape[1:]
+    return len(shape) == 2 or (len(shape) == 3 and shape[-1] in (1, 3, 4))
+
+
+def _tile(image: np.ndarray) -> np.ndarray:
+    """An example as an image of moderate size, [h, w] or [h, w, 3], floats."""
+    step = max(1, max(image.shape[:2]) // 96)
+    image = np.asarray(image[::step, ::step], dtype=np.float64)
+    return image[..., 0] if image.ndim == 3 and image.shape[-1] == 1 else image
+
+
+def _mosaic(clusters: _Clusters, shown: np.ndarray, columns: int) -> np.ndarray:
+    """The examples nearest to the centroids of the clusters shown, one cluster per row.
+
+    Returns: [rows * pitch, columns * pitch, 3], values from 0 to 1, white where nothing is.
+    """
+    rows = [clusters.members(cluster)[:columns] for cluster in shown]
+    tiles = [[_tile(clusters.examples[i]) for i in row] for row in rows]
+    flat = [tile for row in tiles for tile in row]
+    height, width = flat[0].shape[:2]
+    channels = flat[0].shape[2] if flat[0].ndim == 3 else 1
+    if clusters.examples.dtype == np.uint8:
+        low, high = 0.0, 255.0
+    else:
+        values = np.stack(flat)
+        values = values[np.isfinite(values)]
+        low, high = (values.min(), values.max()) if len(values) else (0.0, 1.0)
+        if channels > 1 and low >= 0 and high <= 1:
+            low, high = 0.0, 1.0
+    # Small images are enlarged so that the gap between them can be a fraction of their pixels.
+    zoom = max(1, round(64 / max(height, width)))
+    gap = max(1, round(0.06 * zoom * max(height, width)))
+    pitch_y, pitch_x = zoom * height + gap, zoom * width + gap
+    mosaic = np.ones((len(shown) * pitch_y - gap, columns * pitch_x - gap, 3))
+    for y, row in enumerate(tiles):
+        for x, tile in enumerate(row):
+            tile = np.nan_to_num((tile - low) / (high - low if high > low else 1.0))
+            tile = np.clip(tile, 0, 1)
+            if tile.ndim == 2:
+                tile = tile[..., None]
+            if channels == 4:
+                alpha = tile[..., 3:]
+                tile = tile[..., :3] * alpha + 1 - alpha
+            tile = tile.repeat(zoom, axis=0).repeat(zoom, axis=1)
+            top, left = y * pitch_y, x * pitch_x
+            mosaic[top : top + zoom * height, left : left + zoom * width] = tile
+    return mosaic
+
+
+def _draw_images(
+    ax: Axes, clusters: _Clusters, shown: np.ndarray, columns: int, *, size: float, details: bool
+) -> None:
+    mosaic = _mosaic(clusters, shown, columns)
+    ax.imshow(mosaic, interpolation="nearest" if mosaic.shape[0] < 600 else "antialiased")
+    ax.set_axis_off()
+    pitch = mosaic.shape[0] / len(shown)
+    for row, cluster in enumerate(shown):
+        middle = (row + 0.5) * pitch
+        gap = 0.25 * pitch
+        colour = clusters.colours[cluster] * 0.8
+        ax.text(
+            -gap,
+            middle - (0.17 * pitch if details else 0),
+            str(cluster),
+            color=colour,
+            fontsize=size,
+            fontweight="bold",
+            ha="right",
+            va="center",
+        )
+        if details:
+            ax.text(
+                -gap,
+                middle + 0.2 * pitch,
+                clusters.describe(int(cluster)),
+                color=_INK,
+                fontsize=0.8 * size,
+                ha="right",
+                va="center",
+                parse_math=False,
+            )
+
+
+def _features(clusters: _Clusters, means: np.ndarray) -> np.ndarray:
+    """The features in which the clusters differ most, in order: all, if a line can show them."""
+    if means.shape[1] <= 100:
+        return np.arange(means.shape[1])
+    return np.sort(np.argsort(-np.nan_to_num(means).var(axis=0), kind="stable")[:50])
+
+
+def _vectors(examples: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    return np.asarray(examples[rows], dtype=np.float64).reshape(len(rows), -1)
+
+
+def _mean(examples: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """Mean of the rows, [d], read in blocks."""
+    rows = np.sort(rows)
+    blocks = [rows[i : i + 8192] for i in range(0, len(rows), 8192)]
+    return sum(_vectors(examples, block).sum(axis=0) for block in blocks) / len(rows)
+
+
+def _draw_vectors(
+    axes: Sequence[Axes], clusters: _Clusters, shown: np.ndarray, *, size: float, details: bool
+) -> str:
+    """Draws each cluster's nearest examples as lines over the features; says which features."""
+    d = int(np.prod(clusters.examples.shape[1:]))
+    members = [clusters.members(cluster) for cluster in shown]
+    means = np.stack(
+        [_mean(clusters.examples, rows) if len(rows) else np.full(d, np.nan) for rows in members]
+    )
+    features = _features(clusters, means[~np.isnan(means).all(axis=1)])
+    for ax, cluster, rows, mean in zip(axes, shown, members, means, strict=False):
+        for line in _vectors(clusters.examples, rows[:NEAREST])[:, features]:
+            ax.plot(line, color=clusters.colours[cluster], linewidth=0.7, alpha=0.5)
+        if len(rows):
+            style = {"marker": "o", "markersize": 3} if len(features) == 1 else {}
+            ax.plot(mean[features], color=clusters.colours[cluster] * 0.6, linewidth=2, **style)
+        text = f"{cluster}: {clusters.describe(int(cluster))}" if details else str(cluster)
+        ax.set_title(
+            text,
+            fontsize=size,
+            fontweight="normal" if details else "bold",
+            color=clusters.colours[cluster] * 0.6,
+            loc="left",
+            pad=3,
+            parse_math=False,
+        )
+    for ax in axes:
+        ax.set_xticks([])
+        ax.tick_params(labelsize=7, colors=_FAINT, length=2)
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.spines[["left", "bottom"]].set_color(_GRID)
+    for ax in axes[len(shown) :]:
+        ax.set_visible(False)
+    if len(features) < d:
+        return f"the {len(features)} of {d:,} features in which the clusters differ most"
+    return f"{d:,} feature{'s' if d > 1 else ''}"
+
+
+def _nearest(clusters: _Clusters, title: str) -> Figure:
+    shown = clusters.shown(SHOWN_CLUSTERS)
+    which = "" if clusters.k <= SHOWN_CLUSTERS else f" (the largest {len(shown)} of {clusters.k:,})"
+    if _are_images(clusters.examples):
+        h, w = clusters.examples.shape[1:3]
+        tile = 0.62
+        figure = _figure(NEAREST * tile * min(w / h, 3) + 2.4, len(shown) * tile + 0.9)
+        ax = figure.subplots()
+        _draw_images(ax, clusters, shown, NEAREST, size=10, details=True)
+        _head(figure, title, f"Examples nearest to each centroid{which}")
+        return figure
+    columns = min(5, len(shown))
+    rows = -(-len(shown) // columns)
+    figure = _figure(max(2.5 * columns, 6), 1.6 * rows + 1.1)
+    axes = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).ravel()
+    features = _draw_vectors(axes, clusters, shown, size=8, details=True)
+    subtitle = f"Examples nearest to each centroid{which}, bold: mean of the cluster; {features}"
+    _head(figure, title, subtitle)
+    return figure
+
+
+# --- curves ----------------------------------------------------------------------------------
+
+
+def _series(metrics: Sequence[Mapping[str, Any]], name: str) -> list[tuple[np.ndarray, np.ndarray]]:
+    """A metric over the epochs, one (epochs, values) per phase, without what is not finite."""
+    phases: list[tuple[list[float], list[float]]] = []
+    previous = None
+    for record in metrics:
+        if record.get("phase") != previous or not phases:
+            previous = record.get("phase")
+            phases.append(([], []))
+        value = record.get(name)
+        if value is not None and np.isfinite(value):
+            phases[-1][0].append(record["epoch"])
+            phases[-1][1].append(value)
+    return [(np.asarray(epochs), np.asarray(values)) for epochs, values in phases if epochs]
+
+
+def _draw_curves(
+    ax: Axes, metrics: Sequence[Mapping[str, Any]], names: Mapping[str, str], *, size: float = 8
+) -> None:
+    """Draws metrics over the epochs; `names` maps each metric to what the legend calls it."""
+    everything = []
+    for index, (name, label) in enumerate(names.items()):
+        series = _series(metrics, name)
+        if not series:
+            continue
+        colour = _LINES[index % len(_LINES)]
+        for part, (epochs, values) in enumerate(series):
+            ax.plot(
+                epochs,
+                values,
+                color=colour,
+                linewidth=1.6,
+                # A single epoch is a point: a line would not show it.
+                marker="o" if len(epochs) < 3 else None,
+                markersize=3,
+                label=label if part == 0 else None,
+            )
+            everything.append(values)
+    epochs = [record["epoch"] for record in metrics]
+    start = min(epochs) - 0.5
+    pretrained = [r["epoch"] for r in metrics if r.get("phase") == "pretrain"]
+    if pretrained:
+        ax.axvspan(start, max(pretrained) + 0.5, color="#f1f1f1", zorder=0, linewidth=0)
+    ax.set_xlim(start, max(epochs) + 0.5)
+    values = np.concatenate(everything) if everything else np.zeros(0)
+    # Within a small range a logarithmic axis has no tick to show.
+    if len(values) and values.min() > 0 and values.max() > 8 * values.min():
+        ax.set_yscale("log")
+    if len(names) > 1:
+        ax.legend(fontsize=size, frameon=False, labelcolor=_INK, handlelength=1.2)
+    _soften(ax, size)
+
+
+def _phase_names(ax: Axes, metrics: Sequence[Mapping[str, Any]], size: float) -> None:
+    """Writes the name of each phase above its part of the axis."""
+    phases = list(dict.fromkeys(r.get("phase") for r in metrics))
+    total = max(r["epoch"] for r in metrics) - min(r["epoch"] for r in metrics) + 1
+    for phase in phases:
+        epochs = [r["epoch"] for r in metrics if r.get("phase") == phase]
+        if len(phases) > 1 and len(epochs) > 0.15 * total:
+            ax.text(
+                (min(epochs) + max(epochs)) / 2,
+                1.01,
+                _PHASE_NAMES.get(str(phase), str(phase)),
+                transform=ax.get_xaxis_transform(),
+                ha="center",
+                va="bottom",
+                fontsize=size,
+                color=_FAINT,
+            )
+
+
+def _present(metrics: Sequence[Mapping[str, Any]], names: Mapping[str, str]) -> dict[str, str]:
+    return {name: label for name, label in names.items() if _series(metrics, name)}
+
+
+def _agreement(metrics: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    return _present(metrics, {"acc": "ACC", "nmi": "NMI", "ari": "ARI"})
+
+
+def _losses(metrics: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    terms = dict.fromkeys(name for r in metrics for name in r if name.startswith("loss/"))
+    terms = _present(metrics, {name: name.removeprefix("loss/") for name in terms})
+    # With a single term the total is that term.
+    total = {} if len(terms) == 1 else _present(metrics, {"loss": "total"})
+    return {**total, **terms}
+
+
+def _curves(metrics: Sequence[Mapping[str, Any]], title: str) -> Figure:
+    panels: list[tuple[str, dict[str, str]]] = [("Loss", _losses(metrics))]
+    panels.append(("Agreement with the true classes", _agreement(metrics)))
+    for heading, names in (
+        ("Labels that changed", {"label_change": "changed"}),
+        ("Empty clusters", {"empty_clusters": "empty", "relocated_clusters": "relocated"}),
+        ("Variance of the embeddings", {"embedding_variance": "variance"}),
+        ("Inertia", {"inertia": "inertia"}),
+    ):
+        panels.append((heading, _present(metrics, names)))
+    panels = [(heading, names) for heading, names in panels if names]
+    if not panels:
+        figure = _figure(8, 3)
+        _say(figure.subplots(), "no metric was recorded")
+        _head(figure, title, "Metrics by epoch")
+        return figure
+
+    from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+    columns = min(len(panels), 2 if len(panels) in (2, 4) else 3)
+    rows = -(-len(panels) // columns)
+    figure = _figure(4.2 * columns, 2.8 * rows + 0.5)
+    axes = figure.subplots(rows, columns, squeeze=False).ravel()
+    for ax, (heading, names) in zip(axes, panels, strict=False):
+        _draw_curves(ax, metrics, names)
+        _phase_names(ax, metrics, 7.5)
+        _title(ax, heading)
+        ax.title.set_y(1.07)
+        if "label_change" in names:
+            ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=None))
+        if "empty_clusters" in names:
+            ax.yaxis.set_major_locator(MaxNLocator(integer=True))
+        ax.set_xlabel("epoch", fontsize=8, color=_INK)
+    for ax in axes[len(panels) :]:
+        ax.set_visible(False)
+    _head(figure, title, "Metrics by epoch")
+    return figure
+
+
+# --- confusion and sizes ---------------------------------------------------------------------
+
+
+def _confusion(clusters: _Clusters, title: str) -> Figure:
+    from jkmeans.metrics import matched_confusion
+
+    assert clusters.truth is not None
+    matrix, classes, columns = matched_confusion(clusters.truth, clusters.labels)
+    matrix = np.asarray(matrix)
+    names = [clusters.class_names[int(c)] for c in classes]
+    if matrix.shape[1] > MAX_CLASSES:
+        # Too many columns to read: the clusters in which the same class leads become one.
+        leader = matrix.argmax(axis=0)
+        matrix = np.stack([matrix[:, leader == c].sum(axis=1) for c in range(len(names))], axis=1)
+        heads = [f"{name} ({(leader == c).sum()})" for c, name in enumerate(names)]
+        right = np.trace(matrix) / clusters.n
+        below = f"clusters, those led by the same class together; purity {100 * right:.1f}%"
+    else:
+        heads = [str(int(c)) for c in columns]
+        right = np.trace(matrix) / clusters.n
+        below = f"clusters, in the order of the matched classes; accuracy {100 * right:.1f}%"
+    share = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
+
+    n_rows, n_columns = matrix.shape
+    cell = 0.5 if n_columns <= 20 else 0.36
+    figure = _figure(max(cell * n_columns + 2.2, 5.0), max(cell * n_rows + 1.7, 3.2))
+    ax = figure.subplots()
+    ax.imshow(share, cmap="Blues", vmin=0, vmax=1, aspect="auto")
+    if n_columns <= 20:
+        for y in range(n_rows):
+            for x in range(n_columns):
+                if matrix[y, x]:
+                    ax.text(
+                        x,
+                        y,
+                        str(matrix[y, x]),
+                        ha="center",
+                        va="center",
+                        fontsize=7 if matrix[y, x] < 10_000 else 6,
+                        color="white" if share[y, x] > 0.55 else _INK,
+                    )
+    tilt = max(map(len, heads)) > 3
+    ax.set_xticks(range(n_columns), heads, fontsize=8, rotation=45 if tilt else 0)
+    if tilt:
+        for text in ax.get_xticklabels():
+            text.set_ha("right")
+            text.set_rotation_mode("anchor")
+    ax.set_yticks(range(n_rows), names, fontsize=8)
+    for text in (*ax.get_xticklabels(), *ax.get_yticklabels()):
+        text.set_parse_math(False)
+        text.set_color(_INK)
+    ax.tick_params(length=0)
+    ax.spines[:].set_visible(False)
+    ax.set_xlabel(below, fontsize=8.5, color=_INK)
+    ax.set_ylabel("true class", fontsize=8.5, color=_INK)
+    _head(figure, title, "Matched confusion matrix")
+    return figure
+
+
+def _sizes(clusters: _Clusters, title: str) -> Figure:
+    order = np.argsort(-clusters.sizes, kind="stable")
+    sizes = clusters.sizes[order]
+    figure = _figure(8, 3.6)
+    ax = figure.subplots()
+    if clusters.k <= SHOWN_CLUSTERS:
+        ax.bar(range(clusters.k), sizes, color=clusters.colours[order], width=0.8)
+        ax.set_xticks(range(clusters.k), [str(i) for i in order])
+        ax.set_xlabel("cluster", fontsize=9, color=_INK)
+    else:
+        ax.stairs(sizes, np.arange(clusters.k + 1), fill=True, color=_BLUE)
+        ax.set_xlabel("clusters, largest first", fontsize=9, color=_INK)
+        ax.set_xlim(0, clusters.k)
+    uniform = clusters.n / clusters.k
+    ax.axhline(uniform, color=_INK, linewidth=1, linestyle=(0, (4, 3)))
+    ax.annotate(
+        f"n / K = {uniform:,.0f}" if uniform >= 10 else f"n / K = {uniform:.1f}",
+        (1, uniform),
+        xycoords=ax.get_yaxis_transform(),
+        xytext=(-4, 3),
+        textcoords="offset points",
+        ha="right",
+        va="bottom",
+        fontsize=8.5,
+        color=_INK,
+    )
+    ax.set_ylabel("examples", fontsize=9, color=_INK)
+    _soften(ax, 8.5)
+    ax.grid(axis="x", visible=False)
+    empty = int((sizes == 0).sum())
+    _head(figure, title, f"Sizes of {clusters.k:,} clusters, {empty:,} empty")
+    return figure
+
+
+# --- summary ---------------------------------------------------------------------------------
+
+
+def _summary(
+    clusters: _Clusters,
+    embedding_map: _EmbeddingMap,
+    metrics: Sequence[Mapping[str, Any]],
+    title: str,
+) -> Figure:
+    from matplotlib.figure import Figure
+
+    agreement = _agreement(metrics)
+    losses = _losses(metrics)
+    curves = agreement or losses
+    figure = Figure(figsize=(12, 4.7), facecolor="white")
+    top = 0.86 if title else 0.91
+    if title:
+        figure.text(
+            0.012, 0.975, title, fontsize=14, fontweight="bold", color=_INK, va="top",
+            parse_math=False,
+        )  # fmt: skip
+    width = 0.365 if curves else 0.46
+    ax = figure.add_axes((0.012, 0.03, width, top - 0.03))
+    _draw_cluster_map(ax, clusters, embedding_map, size=12)
+    _title(ax, f"{clusters.n:,} embeddings in {clusters.k:,} clusters", 11)
+
+    shown = clusters.shown(SUMMARY_CLUSTERS)
+    left = 0.012 + width + 0.035
+    room = (0.70 if curves else 0.985) - left
+    heading = "Nearest to the centroids"
+    if clusters.k > len(shown):
+        heading += f" (largest {len(shown)})"
+    if _are_images(clusters.examples):
+        ax = figure.add_axes((left, 0.03, room, top - 0.03))
+        h, w = clusters.examples.shape[1:3]
+        # As many examples as fill the room that the rows leave.
+        fit = (12 * room) / (4.7 * (top - 0.03) / len(shown) * w / h)
+        _draw_images(
+            ax, clusters, shown, int(np.clip(round(fit), 3, NEAREST)), size=11, details=False
+        )
+        ax.set_anchor("NW")
+        _title(ax, heading, 11)
+    else:
+        n_columns = 1 if len(shown) <= 4 else 2
+        grid = figure.add_gridspec(
+            -(-len(shown) // n_columns), n_columns,
+            left=left + 0.01, right=left + room, bottom=0.05, top=top - 0.06, hspace=0.6,
+        )  # fmt: skip
+        axes = grid.subplots(squeeze=False, sharex=True, sharey=True).ravel()
+        _draw_vectors(axes, clusters, shown, size=10, details=False)
+        figure.text(left, top + 0.012, heading, fontsize=11, color=_INK)
+    if curves:
+        ax = figure.add_axes((0.755, 0.12, 0.235, top - 0.12))
+        _draw_curves(ax, metrics, curves, size=10)
+        _title(ax, "Agreement with the true classes" if agreement else "Loss", 11)
+        ax.set_xlabel("epoch", fontsize=10, color=_INK)
+    return figure
+
+
+# --- common ----------------------------------------------------------------------------------
+
+
+def _figure(width: float, height: float) -> Figure:
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained", facecolor="white")
+
+
+def _head(figure: Figure, title: str, subtitle: str) -> None:
+    text = f"{title}\n{subtitle}" if title else subtitle
+    figure.suptitle(text, fontsize=11, color=_INK, fontweight="bold", parse_math=False)
+
+
+def _title(ax: Axes, text: str, size: float = 9.5) -> None:
+    ax.set_title(text, fontsize=size, color=_INK, loc="left", parse_math=False)
+
+
+def _soften(ax: Axes, size: float) -> None:
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.spines[["left", "bottom"]].set_color(_FAINT)
+    ax.grid(color=_GRID, linewidth=0.7)
+    ax.set_axisbelow(True)
+    ax.tick_params(labelsize=size, colors=_INK, which="both", length=2.5)
+
+
+def _say(ax: Axes, text: str) -> None:
+    ax.text(0.5, 0.5, text, transform=ax.transAxes, ha="center", va="center", color=_FAINT)
+    ax.set_xticks([])
+    ax.set_yticks([])
+
+
+def _save(figure: Figure, path: Path) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        figure.savefig(temporary, format="png", dpi=DPI)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
