@@ -422,11 +422,16 @@ def _read_idx(name: str, file: str, ndim: int, needed: Sequence[str]) -> np.ndar
 
 
 def _find(name: str, file: str) -> Path | None:
-    folders = [_cache_folder() / name]
+    data = _data_folder()
+    if data is not None and os.path.isfile(data / name / file):
+        return data / name / file
+    path = _cache_folder() / name / file
+    return path if os.path.isfile(path) else None
+
+
+def _data_folder() -> Path | None:
     data = os.environ.get("JKMEANS_DATA", "")
-    if data:
-        folders.insert(0, Path(data).expanduser() / name)
-    return next((folder / file for folder in folders if os.path.isfile(folder / file)), None)
+    return Path(data).expanduser() if data else None
 
 
 def _cache_folder() -> Path:
@@ -465,8 +470,8 @@ def _download(name: str, file: str, needed: Sequence[str]) -> Path:
     except OSError as error:
         reasons.append(f"{folder}: {error.strerror or error}")
     missing = [wanted for wanted in needed if _find(name, wanted) is None]
-    data = os.environ.get("JKMEANS_DATA", "")
-    others = f" or {Path(data).expanduser() / name}" if data else ""
+    data = _data_folder()
+    others = f" or {data / name}" if data is not None else ""
     raise UserError(
         f"{file} of data set {name!r} is not on this machine and could not be downloaded "
         f"({'; '.join(reasons)}): put {_listed(missing)} into {folder}{others}."
@@ -487,19 +492,15 @@ def _parse_idx(path: Path, ndim: int, md5: str) -> np.ndarray:
             f"cannot read {path} ({error.strerror or error}): accepted is a readable .gz file."
         ) from error
     magic = bytes((0, 0, 8, ndim))
-    header = 4 + 4 * ndim
-    if data[:4] != magic:
+    header = len(magic) + 4 * ndim
+    if data[: len(magic)] != magic or len(data) < header:
         raise UserError(
-            f"{path} starts with the magic number {data[:4].hex() or 'of nothing'}: "
-            f"accepted is {magic.hex()}, an IDX file of bytes in {ndim} dimensions."
+            f"{path} starts with the bytes {data[:header].hex(' ', 4) or '(none)'}: accepted is "
+            f"{magic.hex()} and {ndim} sizes, as in an IDX file of bytes in {ndim} dimensions."
         )
-    shape = (
-        tuple(int(size) for size in np.frombuffer(data[4:header], dtype=">u4", count=-1))
-        if (len(data) >= header)
-        else ()
-    )
+    shape = tuple(int(size) for size in np.frombuffer(data[len(magic) : header], dtype=">u4"))
     expected = header + math.prod(shape)
-    if len(shape) != ndim or len(data) != expected:
+    if len(data) != expected:
         raise UserError(
             f"{path} is truncated or damaged: it holds {len(data):,} bytes after unpacking, "
             f"accepted are {expected:,}, as its header says."
