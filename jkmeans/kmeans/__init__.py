@@ -1,0 +1,39 @@
+"""k-means on arrays: pure functions, usable under jit, vmap, grad and shard_map."""
+
+from jkmeans.kmeans.assignment import Assignment, assign, nearest, squared_distances
+from jkmeans.kmeans.fit import fit
+from jkmeans.kmeans.initialization import (
+    INITIALIZATIONS,
+    kmeans_parallel,
+    kmeans_plus_plus,
+    sample,
+)
+from jkmeans.kmeans.lloyd import EMPTY_POLICIES, MAX_RELOCATIONS, LloydResult, lloyd
+from jkmeans.kmeans.statistics import (
+    ClusterStatistics,
+    add,
+    all_reduce,
+    centroids_from,
+    cluster_statistics,
+)
+
+__all__ = [
+    "EMPTY_POLICIES",
+    "INITIALIZATIONS",
+    "MAX_RELOCATIONS",
+    "Assignment",
+    "ClusterStatistics",
+    "LloydResult",
+    "add",
+    "all_reduce",
+    "assign",
+    "centroids_from",
+    "cluster_statistics",
+    "fit",
+    "kmeans_parallel",
+    "kmeans_plus_plus",
+    "lloyd",
+    "nearest",
+    "sample",
+    "squared_distances",
+]

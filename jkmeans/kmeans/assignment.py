@@ -1,0 +1,105 @@
+"""Nearest centroid: exact, tiled over rows, never an N×K matrix in memory."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+
+class Assignment(NamedTuple):
+    """The nearest centroid of each row.
+
+    Attributes:
+      labels: [n] int32, in 0 … k-1.
+      distances: [n] float, the squared Euclidean distance to that centroid.
+    """
+
+    labels: jax.Array
+    distances: jax.Array
+
+
+def accumulation_dtype(*arrays: jax.Array) -> jnp.dtype:
+    """The dtype to compute in: float32, or float64 if an array has it."""
+    return jnp.promote_types(jnp.result_type(*arrays), jnp.float32)
+
+
+def nearest(x: jax.Array, centroids: jax.Array, *, block_size: int = 256) -> jax.Array:
+    """The label of each row's nearest centroid, without its distance.
+
+    argmin_k ‖x − c_k‖² = argmin_k ½‖c_k‖² − x·c_k, one matrix product per block of rows. Rows and
+    centroids are first shifted by a centroid in their middle, so that the products stay of the
+    size of the data's spread and labels remain right far from the origin.
+
+    Args:
+      x: [n, d], any real dtype; computed in float32 (float64 if x or centroids are).
+      centroids: [k, d].
+      block_size: the largest number of rows whose scores are in memory at a time.
+
+    Returns:
+      [n] int32. Ties go to the lowest index. A row that holds NaN gets label 0.
+    """
+    n, k = x.shape[0], centroids.shape[0]
+    dtype = accumulation_dtype(x, centroids)
+    x, centroids = lax.stop_gradient((x, centroids.astype(dtype)))
+    # A centroid rather than the mean itself: differences of integers stay integers, ties stay ties.
+    to_mean = jnp.sum((centroids - jnp.mean(centroids, axis=0, keepdims=True)) ** 2, axis=1)
+    middle = lax.dynamic_slice_in_dim(centroids, jnp.argmin(to_mean), 1)
+    shifted_kd = centroids - middle
+    half_norms = 0.5 * jnp.sum(shifted_kd**2, axis=1)
+
+    def label_rows(x_bd: jax.Array) -> jax.Array:
+        products_bk = jnp.matmul(
+            x_bd.astype(dtype) - middle, shifted_kd.T, precision=lax.Precision.HIGHEST
+        )
+        scores_bk = half_norms[None, :] - products_bk
+        # Two vectorised minima: XLA's argmin is scalar code on a CPU.
+        lowest = jnp.min(scores_bk, axis=1, keepdims=True)
+        column = lax.broadcasted_iota(jnp.int32, scores_bk.shape, 1)
+        labels = jnp.min(jnp.where(scores_bk == lowest, column, k), axis=1)
+        return jnp.where(labels < k, labels, 0)  # no score equals NaN
+
+    n_blocks = max(1, -(-n // block_size))
+    if n_blocks == 1:
+        return label_rows(x)
+    # Blocks of equal size; the last one reaches back over rows of the one before it rather than
+    # past the end, which would need a padded copy of x.
+    rows = -(-n // n_blocks)
+    starts = jnp.minimum(jnp.arange(n_blocks) * rows, n - rows)
+    labels = lax.map(lambda i: label_rows(lax.dynamic_slice_in_dim(x, i, rows)), starts)
+    last = n - rows * (n_blocks - 1)
+    return jnp.concatenate([labels[:-1].reshape(-1), labels[-1, rows - last :]])
+
+
+def squared_distances(x: jax.Array, centroids: jax.Array, labels: jax.Array) -> jax.Array:
+    """‖x_i − c_{labels_i}‖², from the differences themselves: accurate far from the origin.
+
+    Args:
+      x: [n, d], any real dtype.
+      centroids: [k, d].
+      labels: [n] int.
+
+    Returns:
+      [n] float; differentiable with respect to x and centroids.
+    """
+    dtype = accumulation_dtype(x, centroids)
+    return jnp.sum((x.astype(dtype) - centroids.astype(dtype)[labels]) ** 2, axis=1)
+
+
+def assign(x: jax.Array, centroids: jax.Array, *, block_size: int = 256) -> Assignment:
+    """The nearest centroid of each row in squared Euclidean distance, and that distance.
+
+    Args:
+      x: [n, d], any real dtype; computed in float32 (float64 if x or centroids are).
+      centroids: [k, d].
+      block_size: the largest number of rows whose scores are in memory at a time.
+
+    Returns:
+      Assignment(labels [n] int32, distances [n] float). Ties go to the lowest index. A row that
+      holds NaN gets a valid label and the distance NaN. The distances are differentiable with
+      respect to x and centroids, the labels held fixed: the gradient of k-means' inertia.
+    """
+    labels = nearest(x, centroids, block_size=block_size)
+    return Assignment(labels, squared_distances(x, centroids, labels))

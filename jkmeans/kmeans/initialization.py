@@ -1,0 +1,251 @@
+"""First centroids: a random sample, k-means++ and k-means‖.
+
+Random numbers belong to rows, not to devices: the noise of a row is drawn from
+``fold_in(key, its global number)``, and rows are chosen by the largest noisy score (the Gumbel
+top-k trick). The choice therefore does not depend on how rows are spread over devices, except where
+rounding in a sum over devices decides between two near-equal candidates.
+
+Every initialisation has the signature ``(key, x, n_clusters, *, weights, index, axis_name)`` and is
+listed in ``INITIALIZATIONS``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jkmeans.kmeans.assignment import accumulation_dtype, assign
+from jkmeans.kmeans.collectives import AxisName, all_sum, n_devices, top_k_rows, vary_like
+from jkmeans.kmeans.statistics import cluster_statistics
+
+# Added to the log-score of a row that repeats a centroid already chosen: below any other row's
+# log-score, and small enough for the noise to keep three digits.
+_LAST_RESORT = -1e4
+
+
+def sample(
+    key: jax.Array,
+    x: jax.Array,
+    n_clusters: int,
+    *,
+    weights: jax.Array | None = None,
+    index: jax.Array | None = None,
+    axis_name: AxisName = None,
+) -> jax.Array:
+    """Different rows, drawn uniformly from those with weight above 0.
+
+    Args:
+      key: a JAX random key, the same on all devices.
+      x: [n, d], any real dtype; the local rows inside ``shard_map``.
+      n_clusters: k.
+      weights: [n] float, at least 0; only whether it is above 0 matters. None for ones.
+      index: [n] int32, the global number of each row; by default rows are numbered in order, over
+        the devices too.
+      axis_name: the mesh axis that rows are sharded over, or None.
+
+    Returns:
+      [k, d] float32 (float64 if x is), the same on all devices. With fewer than k rows of weight
+      above 0, rows are repeated.
+
+    Raises:
+      ValueError: x has fewer than k rows.
+    """
+    x, weights, index = _prepare(x, weights, index, axis_name)
+    priority = _priority(key, jnp.ones_like(weights), weights, index)
+    return _choose(priority, x, n_clusters, axis_name)
+
+
+def kmeans_plus_plus(
+    key: jax.Array,
+    x: jax.Array,
+    n_clusters: int,
+    *,
+    weights: jax.Array | None = None,
+    index: jax.Array | None = None,
+    n_local_trials: int | None = None,
+    axis_name: AxisName = None,
+) -> jax.Array:
+    """Greedy k-means++: each new centroid is the best of a few rows drawn by D².
+
+    With D(x)² the squared distance of x to the nearest centroid so far, each round draws
+    ``n_local_trials`` rows with probability proportional to w(x) D(x)² and keeps the one that
+    lowers the potential Σ w D² most. A round takes three small all-reduces. As in scikit-learn,
+    except that the rows of one round are drawn without replacement.
+
+    Args:
+      key: a JAX random key, the same on all devices.
+      x: [n, d], any real dtype; the local rows inside ``shard_map``.
+      n_clusters: k.
+      weights: [n] float, at least 0; rows of weight 0 are never chosen. None for ones.
+      index: [n] int32, the global number of each row; by default rows are numbered in order, over
+        the devices too.
+      n_local_trials: rows drawn in a round; by default 2 + ⌊log k⌋. 1 is plain k-means++.
+      axis_name: the mesh axis that rows are sharded over, or None.
+
+    Returns:
+      [k, d] float32 (float64 if x is), rows of x, the same on all devices; different ones as long
+      as x has k different rows of weight above 0.
+
+    Raises:
+      ValueError: x has fewer than k rows.
+
+    Source: Arthur and Vassilvitskii, k-means++: the advantages of careful seeding, SODA 2007,
+    section 2.2; the greedy variant is that of its conclusion.
+    """
+    x, weights, index = _prepare(x, weights, index, axis_name)
+    n_rows = x.shape[0] * n_devices(axis_name)
+    if n_clusters > n_rows:
+        raise ValueError(f"{n_clusters} rows are wanted, but x has only {n_rows}")
+    trials = 2 + int(math.log(n_clusters)) if n_local_trials is None else n_local_trials
+    trials = min(trials, n_rows)
+
+    def distances_to(centroids: jax.Array) -> jax.Array:
+        # Differences, not ‖x‖² − 2x·c + ‖c‖²: a row chosen before must be at 0 exactly. The
+        # [n, trials, d] array is fused into the sum and never stored.
+        return jnp.sum((x[:, None, :] - centroids[None, :, :]) ** 2, axis=2)
+
+    def choose_next(i, carry):
+        centroids, closest = carry
+        priority = _priority(jax.random.fold_in(key, i), weights * closest, weights, index)
+        candidates = _choose(priority, x, trials, axis_name)
+        distances = jnp.minimum(closest[:, None], distances_to(candidates))
+        potentials = all_sum(jnp.sum(weights[:, None] * distances, axis=0), axis_name)
+        best = jnp.argmin(potentials)
+        return centroids.at[i].set(candidates[best]), distances[:, best]
+
+    first = _choose(_priority(jax.random.fold_in(key, 0), weights, weights, index), x, 1, axis_name)
+    centroids = vary_like(jnp.zeros((n_clusters, x.shape[1]), x.dtype), first).at[0].set(first[0])
+    closest = distances_to(first)[:, 0]
+    centroids, _ = lax.fori_loop(1, n_clusters, choose_next, (centroids, closest))
+    return centroids
+
+
+def kmeans_parallel(
+    key: jax.Array,
+    x: jax.Array,
+    n_clusters: int,
+    *,
+    weights: jax.Array | None = None,
+    index: jax.Array | None = None,
+    oversampling_factor: float = 2.0,
+    n_rounds: int = 5,
+    axis_name: AxisName = None,
+    block_size: int = 256,
+) -> jax.Array:
+    """k-means‖: many candidates in a few passes over the data, then k-means++ among them.
+
+    Starting from one row, each of ``n_rounds`` rounds draws ℓ = oversampling_factor · k rows by
+    w(x) D(x)². Every candidate is weighted by the rows nearest to it, and weighted k-means++
+    chooses k of them. For large k it needs far fewer passes than k-means++.
+
+    Where the paper keeps each row independently with probability ℓ D²/φ, ℓ rows are drawn without
+    replacement with probabilities proportional to w D²: the arrays of a compiled program have
+    fixed sizes.
+
+    Args:
+      key: a JAX random key, the same on all devices.
+      x: [n, d], any real dtype; the local rows inside ``shard_map``.
+      n_clusters: k.
+      weights: [n] float, at least 0; rows of weight 0 are never chosen. None for ones.
+      index: [n] int32, the global number of each row; by default rows are numbered in order, over
+        the devices too.
+      oversampling_factor: ℓ / k, above 0.
+      n_rounds: passes over the data; there are 1 + n_rounds · ℓ candidates.
+      axis_name: the mesh axis that rows are sharded over, or None.
+      block_size: rows assigned at a time.
+
+    Returns:
+      [k, d] float32 (float64 if x is), rows of x, the same on all devices; different ones as long
+      as the candidates hold k different rows.
+
+    Raises:
+      ValueError: x has fewer than k rows, or there are fewer than k candidates.
+
+    Source: Bahmani et al., Scalable k-means++, VLDB 2012, algorithm 2.
+    """
+    x, weights, index = _prepare(x, weights, index, axis_name)
+    n_rows = x.shape[0] * n_devices(axis_name)
+    if n_clusters > n_rows:
+        raise ValueError(f"{n_clusters} rows are wanted, but x has only {n_rows}")
+    per_round = min(max(1, round(oversampling_factor * n_clusters)), n_rows)
+    n_candidates = 1 + n_rounds * per_round
+    if n_candidates < n_clusters:
+        raise ValueError(
+            f"oversampling_factor={oversampling_factor} and n_rounds={n_rounds} give "
+            f"{n_candidates} candidates for {n_clusters} clusters: raise one of them"
+        )
+
+    def draw(r, carry):
+        candidates, labels, closest = carry
+        priority = _priority(jax.random.fold_in(key, r), weights * closest, weights, index)
+        drawn = _choose(priority, x, per_round, axis_name)
+        nearest = assign(x, drawn, block_size=block_size)
+        # Strictly nearer: a candidate that repeats an earlier one gets no rows, hence no weight.
+        nearer = nearest.distances < closest
+        first = 1 + (r - 1) * per_round
+        labels = jnp.where(nearer, first + nearest.labels, labels)
+        closest = jnp.where(nearer, nearest.distances, closest)
+        return lax.dynamic_update_slice_in_dim(candidates, drawn, first, 0), labels, closest
+
+    first = _choose(_priority(jax.random.fold_in(key, 0), weights, weights, index), x, 1, axis_name)
+    candidates = vary_like(jnp.zeros((n_candidates, x.shape[1]), x.dtype), first)
+    candidates = candidates.at[0].set(first[0])
+    closest = jnp.sum((x - first) ** 2, axis=1)
+    labels = vary_like(jnp.zeros(x.shape[0], jnp.int32), closest)
+    candidates, labels, _ = lax.fori_loop(1, n_rounds + 1, draw, (candidates, labels, closest))
+    # Only the counts are wanted, so rows without features are summed.
+    counts = cluster_statistics(
+        x[:, :0], labels, n_candidates, weights=weights, axis_name=axis_name
+    ).counts
+    key = jax.random.fold_in(key, n_rounds + 1)
+    return kmeans_plus_plus(key, candidates, n_clusters, weights=counts)
+
+
+INITIALIZATIONS: dict[str, Callable[..., jax.Array]] = {
+    "sample": sample,
+    "k-means++": kmeans_plus_plus,
+    "k-means||": kmeans_parallel,
+}
+
+
+def _prepare(x, weights, index, axis_name) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Rows in the dtype to compute in, weights and global row numbers filled in."""
+    x = x.astype(accumulation_dtype(x))
+    n = x.shape[0]
+    weights = jnp.ones(n, x.dtype) if weights is None else weights.astype(x.dtype)
+    if index is None:
+        index = jnp.arange(n, dtype=jnp.int32)
+        if axis_name is not None:
+            index = index + n * lax.axis_index(axis_name)
+    # All three varying alike, so that what is made from them has one type in a loop.
+    arrays = (x, weights, index)
+    x, weights, index = (vary_like(array, *arrays) for array in arrays)
+    return x, weights, index
+
+
+def _priority(key: jax.Array, scores: jax.Array, weights: jax.Array, index: jax.Array) -> jax.Array:
+    """log(scores) + Gumbel noise: its top k are k draws without replacement by the scores.
+
+    Rows of score 0 come after all others, rows of weight 0 are at −∞.
+    """
+    row_keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, index)
+    noise = jax.vmap(lambda row_key: jax.random.gumbel(row_key, dtype=scores.dtype))(row_keys)
+    positive = scores > 0
+    log_scores = jnp.where(positive, jnp.log(jnp.where(positive, scores, 1)), _LAST_RESORT)
+    return jnp.where(weights > 0, log_scores + noise, -jnp.inf)
+
+
+def _choose(priority: jax.Array, x: jax.Array, k: int, axis_name: AxisName) -> jax.Array:
+    """The k rows of highest priority over all devices: [k, d], the same on all devices.
+
+    Rows at −∞ are never taken: if fewer than k are left, those are repeated in turn.
+    """
+    values, row, local = top_k_rows(priority, k, axis_name)
+    n_valid = jnp.maximum(jnp.sum(values > -jnp.inf), 1)
+    turn = jnp.arange(k) % n_valid
+    row, local = row[turn], local[turn]
+    return all_sum(jnp.where(local[:, None], x[row], 0), axis_name)

@@ -1,0 +1,149 @@
+"""Cluster statistics (sums, counts, inertia): additive over rows, chunks, devices and time."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jkmeans.kmeans.assignment import accumulation_dtype
+from jkmeans.kmeans.collectives import AxisName, vary_like
+
+# Rows summed at a time on a CPU: a block of weighted rows then stays in the cache.
+_SCATTER_ROWS = 1024
+# Entries of the one-hot matrix in memory at a time elsewhere.
+_ONE_HOT_ENTRIES = 2**24
+# A float32 count stands still at 2²⁴ when ones are added to it one by one.
+_COUNT_ROWS = 2**20
+
+
+class ClusterStatistics(NamedTuple):
+    """What k-means needs to know of a set of rows; the statistics of two sets add up.
+
+    Attributes:
+      sums: [k, d] float, the weighted sum of each cluster's rows.
+      counts: [k] float, the sum of their weights.
+      inertia: [] float, the weighted sum of the squared distances.
+    """
+
+    sums: jax.Array
+    counts: jax.Array
+    inertia: jax.Array
+
+
+def cluster_statistics(
+    x: jax.Array,
+    labels: jax.Array,
+    n_clusters: int,
+    *,
+    weights: jax.Array | None = None,
+    distances: jax.Array | None = None,
+    axis_name: AxisName = None,
+) -> ClusterStatistics:
+    """Sums, counts and inertia of the clusters.
+
+    Args:
+      x: [n, d], any real dtype; summed in float32 (float64 if x is).
+      labels: [n] int; rows with a label outside 0 … n_clusters-1 are left out of sums and counts.
+      n_clusters: k.
+      weights: [n] float, at least 0; None for ones.
+      distances: [n] float, squared distances to the centroids; None leaves the inertia at 0.
+      axis_name: the mesh axis to sum over (one all-reduce), or None.
+
+    Returns:
+      ClusterStatistics. On a CPU rows are added one after another; elsewhere by a product with
+      the one-hot labels, because the order of a scatter's atomic additions changes from run to
+      run.
+    """
+    dtype = accumulation_dtype(x)
+    weights = None if weights is None else weights.astype(dtype)
+    ones = jnp.ones(labels.shape, dtype) if weights is None else weights
+    counts = jax.ops.segment_sum(ones, labels, n_clusters, bucket_size=_COUNT_ROWS)
+    inertia = jnp.zeros((), dtype)
+    if distances is not None:
+        inertia = jnp.sum(jnp.where(ones > 0, distances * ones, 0))
+    zeros = vary_like(jnp.zeros((n_clusters, x.shape[1]), dtype), x, labels, weights)
+    operands = (zeros, x, labels) if weights is None else (zeros, x, labels, weights)
+    sums = lax.platform_dependent(*operands, cpu=_scattered_sums, default=_one_hot_sums)
+    return all_reduce(ClusterStatistics(sums, counts, inertia), axis_name)
+
+
+def add(a: ClusterStatistics, b: ClusterStatistics) -> ClusterStatistics:
+    """The statistics of two sets of rows together."""
+    return jax.tree.map(jnp.add, a, b)
+
+
+def all_reduce(statistics: ClusterStatistics, axis_name: AxisName) -> ClusterStatistics:
+    """Adds the statistics of all devices in one all-reduce of k(d+1)+1 numbers.
+
+    Args:
+      statistics: of the local rows.
+      axis_name: the mesh axis; None returns the statistics as they are.
+    """
+    if axis_name is None:
+        return statistics
+    shape, size = statistics.sums.shape, statistics.sums.size
+    packed = jnp.concatenate(
+        [statistics.sums.reshape(-1), statistics.counts, statistics.inertia[None]]
+    )
+    packed = lax.psum(packed, axis_name)
+    return ClusterStatistics(packed[:size].reshape(shape), packed[size:-1], packed[-1])
+
+
+def centroids_from(statistics: ClusterStatistics, previous: jax.Array) -> jax.Array:
+    """The mean of each cluster; an empty cluster keeps its previous centroid.
+
+    Args:
+      statistics: of all rows.
+      previous: [k, d].
+
+    Returns:
+      [k, d], of the dtype of ``previous``.
+    """
+    counts = statistics.counts[:, None]
+    # The inner where keeps 0/0 out of the gradient.
+    means = statistics.sums / jnp.where(counts > 0, counts, 1)
+    return jnp.where(counts > 0, means.astype(previous.dtype), previous)
+
+
+def _over_blocks(add_rows, sums: jax.Array, arrays: tuple[jax.Array, ...], rows: int) -> jax.Array:
+    """Folds ``add_rows(sums, *block)`` over blocks of rows, the shorter last one included."""
+    n_blocks, rest = divmod(arrays[0].shape[0], rows)
+
+    def step(sums, start):
+        block = [lax.dynamic_slice_in_dim(array, start, rows) for array in arrays]
+        return add_rows(sums, *block), None
+
+    if n_blocks:
+        sums, _ = lax.scan(step, sums, jnp.arange(n_blocks) * rows)
+    if rest:
+        sums = add_rows(sums, *(array[n_blocks * rows :] for array in arrays))
+    return sums
+
+
+def _scattered_sums(zeros: jax.Array, *arrays: jax.Array) -> jax.Array:
+    """Row by row; ``arrays`` are x [n, d], labels [n] and, unless all are 1, weights [n]."""
+
+    def add_rows(sums, x, labels, weights=None):
+        rows = x.astype(sums.dtype)
+        rows = rows if weights is None else rows * weights[:, None]
+        # Like segment_sum: a label out of range, negative ones too, is dropped.
+        labels = jnp.where(labels < 0, sums.shape[0], labels)
+        return sums.at[labels].add(rows, mode="drop")
+
+    return _over_blocks(add_rows, zeros, arrays, _SCATTER_ROWS)
+
+
+def _one_hot_sums(zeros: jax.Array, *arrays: jax.Array) -> jax.Array:
+    """The same sums as one-hot matrix products, in an order that never changes."""
+    k = zeros.shape[0]
+
+    def add_rows(sums, x, labels, weights=None):
+        one_hot = jax.nn.one_hot(labels, k, dtype=sums.dtype)
+        one_hot = one_hot if weights is None else one_hot * weights[:, None]
+        rows = x.astype(sums.dtype)
+        return sums + jnp.matmul(one_hot.T, rows, precision=lax.Precision.HIGHEST)
+
+    return _over_blocks(add_rows, zeros, arrays, max(1, _ONE_HOT_ENTRIES // k))
