@@ -140,10 +140,10 @@ class _Clusters:
             values, truth = np.unique(np.asarray(truth), return_inverse=True)
             truth = truth.reshape(-1)
             names = [_class_name(value, class_names) for value in values.tolist()]
-        palette = _palette(max(k, len(names)))
-        colours, class_colours = palette[:k], palette[: len(names)]
+        colours, class_colours = _palette(k), _palette(len(names))
         if truth is not None and max(k, len(names)) <= SHOWN_CLUSTERS:
-            colours = _matched_colours(truth, labels, k, palette)
+            palette = _palette(max(k, len(names)))
+            colours, class_colours = _matched_colours(truth, labels, k, palette), palette
         return _Clusters(
             embeddings=embeddings,
             labels=labels,
@@ -182,7 +182,7 @@ class _Clusters:
         if size == 0:
             return "empty"
         if self.truth is None:
-            return f"{size:,}"
+            return f"{size:,} example{'s' if size > 1 else ''}"
         counts = np.bincount(self.truth[self.labels == cluster], minlength=len(self.class_names))
         best = int(counts.argmax())
         return f"{size:,} · {self.class_names[best]} {100 * counts[best] / size:.0f}%"
@@ -301,14 +301,15 @@ def _draw_map(
     centroids: bool,
     size: float = 9,
 ) -> None:
-    """Draws the points in the colours of their groups, each named at its median."""
+    """Draws the points in the colours of their groups, each group named at its median."""
     from matplotlib.patheffects import withStroke
 
     points = embedding_map.points
     # In a fixed random order, so that no group lies on top of the others.
     order = np.random.default_rng(0).permutation(len(points))
     ax.scatter(
-        *points[order].T,
+        points[order, 0],
+        points[order, 1],
         c=colours[groups[order]],
         s=float(np.clip(15000 / max(len(points), 1), 4, 30)),
         linewidths=0,
@@ -318,19 +319,24 @@ def _draw_map(
     if centroids and len(embedding_map.centroids):
         few = len(embedding_map.centroids) <= SHOWN_CLUSTERS
         ax.scatter(
-            *embedding_map.centroids.T,
+            embedding_map.centroids[:, 0],
+            embedding_map.centroids[:, 1],
             marker="X" if few else "o",
-            s=45 if few else 9,
+            s=45 if few else 5,
             c=_INK,
             edgecolors="white",
-            linewidths=0.8 if few else 0.4,
+            linewidths=0.8 if few else 0.3,
             zorder=3,
         )
     if names is not None:
         for group in np.unique(groups):
-            ax.text(
-                *np.median(points[groups == group], axis=0),
+            x, y = np.median(points[groups == group], axis=0)
+            ax.annotate(
                 names[group],
+                (x, y),
+                # Beside the middle, where the centroid lies.
+                xytext=(0, 0.9 * size if centroids else 0),
+                textcoords="offset points",
                 color=colours[group] * 0.6,
                 fontsize=size,
                 fontweight="bold",
@@ -348,10 +354,21 @@ def _draw_map(
         _say(ax, "no finite embeddings")
 
 
-def _draw_cluster_map(ax: Axes, clusters: _Clusters, embedding_map: _EmbeddingMap, **style) -> None:
+def _draw_cluster_map(
+    ax: Axes, clusters: _Clusters, embedding_map: _EmbeddingMap, *, centroids: bool, size: float
+) -> None:
     names = [str(i) for i in range(clusters.k)] if clusters.k <= SHOWN_CLUSTERS else None
     groups = clusters.labels[embedding_map.rows]
-    _draw_map(ax, embedding_map, groups, clusters.colours, names, centroids=True, **style)
+    _draw_map(ax, embedding_map, groups, clusters.colours, names, centroids=centroids, size=size)
+
+
+def _draw_class_map(
+    ax: Axes, clusters: _Clusters, embedding_map: _EmbeddingMap, *, size: float
+) -> None:
+    assert clusters.truth is not None
+    names = clusters.class_names if len(clusters.class_names) <= SHOWN_CLUSTERS else None
+    groups = clusters.truth[embedding_map.rows]
+    _draw_map(ax, embedding_map, groups, clusters.class_colours, names, centroids=False, size=size)
 
 
 def _map(clusters: _Clusters, embedding_map: _EmbeddingMap, title: str) -> Figure:
@@ -362,19 +379,12 @@ def _map(clusters: _Clusters, embedding_map: _EmbeddingMap, title: str) -> Figur
     some = f"{m:,} of {clusters.n:,}" if m < clusters.n else f"{clusters.n:,}"
     _head(figure, title, f"{embedding_map.method}{some} embeddings")
 
-    _draw_cluster_map(axes[0], clusters, embedding_map)
+    _draw_cluster_map(axes[0], clusters, embedding_map, centroids=True, size=10)
     mark = "×" if len(embedding_map.centroids) <= SHOWN_CLUSTERS else "●"
     _title(axes[0], f"{clusters.k:,} clusters ({mark} centroids)")
     if clusters.truth is not None:
+        _draw_class_map(axes[1], clusters, embedding_map, size=9)
         n_classes = len(clusters.class_names)
-        _draw_map(
-            axes[1],
-            embedding_map,
-            clusters.truth[embedding_map.rows],
-            clusters.class_colours,
-            clusters.class_names if n_classes <= SHOWN_CLUSTERS else None,
-            centroids=False,
-        )
         _title(axes[1], f"{n_classes:,} true classes")
     return figure
 
@@ -446,7 +456,7 @@ def _draw_images(
         ax.text(
             -gap,
             middle - (0.17 * pitch if details else 0),
-            str(cluster),
+            f"cluster {cluster}" if details else str(cluster),
             color=colour,
             fontsize=size,
             fontweight="bold",
@@ -481,11 +491,12 @@ def _mean(examples: np.ndarray, rows: np.ndarray) -> np.ndarray:
     """Mean of the rows, [d], read in blocks."""
     rows = np.sort(rows)
     blocks = [rows[i : i + 8192] for i in range(0, len(rows), 8192)]
-    return sum(_vectors(examples, block).sum(axis=0) for block in blocks) / len(rows)
+    sums = [_vectors(examples, block).sum(axis=0) for block in blocks]
+    return np.sum(sums, axis=0) / len(rows)
 
 
 def _draw_vectors(
-    axes: Sequence[Axes], clusters: _Clusters, shown: np.ndarray, *, size: float, details: bool
+    axes: np.ndarray, clusters: _Clusters, shown: np.ndarray, *, size: float, details: bool
 ) -> str:
     """Draws each cluster's nearest examples as lines over the features; says which features."""
     d = int(np.prod(clusters.examples.shape[1:]))
@@ -500,7 +511,7 @@ def _draw_vectors(
         if len(rows):
             style = {"marker": "o", "markersize": 3} if len(features) == 1 else {}
             ax.plot(mean[features], color=clusters.colours[cluster] * 0.6, linewidth=2, **style)
-        text = f"{cluster}: {clusters.describe(int(cluster))}" if details else str(cluster)
+        text = f"cluster {cluster}: {clusters.describe(int(cluster))}" if details else str(cluster)
         ax.set_title(
             text,
             fontsize=size,
@@ -528,7 +539,8 @@ def _nearest(clusters: _Clusters, title: str) -> Figure:
     if _are_images(clusters.examples):
         h, w = clusters.examples.shape[1:3]
         tile = 0.62
-        figure = _figure(NEAREST * tile * min(w / h, 3) + 2.4, len(shown) * tile + 0.9)
+        margin = 0.55 + 0.08 * max(len(clusters.describe(int(i))) for i in shown)
+        figure = _figure(NEAREST * tile * min(w / h, 3) + margin, len(shown) * tile + 0.9)
         ax = figure.subplots()
         _draw_images(ax, clusters, shown, NEAREST, size=10, details=True)
         _head(figure, title, f"Examples nearest to each centroid{which}")
@@ -565,18 +577,25 @@ def _draw_curves(
     ax: Axes, metrics: Sequence[Mapping[str, Any]], names: Mapping[str, str], *, size: float = 8
 ) -> None:
     """Draws metrics over the epochs; `names` maps each metric to what the legend calls it."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
     everything = []
+    colours = iter(_LINES * (1 + len(names) // len(_LINES)))
     for index, (name, label) in enumerate(names.items()):
         series = _series(metrics, name)
         if not series:
             continue
-        colour = _LINES[index % len(_LINES)]
+        # The first of several may coincide with another (a total with its only term, the empty
+        # clusters with the relocated ones): it lies beneath, wide and pale.
+        beneath = index == 0 and name in ("loss", "empty_clusters") and len(names) > 1
+        colour = _INK if beneath else next(colours)
         for part, (epochs, values) in enumerate(series):
             ax.plot(
                 epochs,
                 values,
                 color=colour,
-                linewidth=1.6,
+                linewidth=4 if beneath else 1.6,
+                alpha=0.3 if beneath else 1.0,
                 # A single epoch is a point: a line would not show it.
                 marker="o" if len(epochs) < 3 else None,
                 markersize=3,
@@ -593,6 +612,9 @@ def _draw_curves(
     # Within a small range a logarithmic axis has no tick to show.
     if len(values) and values.min() > 0 and values.max() > 8 * values.min():
         ax.set_yscale("log")
+        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        ax.yaxis.set_minor_formatter(NullFormatter())
     if len(names) > 1:
         ax.legend(fontsize=size, frameon=False, labelcolor=_INK, handlelength=1.2)
     _soften(ax, size)
@@ -659,8 +681,7 @@ def _curves(metrics: Sequence[Mapping[str, Any]], title: str) -> Figure:
     for ax, (heading, names) in zip(axes, panels, strict=False):
         _draw_curves(ax, metrics, names)
         _phase_names(ax, metrics, 7.5)
-        _title(ax, heading)
-        ax.title.set_y(1.07)
+        _title(ax, heading, pad=18)
         if "label_change" in names:
             ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=None))
         if "empty_clusters" in names:
@@ -717,8 +738,7 @@ def _confusion(clusters: _Clusters, title: str) -> Figure:
     ax.set_xticks(range(n_columns), heads, fontsize=8, rotation=45 if tilt else 0)
     if tilt:
         for text in ax.get_xticklabels():
-            text.set_ha("right")
-            text.set_rotation_mode("anchor")
+            text.set(horizontalalignment="right", rotation_mode="anchor")
     ax.set_yticks(range(n_rows), names, fontsize=8)
     for text in (*ax.get_xticklabels(), *ax.get_yticklabels()):
         text.set_parse_math(False)
@@ -788,8 +808,14 @@ def _summary(
         )  # fmt: skip
     width = 0.365 if curves else 0.46
     ax = figure.add_axes((0.012, 0.03, width, top - 0.03))
-    _draw_cluster_map(ax, clusters, embedding_map, size=12)
-    _title(ax, f"{clusters.n:,} embeddings in {clusters.k:,} clusters", 11)
+    heading = f"{embedding_map.method}embeddings, {clusters.k:,} clusters"
+    if clusters.k > SHOWN_CLUSTERS and 0 < len(clusters.class_names) <= SHOWN_CLUSTERS:
+        # So many clusters are confetti; a few classes can be read.
+        _draw_class_map(ax, clusters, embedding_map, size=10)
+        heading += ", by true class"
+    else:
+        _draw_cluster_map(ax, clusters, embedding_map, centroids=False, size=13)
+    _title(ax, heading[0].upper() + heading[1:] if heading[0] == "e" else heading, 11)
 
     shown = clusters.shown(SUMMARY_CLUSTERS)
     left = 0.012 + width + 0.035
@@ -815,9 +841,9 @@ def _summary(
         )  # fmt: skip
         axes = grid.subplots(squeeze=False, sharex=True, sharey=True).ravel()
         _draw_vectors(axes, clusters, shown, size=10, details=False)
-        figure.text(left, top + 0.012, heading, fontsize=11, color=_INK)
+        figure.text(left + 0.01, top + 0.012, heading, fontsize=11, color=_INK)
     if curves:
-        ax = figure.add_axes((0.755, 0.12, 0.235, top - 0.12))
+        ax = figure.add_axes((0.755, 0.12, 0.23, top - 0.12))
         _draw_curves(ax, metrics, curves, size=10)
         _title(ax, "Agreement with the true classes" if agreement else "Loss", 11)
         ax.set_xlabel("epoch", fontsize=10, color=_INK)
@@ -830,7 +856,9 @@ def _summary(
 def _figure(width: float, height: float) -> Figure:
     from matplotlib.figure import Figure
 
-    return Figure(figsize=(width, height), layout="constrained", facecolor="white")
+    figure = Figure(figsize=(width, height), layout="constrained", facecolor="white")
+    figure.get_layout_engine().set(w_pad=0.1, h_pad=0.08)  # pyright: ignore
+    return figure
 
 
 def _head(figure: Figure, title: str, subtitle: str) -> None:
@@ -838,8 +866,8 @@ def _head(figure: Figure, title: str, subtitle: str) -> None:
     figure.suptitle(text, fontsize=11, color=_INK, fontweight="bold", parse_math=False)
 
 
-def _title(ax: Axes, text: str, size: float = 9.5) -> None:
-    ax.set_title(text, fontsize=size, color=_INK, loc="left", parse_math=False)
+def _title(ax: Axes, text: str, size: float = 9.5, pad: float = 6) -> None:
+    ax.set_title(text, fontsize=size, color=_INK, loc="left", pad=pad, parse_math=False)
 
 
 def _soften(ax: Axes, size: float) -> None:

@@ -1,0 +1,33 @@
+"""Measure a run from its folder alone.
+
+    python -m experiments.evaluate --workdir runs/digits
+    python -m experiments.evaluate --workdir runs/mnist --split test --checkpoint best
+"""
+
+from absl import flags
+
+from experiments.launcher import FLAGS, launch
+
+
+def main() -> None:
+    """Calls `jkmeans.evaluation.evaluate`."""
+    from jkmeans.evaluation import evaluate
+
+    evaluate(
+        FLAGS.workdir,
+        checkpoint=FLAGS.checkpoint,
+        input_path=FLAGS.input,
+        labels_path=FLAGS.labels,
+        split=FLAGS.split,
+        n_devices=FLAGS.n_devices,
+    )
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string("workdir", None, "Folder of the run.")
+    flags.DEFINE_string("checkpoint", "latest", "latest, best or a position.")
+    flags.DEFINE_string("input", "", "An .npy file of other examples.")
+    flags.DEFINE_string("labels", "", "An .npy file with the classes of the examples.")
+    flags.DEFINE_string("split", "", "Another part of the run's data set: all, train or test.")
+    flags.DEFINE_integer("n_devices", 0, "Devices of the mesh; 0 for all.", lower_bound=0)
+    launch(main, required=("workdir",))

@@ -1,0 +1,226 @@
+"""Checkpoints of a run. This is the only module that knows Orbax.
+
+A checkpoint is a folder ``<position>`` with two trees, ``model`` (parameters and clusters: all that
+evaluation needs) and ``training`` (the rest of the state), and a JSON record with the config, the
+versions, the data it belongs to and a checksum of every array. It appears under its name only when
+complete; a save that was cut leaves a temporary folder that is never read.
+"""
+
+import contextlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from orbax.checkpoint import v1 as ocp
+
+from jkmeans.errors import UserError
+from jkmeans.sharding import fingerprint
+
+OBJECTIVE = "objective"
+"""Name of the metric by which the best checkpoint is chosen; less is better."""
+
+_FULL_DISK = ("No space left", "ENOSPC", "RESOURCE_EXHAUSTED", "Disk quota exceeded")
+_fingerprint = jax.jit(fingerprint)
+
+
+class Restored(NamedTuple):
+    """What a checkpoint held.
+
+    Attributes:
+      position: its number.
+      trees: the trees that were asked for.
+      record: the JSON record given to `Checkpoints.save`.
+    """
+
+    position: int
+    trees: dict[str, Any]
+    record: dict[str, Any]
+
+
+class Checkpoints:
+    """The checkpoints in one folder; a context manager that ends background writes on leaving.
+
+    Args:
+      folder: where they are; made at the first save.
+      keep: newest ones that are kept, besides the best by `OBJECTIVE`.
+    """
+
+    def __init__(self, folder: Path, *, keep: int = 1):
+        # Orbax logs every save at length; what a user must know is raised.
+        logging.getLogger("absl").setLevel(logging.ERROR)
+        self.folder = Path(folder).absolute()
+        policies = ocp.training.preservation_policies
+        self._policy = policies.AnyPreservationPolicy(
+            [
+                policies.LatestN(keep),
+                policies.BestN(
+                    # The best are the last in ascending order.
+                    get_metric_fn=lambda metrics: -metrics[OBJECTIVE],
+                    n=1,
+                    keep_checkpoints_without_metrics=False,
+                ),
+            ]
+        )
+        self._open: ocp.training.Checkpointer | None = None
+        self._pending = None
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        if kind is None:
+            self.wait()
+        else:
+            # The error under way matters more than one of the background write.
+            with contextlib.suppress(Exception):
+                self.wait()
+        if self._open is not None:
+            self._open.close()
+            self._open = None
+
+    def positions(self) -> list[int]:
+        """Positions of complete checkpoints, oldest first."""
+        if not self.folder.is_dir():
+            return []
+        return sorted(int(p.name) for p in self.folder.iterdir() if p.name.isdigit())
+
+    def save(
+        self, position: int, trees: dict[str, Any], record: dict[str, Any], objective: float | None
+    ) -> None:
+        """Starts to write a checkpoint in the background, once the one before is complete.
+
+        Args:
+          position: its number, above all numbers there are.
+          trees: pytrees of arrays by name.
+          record: anything that JSON can hold.
+          objective: the unsupervised objective by which the best is chosen; None where it does
+            not compare with others.
+
+        Raises:
+          UserError: the disk is full; older checkpoints are left as they are.
+        """
+        self.wait()
+        n_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(trees))
+        with _disk_errors(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            free = shutil.disk_usage(self.folder).free
+            if free < n_bytes + 2**20:
+                raise OSError(f"No space left: {free / 2**20:.0f} MiB free")
+            record = record | {"fingerprints": _fingerprints(trees)}
+            self._pending = self._checkpointer().save_checkpointables_async(
+                position,
+                trees,
+                custom_metadata={"record": json.dumps(record)},
+                metrics=None if objective is None else {OBJECTIVE: float(objective)},
+                force=True,
+                overwrite=True,
+            )
+
+    def wait(self) -> None:
+        """Waits until the last save is complete.
+
+        Raises:
+          UserError: the disk was full.
+        """
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            with _disk_errors(self.folder):
+                pending.result()
+
+    def best(self) -> int | None:
+        """Position of the checkpoint with the least objective; None where none has one."""
+        measured = [
+            (c.metrics[OBJECTIVE], c.step) for c in self._checkpointer().checkpoints if c.metrics
+        ]
+        return min(measured)[1] if measured else None
+
+    def record(self, position: int) -> dict[str, Any]:
+        """The JSON record of a checkpoint, which is read without its arrays.
+
+        Raises:
+          DamagedError: it cannot be read.
+        """
+        with _damage(self.folder / str(position)):
+            metadata = json.loads(
+                (self.folder / str(position) / "_CHECKPOINT_METADATA").read_text()
+            )
+            return json.loads(metadata["custom_metadata"]["record"])
+
+    def load(self, position: int, abstract: dict[str, Any]) -> Restored:
+        """Reads a checkpoint and compares every array with its checksum.
+
+        Args:
+          position: its number.
+          abstract: the trees wanted, of ``jax.ShapeDtypeStruct`` with shardings; the mesh need
+            not be the one that it was saved on.
+
+        Raises:
+          DamagedError: something is missing, cut or changed.
+        """
+        record = self.record(position)
+        with _damage(self.folder / str(position)):
+            trees = self._checkpointer().load_checkpointables(position, abstract)
+            saved = record["fingerprints"]
+            found = _fingerprints(trees)
+            wrong = [name for name in found if found[name] != saved[name]]
+            if wrong:
+                raise ValueError(f"the checksum of {wrong[0]} is wrong")
+        return Restored(position, {name: trees[name] for name in abstract}, record)
+
+    def set_aside(self, position: int) -> Path:
+        """Renames a damaged checkpoint, so that it is neither read nor overwritten."""
+        target = self.folder / f"damaged-{position}"
+        n = 1
+        while target.exists():
+            n += 1
+            target = self.folder / f"damaged-{position}-{n}"
+        os.rename(self.folder / str(position), target)
+        if self._open is not None:
+            self._open.close()
+            self._open = None
+        return target
+
+    def _checkpointer(self) -> ocp.training.Checkpointer:
+        if self._open is None:
+            self._open = ocp.training.Checkpointer(
+                self.folder, preservation_policy=self._policy, cleanup_tmp_directories=True
+            )
+        return self._open
+
+
+class DamagedError(Exception):
+    """A checkpoint cannot be read; the message names it and says why."""
+
+
+def _fingerprints(trees: dict[str, Any]) -> dict[str, list[int]]:
+    return {name: np.asarray(_fingerprint(tree)).tolist() for name, tree in trees.items()}
+
+
+@contextlib.contextmanager
+def _damage(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        reason = str(error).split("\n")[0][:200] or type(error).__name__
+        raise DamagedError(f"checkpoint {folder} cannot be read: {reason}") from error
+
+
+@contextlib.contextmanager
+def _disk_errors(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        if any(sign in str(error) for sign in _FULL_DISK):
+            raise UserError(
+                f"the disk of {folder} is full, so the checkpoint was not written; the ones "
+                "before it are whole: make room and start the same command again"
+            ) from error
+        if isinstance(error, OSError):
+            raise UserError(f"cannot write checkpoints to {folder}: {error}") from error
+        raise

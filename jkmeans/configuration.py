@@ -1,0 +1,262 @@
+"""What a config may say: checked once, at the door, into errors that name field and value.
+
+A config is a complete ``ml_collections.ConfigDict``: every field of `FIELDS` is present, nothing
+else is, and no code anywhere falls back to a hidden default.
+"""
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ml_collections import ConfigDict
+
+from jkmeans.errors import UserError
+from jkmeans.kmeans import INITIALIZATIONS
+from jkmeans.networks import NETWORKS
+
+
+class Field(NamedTuple):
+    """One field of a config.
+
+    Attributes:
+      convert: the value as its proper type; raises TypeError or ValueError for anything else.
+      accepted: what is accepted, in words, for the error.
+      meaning: one line for the reader.
+    """
+
+    convert: Callable[[Any], Any]
+    accepted: str
+    meaning: str
+
+
+def _integer(least: int, meaning: str, most: int = 2**31 - 1) -> Field:
+    def convert(value):
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError
+        if not least <= value <= most:
+            raise ValueError
+        return value
+
+    bound = f"of at least {least}" if most == 2**31 - 1 else f"from {least} to {most}"
+    return Field(convert, f"an integer {bound}", meaning)
+
+
+def _number(meaning: str, *, positive: bool = False) -> Field:
+    def convert(value):
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise TypeError
+        if not math.isfinite(value) or value < 0 or (positive and value == 0):
+            raise ValueError
+        return float(value)
+
+    return Field(convert, f"a number {'above' if positive else 'of at least'} 0", meaning)
+
+
+def _boolean(meaning: str) -> Field:
+    def convert(value):
+        if not isinstance(value, bool):
+            raise TypeError
+        return value
+
+    return Field(convert, "True or False", meaning)
+
+
+def _choice(choices, meaning: str, *, or_function: bool = False) -> Field:
+    def convert(value):
+        if not isinstance(value, str):
+            raise TypeError
+        if value not in choices and not (or_function and ":" in value):
+            raise ValueError
+        return value
+
+    accepted = ", ".join(map(repr, choices)) + (" or 'module:function'" if or_function else "")
+    return Field(convert, accepted, meaning)
+
+
+def _text(meaning: str) -> Field:
+    def convert(value):
+        if not isinstance(value, str):
+            raise TypeError
+        return value
+
+    return Field(convert, "text", meaning)
+
+
+def _integers(meaning: str) -> Field:
+    def convert(value):
+        if not isinstance(value, list | tuple):
+            raise TypeError
+        if any(isinstance(v, bool) or not isinstance(v, int) for v in value):
+            raise TypeError
+        if any(v < 1 for v in value):
+            raise ValueError
+        return tuple(value)
+
+    return Field(convert, "a tuple of integers of at least 1", meaning)
+
+
+FIELDS: dict[str, Field] = {
+    "seed": _integer(0, "the root of all random keys"),
+    "n_devices": _integer(0, "devices of the mesh; 0 for all"),
+    "n_clusters": _integer(1, "K"),
+    "data.name": _choice(("digits", "mnist", "fashion-mnist", "npy"), "the data set"),
+    "data.split": _choice(("all", "train", "test"), "which part of it"),
+    "data.path": _text("the .npy file of examples, where name is 'npy'"),
+    "data.labels_path": _text("the .npy file of their labels, or '' for none"),
+    "data.n_examples": _integer(0, "only the first so many; 0 for all"),
+    "data.n_shards": _integer(1, "most devices that share the work", most=65536),
+    "data.placement": _choice(("auto", "device", "host"), "where examples live while training"),
+    "data.chunk_mebibytes": _integer(1, "size of what the host feeds at once"),
+    "network.name": _choice(tuple(NETWORKS), "the network", or_function=True),
+    "network.embedding_dim": _integer(1, "p, numbers of an embedding"),
+    "network.widths": _integers("widths of hidden layers, or channels of convolutions"),
+    "network.decoder": _boolean("whether there is a reconstruction"),
+    "network.normalize": _boolean("whether embeddings have length one"),
+    "objective.name": _choice(("joint",), "the objective", or_function=True),
+    "objective.centroid_weight": _number("λ"),
+    "objective.warmup_epochs": _number("T, epochs over which λ rises"),
+    "objective.balance_weight": _number("β"),
+    "objective.temperature": _number("τ of the balance term", positive=True),
+    "centroids.init": _choice(tuple(INITIALIZATIONS), "how the first centroids are chosen"),
+    "centroids.n_init": _integer(1, "restarts, of which the one of least inertia is kept"),
+    "centroids.init_max_iter": _integer(0, "Lloyd iterations of each restart, at most"),
+    "centroids.n_iterations": _integer(0, "Lloyd iterations of a re-computation, at most"),
+    "centroids.every": _integer(1, "epochs from one re-computation to the next"),
+    "centroids.bank": _choice(("stored", "refreshed"), "embeddings of the pass, or of its end"),
+    "centroids.empty": _choice(("keep", "farthest"), "what becomes of an empty cluster"),
+    "centroids.final_max_iter": _integer(0, "Lloyd iterations after the last epoch, at most"),
+    "training.batch_size": _integer(1, "B, over all devices"),
+    "training.n_pretrain_epochs": _integer(0, "epochs of the autoencoder alone"),
+    "training.n_epochs": _integer(0, "epochs of clustering"),
+    "training.optimizer": _choice(("adam", "adamw", "sgd"), "sgd has momentum .9"),
+    "training.learning_rate": _number("of pretraining", positive=True),
+    "training.clustering_learning_rate": _number("of clustering", positive=True),
+    "training.schedule": _choice(("constant", "cosine"), "of the rate, in each phase"),
+    "training.weight_decay": _number("of adamw"),
+    "training.collapse_ratio": _number("variance left of the first, below which a run stops"),
+    "checkpoint.every": _integer(1, "epochs from one checkpoint to the next"),
+    "checkpoint.keep": _integer(1, "newest checkpoints that are kept, besides the best"),
+    "report.pictures": _boolean("whether to draw them at the end"),
+}
+
+_RUNTIME = ("n_devices", "data.placement", "data.chunk_mebibytes", "checkpoint.", "report.")
+"""Fields that may differ when a run is resumed: the same run, on another machine."""
+
+
+def validate(config: ConfigDict) -> ConfigDict:
+    """The config with every value in its proper type, paths absolute, and nothing contradictory.
+
+    Raises:
+      UserError: a field is unknown, missing, of a wrong type or value, or contradicts another.
+    """
+    given = _flatten(config)
+    for name in given:
+        if name not in FIELDS:
+            raise UserError(f"config has a field {name!r} that is not known{_similar(name)}")
+    for name, field in FIELDS.items():
+        if name not in given:
+            raise UserError(f"config lacks the field {name!r} ({field.meaning}): {field.accepted}")
+    values = {}
+    for name, field in FIELDS.items():
+        try:
+            values[name] = field.convert(given[name])
+        except (TypeError, ValueError):
+            raise UserError(
+                f"config.{name} is {given[name]!r}; accepted: {field.accepted}"
+            ) from None
+    _refuse_contradictions(values)
+    for name in ("data.path", "data.labels_path"):
+        if values[name]:
+            values[name] = str(Path(values[name]).expanduser().absolute())
+    return _nest(values)
+
+
+def _refuse_contradictions(values: dict[str, Any]) -> None:
+    if values["network.name"] in NETWORKS and not values["network.widths"]:
+        raise UserError("config.network.widths is (); accepted: at least one integer")
+    if values["training.n_pretrain_epochs"] + values["training.n_epochs"] == 0:
+        raise UserError(
+            "config.training.n_pretrain_epochs and n_epochs are both 0; "
+            "accepted: at least one epoch in all"
+        )
+    if values["data.name"] == "npy" and not values["data.path"]:
+        raise UserError("config.data.path is '', but data.name is 'npy'; accepted: an .npy file")
+    if values["network.decoder"] or values["objective.name"] != "joint":
+        return
+    if not values["network.normalize"] or values["objective.balance_weight"] == 0:
+        raise UserError(
+            "config.network.decoder is False, so nothing keeps the embeddings apart; accepted: "
+            "network.normalize = True together with objective.balance_weight above 0"
+        )
+    if values["training.n_pretrain_epochs"] > 0:
+        raise UserError(
+            f"config.training.n_pretrain_epochs is {values['training.n_pretrain_epochs']}, but "
+            "without a decoder there is nothing to pretrain; accepted: 0"
+        )
+
+
+def check_data(config: ConfigDict, n_examples: int) -> None:
+    """Refuses what only shows once the data is there.
+
+    Raises:
+      UserError: more clusters than examples.
+    """
+    if config.n_clusters > n_examples:
+        raise UserError(
+            f"config.n_clusters is {config.n_clusters}, but there are {n_examples:,} examples; "
+            f"accepted: 1 to {n_examples:,}"
+        )
+
+
+def to_json(config: ConfigDict) -> dict[str, Any]:
+    """The config as plain JSON types."""
+    return json.loads(json.dumps(config.to_dict()))
+
+
+def from_json(values: dict[str, Any]) -> ConfigDict:
+    """The inverse of `to_json`, validated."""
+    return validate(ConfigDict(values))
+
+
+def differences(ours: ConfigDict, theirs: ConfigDict) -> list[str]:
+    """Fields in which two validated configs describe different runs, as ``name: a, not b``."""
+    a, b = _flatten(ours), _flatten(theirs)
+    return [
+        f"{name} is {a[name]!r} here and {b[name]!r} there"
+        for name in FIELDS
+        if a[name] != b[name] and not name.startswith(_RUNTIME)
+    ]
+
+
+def _flatten(config, prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for name, value in config.items():
+        # A mapping where a value is expected is reported as that value.
+        inside = isinstance(value, ConfigDict | dict) and prefix + name not in FIELDS
+        if inside and value:
+            flat |= _flatten(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = value
+    return flat
+
+
+def _nest(values: dict[str, Any]) -> ConfigDict:
+    config = ConfigDict()
+    for name, value in values.items():
+        *groups, leaf = name.split(".")
+        node = config
+        for group in groups:
+            if group not in node:
+                node[group] = ConfigDict()
+            node = node[group]
+        node[leaf] = value
+    return config
+
+
+def _similar(name: str) -> str:
+    import difflib
+
+    close = difflib.get_close_matches(name, FIELDS, n=1)
+    return f"; did you mean {close[0]!r}?" if close else f"; accepted: {', '.join(FIELDS)}"

@@ -1,0 +1,401 @@
+"""The compiled programs of a run: an epoch with its re-clustering is one XLA program.
+
+`make_programs` builds them for a mesh. Data, bank and labels are sharded along the mesh axis,
+parameters and clusters are replicated. A step has one all-reduce (of all gradients, all loss terms
+and the number of examples at once; `Batch.mean` adds two for a method that uses it), a Lloyd
+iteration one (of K·(p+1)+1 numbers), and the diagnostics of an epoch two.
+
+Two ways of feeding share the same step. *Resident*: all examples are on the devices and
+``Programs.epoch`` is one program. *Host-fed*: ``Programs.order`` says which rows each step takes,
+``Programs.steps`` takes chunks of them from the host, ``Programs.finish`` ends the epoch. Both
+give the same batches in the same order.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jkmeans.kmeans.collectives import all_sum
+from jkmeans.methods import Assigned, Batch, Clusters, Method
+from jkmeans.networks import Parameters, merge
+from jkmeans.sharding import (
+    DATA_AXIS,
+    REPLICATED,
+    SHARDED,
+    Layout,
+    data_parallel,
+    to_varying,
+)
+
+
+class Rows(NamedTuple):
+    """The examples as they lie on the devices, sharded; see `jkmeans.sharding.Layout`.
+
+    Attributes:
+      examples: [n_rows, *example_shape], native dtype; None when the host feeds them.
+      weights: [n_rows] float32, 1 for an example and 0 for padding.
+      index: [n_rows] int32, the number of the example; −1 for padding.
+    """
+
+    examples: jax.Array | None
+    weights: jax.Array
+    index: jax.Array
+
+
+class TrainState(NamedTuple):
+    """Everything that a run needs to go on; data only.
+
+    Attributes:
+      parameters: of the network, by path; replicated.
+      optimizer: optax state; replicated.
+      clusters: replicated.
+      bank: [n_rows, p] float32, the embedding of each row; sharded.
+      labels: [n_rows] int32, the cluster of each row; sharded.
+      totals: sums of each loss term and of the weights over the steps of the epoch in progress.
+      reference_variance: [] float32, variance of the embeddings when training, then clustering,
+        began; what a collapse is measured against.
+      epoch: [] int32, finished epochs, pretraining included.
+      step: [] int32, finished steps of the epoch in progress; 0 between epochs.
+      key: [2] uint32, the root of all keys: every key is folded from it and a position.
+    """
+
+    parameters: Parameters
+    optimizer: Any
+    clusters: Clusters
+    bank: jax.Array
+    labels: jax.Array
+    totals: dict[str, jax.Array]
+    reference_variance: jax.Array
+    epoch: jax.Array
+    step: jax.Array
+    key: jax.Array
+
+    @classmethod
+    def specs(cls) -> "TrainState":
+        """How each field lies on the mesh, as a prefix of the state."""
+        everywhere = {name: REPLICATED for name in cls._fields}
+        return cls(**everywhere | {"bank": SHARDED, "labels": SHARDED})  # type: ignore[arg-type]
+
+
+@dataclasses.dataclass(frozen=True)
+class Programs:
+    """Compiled functions of one run on one mesh; ``clustering`` is static everywhere.
+
+    Attributes:
+      create: ``(parameters, key) -> state``, the state before the first epoch.
+      epoch: ``(state, rows, clustering) -> (state, metrics)``; resident feeding. Donates state.
+      order: ``(state) -> [n_steps, n_rows / n_steps] int32``, sharded along its second axis:
+        the rows of each step, counted from the first row of their device.
+      steps: ``(state, rows, order, examples, clustering) -> state``; host feeding of a chunk of
+        steps: order [c, r] and examples [c, r, *example_shape]. Donates state.
+      finish: ``(state, rows, clustering) -> (state, metrics)``, the end of an epoch whose steps
+        were fed by the host. Donates state.
+      embed: ``(parameters, examples [r, *example_shape]) -> [r, p]``; rows sharded.
+      refresh: ``(state, rows) -> state`` with the bank embedded anew from resident rows.
+        Donates state.
+      fill: ``(state, order, examples) -> state``, the same for a chunk that the host feeds.
+        Donates state.
+      initialize: ``(state, rows) -> (state, metrics)``, the first clusters from the bank.
+      assign: ``(state, rows, n_iterations) -> (state, metrics)``, Lloyd iterations on the bank.
+        Donates state.
+      shardings: how each field of the state lies on the mesh.
+    """
+
+    create: Callable
+    epoch: Callable
+    order: Callable
+    steps: Callable
+    finish: Callable
+    embed: Callable
+    refresh: Callable
+    fill: Callable
+    initialize: Callable
+    assign: Callable
+    shardings: TrainState
+
+
+OPTIMIZERS: dict[str, Callable[[Any], optax.GradientTransformation]] = {
+    "adam": lambda options: optax.scale_by_adam(),
+    "adamw": lambda options: optax.chain(
+        optax.scale_by_adam(), optax.add_decayed_weights(options.weight_decay)
+    ),
+    "sgd": lambda options: optax.trace(decay=0.9),
+}
+
+
+def learning_rate(options, clustering: bool, epoch, step, n_steps: int) -> jax.Array:
+    """The rate of a step: constant, or a half cosine to zero over each phase.
+
+    Args:
+      options: ``config.training``.
+      clustering: the phase.
+      epoch: [] int32, epochs finished in this phase.
+      step: [] int32, steps finished in this epoch.
+      n_steps: steps of an epoch.
+    """
+    base = options.clustering_learning_rate if clustering else options.learning_rate
+    if options.schedule == "constant":
+        return jnp.float32(base)
+    n_epochs = options.n_epochs if clustering else options.n_pretrain_epochs
+    done = (epoch + step / n_steps) / max(n_epochs, 1)
+    return base * 0.5 * (1.0 + jnp.cos(jnp.pi * jnp.minimum(done, 1.0)))
+
+
+def make_programs(
+    config, graphdef, method: Method, layout: Layout, mesh: Mesh, example_shape, scale: float
+) -> Programs:
+    """Builds the programs of a run.
+
+    Args:
+      config: a validated config; ``training``, ``centroids`` and ``network`` are read.
+      graphdef: structure of the network.
+      method: the clustering method.
+      layout: how the examples lie on the mesh.
+      mesh: of the data axis.
+      example_shape: shape of one example.
+      scale: examples are multiplied by it after their conversion to float32.
+    """
+    options = config.training
+    optimizer = OPTIMIZERS[options.optimizer](options)
+    axis = DATA_AXIS
+
+    def scaled(examples: jax.Array) -> jax.Array:
+        return examples.astype(jnp.float32) * jnp.float32(scale)
+
+    def objective(parameters, clusters, batch):
+        return method.objective(merge(graphdef, parameters), clusters, batch)
+
+    def loss(parameters, clusters, batch):
+        """Sum, not mean, of the local losses: sums add up over devices."""
+        embeddings, terms = objective(parameters, clusters, batch)
+        sums = {name: jnp.sum(batch.weights * values) for name, values in terms.items()}
+        return sum(sums.values(), jnp.float32(0)), (embeddings, sums)
+
+    def train_step(state: TrainState, examples, weights, index, *, clustering: bool):
+        """One step on the local examples of a batch; returns embeddings [b, p] too."""
+        epoch = state.epoch - options.n_pretrain_epochs if clustering else state.epoch
+        step_key = jax.random.fold_in(_epoch_key(state, 1), state.step)
+        batch = Batch(
+            x=scaled(examples),
+            weights=weights,
+            index=index,
+            key=step_key,
+            progress=(epoch + state.step / layout.n_steps).astype(jnp.float32),
+            clustering=clustering,
+            axis_name=axis,
+        )
+        local = to_varying(state.parameters, axis)
+        (_, (embeddings, sums)), gradients = jax.value_and_grad(loss, has_aux=True)(
+            local, state.clusters, batch
+        )
+        # Everything that devices must agree on in a step crosses the mesh here, at once.
+        sums = to_varying(sums | {"weight": jnp.sum(weights)}, axis)
+        gradients, sums = all_sum((gradients, sums), axis)
+        n_batch = jnp.maximum(sums["weight"], 1.0)
+        gradients = jax.tree.map(lambda g: g / n_batch, gradients)
+        updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.parameters)
+        rate = learning_rate(options, clustering, epoch, state.step, layout.n_steps)
+        parameters = jax.tree.map(lambda p, u: p - rate * u, state.parameters, updates)
+        state = state._replace(
+            parameters=parameters,
+            optimizer=optimizer_state,
+            totals={k: v + sums[k] if k in sums else v for k, v in state.totals.items()},
+            step=state.step + 1,
+        )
+        return state, embeddings
+
+    def run_steps(state: TrainState, rows: Rows, order, examples, *, clustering: bool):
+        """Scans over steps; examples are gathered from the rows where the host feeds none."""
+
+        # The bank is written once, after the scan, and must not be copied through it.
+        bank, labels = state.bank, state.labels
+
+        def body(carry, inputs):
+            chosen, fed = inputs
+            batch = rows.examples[chosen] if fed is None else fed
+            carry, embeddings = train_step(
+                carry._replace(bank=bank, labels=labels),
+                batch,
+                rows.weights[chosen],
+                rows.index[chosen],
+                clustering=clustering,
+            )
+            return carry._replace(bank=None, labels=None), embeddings
+
+        carry = state._replace(bank=None, labels=None)
+        carry, embeddings = jax.lax.scan(body, carry, (order, examples))
+        return carry._replace(bank=write(bank, order, embeddings), labels=labels)
+
+    def write(bank, order, embeddings):
+        embeddings = embeddings.reshape(-1, embeddings.shape[-1])
+        return bank.at[order.reshape(-1)].set(embeddings, unique_indices=True)
+
+    def order_of(state: TrainState):
+        """Rows of each step: [n_steps, shards_per_device · rows_per_step] int32, local."""
+        first = jax.lax.axis_index(axis) * layout.shards_per_device
+        shards = jnp.arange(layout.shards_per_device)
+        epoch_key = _epoch_key(state, 0)
+
+        def shuffle(shard):
+            key = jax.random.fold_in(epoch_key, first + shard)
+            rows = jax.random.permutation(key, layout.rows_per_shard)
+            return (rows + shard * layout.rows_per_shard).astype(jnp.int32)
+
+        rows = jax.vmap(shuffle)(shards)
+        rows = rows.reshape(layout.shards_per_device, layout.n_steps, layout.rows_per_step)
+        return rows.transpose(1, 0, 2).reshape(layout.n_steps, -1)
+
+    def embed_local(parameters, examples):
+        return merge(graphdef, parameters).encode(scaled(examples))
+
+    def refresh(state: TrainState, rows: Rows):
+        blocks = rows.examples.reshape(layout.n_steps, -1, *rows.examples.shape[1:])
+        embeddings = jax.lax.map(lambda block: embed_local(state.parameters, block), blocks)
+        return state._replace(bank=embeddings.reshape(state.bank.shape))
+
+    def fill(state: TrainState, order, examples):
+        embeddings = jax.lax.map(lambda block: embed_local(state.parameters, block), examples)
+        return state._replace(bank=write(state.bank, order, embeddings))
+
+    def measure(state: TrainState, rows: Rows, changed):
+        """Variance of the bank and the examples whose label changed; two all-reduces."""
+        weights = rows.weights[:, None]
+        n_changed = jnp.sum(rows.weights * changed)
+        summed = (jnp.sum(weights * state.bank, axis=0), jnp.sum(rows.weights), n_changed)
+        sums, count, n_changed = all_sum(summed, axis)
+        centred = state.bank - (sums / count)[None, :]
+        squared = all_sum(jnp.sum(weights * centred * centred), axis)
+        return squared / count, n_changed / count
+
+    def adopt(state: TrainState, rows: Rows, clusters: Clusters, assigned: Assigned):
+        """Takes new clusters into the state and says what changed."""
+        variance, change = measure(state, rows, assigned.labels != state.labels)
+        metrics = {
+            "embedding_variance": variance,
+            "label_change": change,
+            "inertia": assigned.inertia,
+            "empty_clusters": jnp.sum(assigned.counts == 0).astype(jnp.int32),
+            "relocated_clusters": assigned.n_relocated,
+        }
+        return state._replace(clusters=clusters, labels=assigned.labels), metrics
+
+    def initialize(state: TrainState, rows: Rows):
+        key = _epoch_key(state, 2)
+        clusters, assigned = method.initialize(key, state.bank, rows.weights, rows.index)
+        state, metrics = adopt(state, rows, clusters, assigned)
+        return state._replace(reference_variance=metrics["embedding_variance"]), metrics
+
+    def assign(state: TrainState, rows: Rows, n_iterations):
+        clusters, assigned = method.update(
+            _epoch_key(state, 3), state.clusters, state.bank, rows.weights, rows.index, n_iterations
+        )
+        return adopt(state, rows, clusters, assigned)
+
+    def finish(state: TrainState, rows: Rows, *, clustering: bool):
+        """Re-clusters the bank, counts the epoch, turns totals into means."""
+        weight = jnp.maximum(state.totals["weight"], 1.0)
+        terms = {k: v / weight for k, v in state.totals.items() if k != "weight"}
+        means = {f"loss/{name}": value for name, value in terms.items()}
+        means["loss"] = sum(terms.values(), jnp.float32(0))
+        if clustering:
+            done = state.epoch - options.n_pretrain_epochs + 1
+            due = done % config.centroids.every == 0
+            n_iterations = jnp.where(due, config.centroids.n_iterations, 0)
+            state, metrics = assign(state, rows, n_iterations)
+        else:
+            variance, _ = measure(state, rows, jnp.zeros_like(rows.weights))
+            metrics = {"embedding_variance": variance}
+            reference = jnp.where(state.epoch == 0, variance, state.reference_variance)
+            state = state._replace(reference_variance=reference)
+        state = state._replace(
+            totals=jax.tree.map(jnp.zeros_like, state.totals),
+            epoch=state.epoch + 1,
+            step=jnp.zeros_like(state.step),
+        )
+        return state, means | metrics
+
+    def epoch(state: TrainState, rows: Rows, *, clustering: bool):
+        state = run_steps(state, rows, order_of(state), None, clustering=clustering)
+        if clustering and config.centroids.bank == "refreshed":
+            state = refresh(state, rows)
+        return finish(state, rows, clustering=clustering)
+
+    def create(parameters: Parameters, key: jax.Array) -> TrainState:
+        k, p = config.n_clusters, config.network.embedding_dim
+        clusters = Clusters(jnp.zeros((k, p), jnp.float32))
+        names: set[str] = set()
+        for clustering in (False, True):
+            names |= _term_names(objective, parameters, clusters, example_shape, clustering)
+        zero = jnp.zeros((), jnp.float32)
+        return TrainState(
+            parameters=parameters,
+            optimizer=optimizer.init(parameters),
+            clusters=clusters,
+            bank=jnp.zeros((layout.n_rows, p), jnp.float32),
+            labels=jnp.full((layout.n_rows,), -1, jnp.int32),
+            totals=dict.fromkeys(sorted(names | {"weight"}), zero),
+            reference_variance=zero,
+            epoch=jnp.zeros((), jnp.int32),
+            step=jnp.zeros((), jnp.int32),
+            key=key,
+        )
+
+    states = TrainState.specs()
+    shardings = jax.tree.map(
+        lambda spec: NamedSharding(mesh, spec),
+        states,
+        is_leaf=lambda leaf: isinstance(leaf, PartitionSpec),
+    )
+    by_step = PartitionSpec(None, DATA_AXIS)
+
+    def parallel(function, in_specs, out_specs, *, donate: bool = True):
+        """Compiles over the mesh; ``clustering``, where there is one, is static."""
+
+        def call(*arguments, **static):
+            return data_parallel(
+                lambda *local: function(*local, **static), mesh, in_specs, out_specs
+            )(*arguments)
+
+        return jax.jit(
+            call, donate_argnums=(0,) if donate else (), static_argnames=("clustering",)
+        )
+
+    return Programs(
+        create=jax.jit(create, out_shardings=shardings),
+        epoch=parallel(epoch, (states, SHARDED), (states, REPLICATED)),
+        order=parallel(order_of, (states,), by_step, donate=False),
+        steps=parallel(run_steps, (states, SHARDED, by_step, by_step), states),
+        finish=parallel(finish, (states, SHARDED), (states, REPLICATED)),
+        embed=parallel(embed_local, (REPLICATED, SHARDED), SHARDED, donate=False),
+        refresh=parallel(refresh, (states, SHARDED), states),
+        fill=parallel(fill, (states, by_step, by_step), states),
+        initialize=parallel(initialize, (states, SHARDED), (states, REPLICATED)),
+        assign=parallel(assign, (states, SHARDED, REPLICATED), (states, REPLICATED)),
+        shardings=shardings,
+    )
+
+
+def _epoch_key(state: TrainState, purpose: int) -> jax.Array:
+    """A key of this epoch; purposes: 0 order, 1 steps, 2 first clusters, 3 re-clustering."""
+    root = jax.random.wrap_key_data(state.key)
+    return jax.random.fold_in(jax.random.fold_in(root, purpose), state.epoch)
+
+
+def _term_names(objective, parameters, clusters, example_shape, clustering: bool) -> set[str]:
+    """The loss terms that the objective returns in a phase, found by abstract evaluation."""
+    rows = 2
+    batch = Batch(
+        x=jnp.zeros((rows, *example_shape), jnp.float32),
+        weights=jnp.ones((rows,), jnp.float32),
+        index=jnp.arange(rows, dtype=jnp.int32),
+        key=jax.random.key(0),
+        progress=jnp.float32(0),
+        clustering=clustering,
+    )
+    _, terms = jax.eval_shape(objective, parameters, clusters, batch)
+    return set(terms)

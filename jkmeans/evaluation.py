@@ -1,0 +1,337 @@
+"""What a trained run is good for: embed, predict, evaluate, from its folder alone."""
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding
+from ml_collections import ConfigDict
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+)
+
+from jkmeans import configuration, datasets, kmeans, metrics
+from jkmeans.checkpoints import Checkpoints, DamagedError
+from jkmeans.errors import UserError
+from jkmeans.methods import Clusters
+from jkmeans.networks import make_network, merge, split
+from jkmeans.recorder import results_table
+from jkmeans.sharding import REPLICATED, SHARDED, data_parallel, device_dtype, make_mesh, to_host
+from jkmeans.training import CHECKPOINT_FOLDER, write_json
+
+EVALUATION_FILE = "evaluation.json"
+CHUNK_BYTES = 64 * 2**20
+
+
+class Prediction(NamedTuple):
+    """Clusters of examples.
+
+    Attributes:
+      labels: [n] int32, the nearest centroid.
+      distances: [n] float32, squared Euclidean distance to it.
+      embeddings: [n, p] float32.
+    """
+
+    labels: np.ndarray
+    distances: np.ndarray
+    embeddings: np.ndarray
+
+
+class TrainedModel(NamedTuple):
+    """A network and its centroids, as a checkpoint holds them.
+
+    Attributes:
+      config: of the run.
+      centroids: [k, p] float32.
+      example_shape: what an example must look like.
+      scale: examples are multiplied by it.
+      position: the checkpoint, in steps.
+      epoch: epochs it was trained for.
+      predict_rows: ``(examples [r, *example_shape]) -> (labels, distances, embeddings)`` on the
+        devices, r a multiple of their number.
+      n_devices: of the mesh.
+    """
+
+    config: ConfigDict
+    centroids: np.ndarray
+    example_shape: tuple[int, ...]
+    scale: float
+    position: int
+    epoch: int
+    predict_rows: Callable
+    n_devices: int
+
+
+def load_model(
+    workdir: str | os.PathLike, checkpoint: str = "latest", n_devices: int = 0
+) -> TrainedModel:
+    """Restores network and centroids from the folder of a run.
+
+    Args:
+      workdir: of the run.
+      checkpoint: ``latest``, ``best`` (least unsupervised objective) or a position.
+      n_devices: of the mesh, which need not be the one it was trained on; 0 for all.
+
+    Raises:
+      UserError: there is no such checkpoint, or none that can be read.
+    """
+    folder = Path(workdir).absolute() / CHECKPOINT_FOLDER
+    mesh = make_mesh(n_devices)
+    with Checkpoints(folder) as checkpoints:
+        for position in _candidates(checkpoints, checkpoint):
+            try:
+                return _restore(checkpoints, position, mesh)
+            except DamagedError as error:
+                if checkpoint != "latest":
+                    raise UserError(f"{error}; accepted: another --checkpoint") from error
+                print(f"warning: {error}; going back to the one before")
+    raise UserError(f"no checkpoint in {folder} can be read; accepted: a folder of experiments.train")
+
+
+def _candidates(checkpoints: Checkpoints, wanted: str) -> list[int]:
+    positions = checkpoints.positions()
+    if not positions:
+        raise UserError(
+            f"{checkpoints.folder.parent} holds no checkpoint; accepted: a --workdir of "
+            "experiments.train"
+        )
+    if wanted == "latest":
+        return positions[::-1]
+    if wanted == "best":
+        best = checkpoints.best()
+        if best is None:
+            raise UserError(
+                f"--checkpoint is 'best', but no checkpoint in {checkpoints.folder} has been "
+                "measured; accepted: 'latest'"
+            )
+        return [best]
+    if not wanted.isdigit() or int(wanted) not in positions:
+        raise UserError(
+            f"--checkpoint is {wanted!r}; accepted: 'latest', 'best' or one of "
+            f"{', '.join(map(str, positions))}"
+        )
+    return [int(wanted)]
+
+
+def _restore(checkpoints: Checkpoints, position: int, mesh) -> TrainedModel:
+    record = checkpoints.record(position)
+    config = configuration.from_json(record["config"])
+    shape, scale = tuple(record["data"]["example_shape"]), record["data"]["scale"]
+    network = make_network(config.network, shape, jax.random.key(0))
+    graphdef, parameters = split(network)
+    sharding = NamedSharding(mesh, REPLICATED)
+    k, p = config.n_clusters, config.network.embedding_dim
+    here = {
+        "parameters": parameters,
+        "clusters": Clusters(jnp.zeros((k, p), jnp.float32)),
+    }
+    abstract = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), here
+    )
+    model = checkpoints.load(position, {"model": abstract}).trees["model"]
+
+    def predict_local(model, examples):
+        x = examples.astype(jnp.float32) * jnp.float32(scale)
+        embeddings = merge(graphdef, model["parameters"]).encode(x)
+        found = kmeans.assign(embeddings, model["clusters"].centroids)
+        return found.labels, found.distances, embeddings
+
+    program = jax.jit(data_parallel(predict_local, mesh, (REPLICATED, SHARDED), SHARDED))
+
+    def predict_rows(examples: np.ndarray):
+        rows = jax.device_put(examples, NamedSharding(mesh, SHARDED))
+        return program(model, rows)
+
+    return TrainedModel(
+        config=config,
+        centroids=to_host(model["clusters"].centroids),
+        example_shape=shape,
+        scale=scale,
+        position=position,
+        epoch=record["epoch"],
+        predict_rows=predict_rows,
+        n_devices=mesh.size,
+    )
+
+
+def predict(
+    model: TrainedModel,
+    examples: np.ndarray,
+    progress: Callable[[int], object] = lambda n_done: None,
+) -> Prediction:
+    """Embeds examples and assigns each to its nearest centroid.
+
+    Args:
+      model: from `load_model`.
+      examples: [n, *example_shape], in the units of the training data (scaling is the model's);
+        read in chunks, so it may be a memory map.
+      progress: called with the number of examples done.
+
+    Raises:
+      UserError: wrong shape or type, no examples, NaN or infinity.
+    """
+    examples = datasets.check_examples(examples, expected_shape=model.example_shape)
+    parts = []
+    n_done = 0
+    for chunk, n in _chunks(examples, model.n_devices):
+        parts.append([to_host(array)[:n] for array in model.predict_rows(chunk)])
+        n_done += n
+        progress(n_done)
+    return Prediction(*(np.concatenate(column) for column in zip(*parts, strict=True)))
+
+
+def embed(model: TrainedModel, examples: np.ndarray) -> np.ndarray:
+    """Embeddings [n, p] float32 of examples [n, *example_shape]."""
+    return predict(model, examples).embeddings
+
+
+def _chunks(examples: np.ndarray, n_devices: int) -> Iterator[tuple[np.ndarray, int]]:
+    """Chunks of one shape, the last padded with zeros, each with its number of examples."""
+    dtype = device_dtype(examples.dtype)
+    row_bytes = int(np.prod(examples.shape[1:])) * dtype.itemsize
+    n_rows = max(1, min(len(examples), CHUNK_BYTES // row_bytes))
+    n_rows += -n_rows % n_devices
+    for start in range(0, len(examples), n_rows):
+        part = np.asarray(examples[start : start + n_rows], dtype)
+        chunk = np.zeros((n_rows, *examples.shape[1:]), dtype)
+        chunk[: len(part)] = part
+        yield chunk, len(part)
+
+
+def evaluate(
+    workdir: str | os.PathLike,
+    *,
+    checkpoint: str = "latest",
+    input_path: str = "",
+    labels_path: str = "",
+    split: str = "",
+    n_devices: int = 0,
+) -> dict[str, Any]:
+    """Measures a run from its folder alone.
+
+    Args:
+      workdir: of the run; the config comes from the checkpoint.
+      checkpoint: ``latest``, ``best`` or a position.
+      input_path: an .npy file of other examples; the run's own data if empty.
+      labels_path: an .npy file with their classes, or empty.
+      split: another part of the run's data set (``train``, ``test``, ``all``), or empty.
+      n_devices: of the mesh; 0 for all.
+
+    Returns:
+      What is written to ``evaluation.json``: ``inertia`` (sum of squared distances of embeddings
+      to their centroids), ``empty_clusters`` and, where labels exist, ``acc``, ``nmi``, ``ari`` and
+      ``purity``.
+
+    Raises:
+      UserError: the checkpoint or the data cannot be used.
+    """
+    model = load_model(workdir, checkpoint, n_devices)
+    data = model.config.data
+    if input_path:
+        dataset = datasets.load("npy", path=input_path, labels_path=labels_path)
+    else:
+        dataset = datasets.load(
+            data.name,
+            split=split or data.split,
+            path=data.path,
+            labels_path=labels_path or data.labels_path,
+            n_examples=0 if split else data.n_examples,
+        )
+    found = predict(model, dataset.examples)
+    sizes = np.bincount(found.labels, minlength=model.config.n_clusters)
+    results: dict[str, Any] = {
+        "data": dataset.name,
+        "checkpoint": model.position,
+        "epoch": model.epoch,
+        "n_examples": dataset.n_examples,
+        "n_clusters": model.config.n_clusters,
+        "inertia": float(np.sum(found.distances, dtype=np.float64)),
+        "empty_clusters": int(np.sum(sizes == 0)),
+    }
+    if dataset.labels is not None:
+        results |= metrics.summarize(dataset.labels, found.labels)
+    write_json(Path(workdir) / EVALUATION_FILE, results)
+    results_table(results, f"Evaluation of {workdir}")
+    return results
+
+
+def predict_file(
+    workdir: str | os.PathLike,
+    input_path: str,
+    output_path: str,
+    *,
+    checkpoint: str = "latest",
+    embeddings: bool = False,
+    n_devices: int = 0,
+) -> None:
+    """Assigns the examples of an .npy file to the clusters of a run and writes an .npz file.
+
+    Args:
+      workdir: of the run.
+      input_path: [n, *example_shape], in the units of the training data.
+      output_path: receives ``labels`` [n] int32, ``distances`` [n] float32 (squared, in the
+        embedding), ``centroids`` [k, p] and, if asked for, ``embeddings`` [n, p] float32. It
+        appears under its name only when complete.
+      checkpoint: ``latest``, ``best`` or a position.
+      embeddings: whether to write them.
+      n_devices: of the mesh; 0 for all.
+
+    Raises:
+      UserError: the checkpoint or the input cannot be used, or the output not be written.
+    """
+    output = Path(output_path)
+    if output.suffix != ".npz":
+        raise UserError(f"--output is {output_path!r}; accepted: a name that ends in .npz")
+    if not output.absolute().parent.is_dir():
+        raise UserError(
+            f"--output is {output_path!r}, but there is no folder {output.absolute().parent}"
+        )
+    model = load_model(workdir, checkpoint, n_devices)
+    examples = datasets.load("npy", path=input_path).examples
+    with progress_bar("predict", len(examples)) as advance:
+        found = predict(model, examples, advance)
+    arrays = {"labels": found.labels, "distances": found.distances, "centroids": model.centroids}
+    if embeddings:
+        arrays["embeddings"] = found.embeddings
+    temporary = output.with_name(f".{output.name}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            np.savez(file, **arrays)
+        os.replace(temporary, output)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"cannot write --output {output_path}: {error.strerror}") from error
+    sizes = np.bincount(found.labels, minlength=model.config.n_clusters)
+    summary = {
+        "examples": len(examples),
+        "clusters in use": int(np.sum(sizes > 0)),
+        "largest cluster": int(sizes.max()),
+        "mean squared distance": float(found.distances.mean()),
+        "checkpoint": model.position,
+    }
+    results_table(summary, f"Written to {output_path}")
+
+
+@contextlib.contextmanager
+def progress_bar(name: str, n_examples: int) -> Iterator[Callable[[int], object]]:
+    """A bar with rate and remaining time on a terminal; silent elsewhere."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("examples"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(name, total=n_examples)
+        yield lambda n_done: bar.update(task, completed=n_done)

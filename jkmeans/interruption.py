@@ -1,0 +1,61 @@
+"""Ctrl-C and SIGTERM: a wish to stop that the loop hears at its next safe place."""
+
+import os
+import signal
+
+
+class Interrupted(Exception):
+    """A run stopped because it was asked to; everything is saved.
+
+    Attributes:
+      exit_status: 128 and the number of the signal, as shells have it.
+    """
+
+    def __init__(self, number: int):
+        super().__init__(f"stopped by {signal.Signals(number).name}")
+        self.exit_status = 128 + number
+
+
+class Interruption:
+    """Hears SIGINT and SIGTERM while it is entered; the second one ends the process at once.
+
+    Attributes:
+      requested: whether a signal came.
+    """
+
+    def __init__(self):
+        self.requested = False
+        self._number = 0
+        self._announced = True
+        self._before: dict[int, object] = {}
+
+    def __enter__(self) -> "Interruption":
+        for number in (signal.SIGINT, signal.SIGTERM):
+            try:
+                self._before[number] = signal.signal(number, self._hear)
+            except ValueError:  # Not the main thread: signals are somebody else's business.
+                break
+        return self
+
+    def __exit__(self, *exception) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+
+    def _hear(self, number: int, frame) -> None:
+        del frame
+        if self.requested:
+            # Checkpoints appear under their names only when complete, so nothing breaks.
+            os._exit(128 + number)
+        self.requested = True
+        self._number = number
+        self._announced = False
+
+    def announced(self) -> bool:
+        """True once after a signal, for whoever tells the user."""
+        news = not self._announced
+        self._announced = True
+        return news
+
+    def leave(self) -> None:
+        """Raises `Interrupted`."""
+        raise Interrupted(self._number)

@@ -1,0 +1,153 @@
+"""Joint deep k-means: the network and its centroids learned together, in turns.
+
+The objective of a batch B with centroids c₁…c_K, embeddings zᵢ = f(xᵢ) of dimension p, and
+reconstructions x̂ᵢ = g(zᵢ) of dimension d is the mean over the examples of B of
+
+    ‖xᵢ − x̂ᵢ‖² / d  +  λ(t) · minₖ ‖zᵢ − cₖ‖² / p  +  β · (log K − H(p̄))
+
+* λ(t) = λ · min(1, t / T) rises over T epochs of clustering (``warmup_epochs``); t counts epochs
+  since clustering began, fractions included. While pretraining only the first term stands.
+* p̄ is the mean over the batch of softmaxₖ(−‖zᵢ − cₖ‖² / τ), H its entropy in nats: the term is
+  zero when clusters are equally used and log K when one takes all. It stands only where β > 0.
+* Centroids are constants of the step. After each epoch they are recomputed from the embeddings of
+  all examples by Lloyd iterations that start from the current centroids.
+
+‖z − c‖² alone is minimised by an encoder that maps everything to one point. With a decoder the
+reconstruction keeps the embedding from shrinking; without one the network must normalise its
+embeddings to length one and β must be positive (`jkmeans.configuration` refuses anything else).
+
+Sources: alternating k-means and representation learning as in Song et al. 2013, "Auto-encoder
+based data clustering" (AEC), eq. 4, with centroids recomputed over all data after each epoch;
+Yang et al. 2017, "Towards k-means-friendly spaces" (DCN), eq. 5, for the joint loss. Deviations:
+both terms are divided by their dimension, so that λ carries over between image sizes; λ warms up;
+the assignment is the nearest centroid at the time of the step.
+"""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from jkmeans import kmeans
+from jkmeans.methods.base import Assigned, Batch, Clusters, Method
+from jkmeans.naming import resolve
+
+
+def objective(
+    network,
+    clusters: Clusters,
+    batch: Batch,
+    *,
+    centroid_weight: float,
+    warmup_epochs: float,
+    balance_weight: float,
+    temperature: float,
+    decoder: bool,
+):
+    """The terms of the module's formula for each example.
+
+    Args:
+      network: with ``encode`` and, where ``decoder``, ``decode``.
+      clusters: the current centroids [k, p].
+      batch: examples of this device.
+      centroid_weight: λ.
+      warmup_epochs: T; 0 for no warm-up.
+      balance_weight: β.
+      temperature: τ.
+      decoder: whether there is a reconstruction term.
+
+    Returns:
+      embeddings [b, p] and ``{"reconstruction": [b], "centroid": [b], "balance": [b]}``, of which
+      only the terms that stand are present.
+    """
+    z = network.encode(batch.x)
+    terms = {}
+    if decoder:
+        error = (batch.x - network.decode(z)).reshape(z.shape[0], -1)
+        terms["reconstruction"] = jnp.mean(error * error, axis=-1)
+    if batch.clustering:
+        weight = centroid_weight * warmup(batch.progress, warmup_epochs)
+        distances = kmeans.assign(z, clusters.centroids).distances
+        terms["centroid"] = weight * distances / z.shape[-1]
+        if balance_weight > 0:
+            value = imbalance(z, clusters.centroids, temperature, batch)
+            terms["balance"] = balance_weight * jnp.broadcast_to(value, z.shape[:1])
+    return z, terms
+
+
+def warmup(progress: jax.Array, warmup_epochs: float) -> jax.Array:
+    """λ(t) / λ = min(1, t / T)."""
+    return jnp.minimum(progress / warmup_epochs, 1.0) if warmup_epochs > 0 else jnp.float32(1)
+
+
+def imbalance(z, centroids, temperature: float, batch: Batch) -> jax.Array:
+    """log K − H(p̄) in nats, over the batch of all devices: 0 (balanced) to log K (one cluster)."""
+    squared = (
+        jnp.sum(z * z, axis=-1, keepdims=True)
+        - 2 * jnp.dot(z, centroids.T, precision=jax.lax.Precision.HIGHEST)
+        + jnp.sum(centroids * centroids, axis=-1)[None, :]
+    )
+    usage = batch.mean(jax.nn.softmax(-squared / temperature, axis=-1))
+    return jnp.log(usage.shape[0]) + jnp.sum(usage * jnp.log(jnp.maximum(usage, 1e-12)))
+
+
+OBJECTIVES: dict[str, Callable] = {"joint": objective}
+
+
+def joint(config, axis_name: str | None) -> Method:
+    """Joint deep k-means as a `Method`.
+
+    Args:
+      config: a whole, validated config; ``objective`` and ``centroids`` are read.
+      axis_name: mesh axis of the examples.
+
+    Raises:
+      UserError: ``objective.name`` is neither ``joint`` nor an importable ``module:function``.
+    """
+    chosen = resolve(config.objective.name, OBJECTIVES, "objective.name")
+    if chosen is objective:
+        chosen = functools.partial(
+            objective,
+            centroid_weight=config.objective.centroid_weight,
+            warmup_epochs=config.objective.warmup_epochs,
+            balance_weight=config.objective.balance_weight,
+            temperature=config.objective.temperature,
+            decoder=config.network.decoder,
+        )
+    options = config.centroids
+
+    def initialize(key, bank, weights, index):
+        result = kmeans.fit(
+            key,
+            bank,
+            config.n_clusters,
+            init=options.init,
+            n_init=options.n_init,
+            max_iter=options.init_max_iter,
+            empty=options.empty,
+            weights=weights,
+            index=index,
+            axis_name=axis_name,
+        )
+        return Clusters(result.centroids), _assigned(result)
+
+    def update(key, clusters, bank, weights, index, n_iterations):
+        del key, index  # Lloyd from the current centroids draws nothing.
+        result = kmeans.lloyd(
+            bank,
+            clusters.centroids,
+            weights=weights,
+            max_iter=n_iterations,
+            empty=options.empty,
+            axis_name=axis_name,
+        )
+        return Clusters(result.centroids), _assigned(result)
+
+    return Method(initialize, chosen, update)
+
+
+def _assigned(result: kmeans.LloydResult) -> Assigned:
+    return Assigned(
+        result.labels, result.distances, result.counts, result.inertia, result.n_relocated
+    )

@@ -1,0 +1,37 @@
+"""Names in a config that stand for functions: one of ours, or the user's ``module:function``."""
+
+import importlib
+from collections.abc import Callable, Mapping
+
+from jkmeans.errors import UserError
+
+
+def resolve(name: str, known: Mapping[str, Callable], field: str) -> Callable:
+    """The function that ``name`` stands for.
+
+    Args:
+      name: a key of ``known``, or ``module:function`` of an importable module.
+      known: the functions of this project by name.
+      field: the config field, for the error.
+
+    Raises:
+      UserError: no such name, module or function.
+    """
+    accepted = f"accepted: {', '.join(map(repr, known))} or 'module:function'"
+    if name in known:
+        return known[name]
+    module_name, separator, function_name = name.partition(":")
+    if not separator or not module_name or not function_name:
+        raise UserError(f"{field} is {name!r}; {accepted}")
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise UserError(
+            f"{field} is {name!r}, but importing {module_name} failed: {error}"
+        ) from error
+    function = getattr(module, function_name, None)
+    if not callable(function):
+        raise UserError(
+            f"{field} is {name!r}, but {module_name} has no function {function_name!r}; {accepted}"
+        )
+    return function

@@ -1,0 +1,243 @@
+"""Encoders and autoencoders in ``flax.nnx``.
+
+A network is made by a factory ``factory(example_shape, options, rngs) -> nnx.Module`` and has
+
+* ``encode(x: [b, *example_shape] float32) -> [b, embedding_dim] float32``, and
+* where there is a decoder, ``decode(z: [b, embedding_dim]) -> [b, *example_shape]``.
+
+`make_network` takes one of the names in `NETWORKS` or the user's own ``module:function``. The
+network must be a deterministic function of one example at a time: its only variables are
+``nnx.Param``. Layers that look across the batch (batch normalisation) would make an embedding
+depend on the batch, the padding and the number of devices; layers with random state (dropout)
+would not be reproducible after a resume. Both are refused. Layer and group normalisation are fine.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jkmeans.errors import UserError
+from jkmeans.naming import resolve
+
+_glorot = nnx.initializers.glorot_uniform()
+
+
+def unit_norm(z: jax.Array) -> jax.Array:
+    """Scales each row of ``z: [b, p]`` to length one; the zero vector stays zero."""
+    squared = jnp.sum(z * z, axis=-1, keepdims=True)
+    return z * jax.lax.rsqrt(jnp.maximum(squared, 1e-12))
+
+
+class FullyConnectedAutoencoder(nnx.Module):
+    """The d-500-500-2000-z autoencoder of the deep clustering literature.
+
+    ReLU between the layers, none on the embedding and on the output; Glorot-uniform weights and
+    zero biases. The decoder mirrors the encoder (Xie et al. 2016, section 4.2).
+    """
+
+    def __init__(
+        self,
+        example_shape: Sequence[int],
+        *,
+        embedding_dim: int,
+        widths: Sequence[int],
+        decoder: bool,
+        normalize: bool,
+        rngs: nnx.Rngs,
+    ):
+        self.example_shape = tuple(example_shape)
+        self.normalize = normalize
+        sizes = [math.prod(example_shape), *widths, embedding_dim]
+        self.encoder = _dense_layers(sizes, rngs)
+        self.decoder = _dense_layers(sizes[::-1], rngs) if decoder else None
+
+    def encode(self, x: jax.Array) -> jax.Array:
+        """Embeddings [b, z] of examples [b, *example_shape]."""
+        z = _apply_dense(self.encoder, x.reshape(x.shape[0], -1))
+        return unit_norm(z) if self.normalize else z
+
+    def decode(self, z: jax.Array) -> jax.Array:
+        """Reconstructions [b, *example_shape] of embeddings [b, z]."""
+        assert self.decoder is not None
+        return _apply_dense(self.decoder, z).reshape(z.shape[0], *self.example_shape)
+
+
+def _dense_layers(sizes: Sequence[int], rngs: nnx.Rngs) -> nnx.List:
+    pairs = zip(sizes[:-1], sizes[1:], strict=True)
+    return nnx.List([nnx.Linear(i, o, kernel_init=_glorot, rngs=rngs) for i, o in pairs])
+
+
+def _apply_dense(layers: nnx.List, x: jax.Array) -> jax.Array:
+    for layer in layers[:-1]:
+        x = nnx.relu(layer(x))
+    return layers[-1](x)
+
+
+class ConvolutionalAutoencoder(nnx.Module):
+    """Strided convolutions to a linear embedding, and their mirror image.
+
+    Each width is the channels of one 3×3 convolution with stride 2 and ReLU; the decoder is a
+    linear layer and as many 3×3 transposed convolutions. After Guo et al. 2017 ("Deep clustering
+    with convolutional autoencoders"), with 3×3 kernels throughout. Images of any size: the
+    decoder's output is cropped to the size of the input.
+    """
+
+    def __init__(
+        self,
+        example_shape: Sequence[int],
+        *,
+        embedding_dim: int,
+        widths: Sequence[int],
+        decoder: bool,
+        normalize: bool,
+        rngs: nnx.Rngs,
+    ):
+        if len(example_shape) not in (2, 3):
+            raise UserError(
+                "network.name is 'convolutional', but the examples have shape "
+                f"{list(example_shape)}; accepted: [height, width] or [height, width, channels]"
+            )
+        self.example_shape = tuple(example_shape)
+        self.normalize = normalize
+        height, width = example_shape[:2]
+        n_channels = example_shape[2] if len(example_shape) == 3 else 1
+        halvings = 2 ** len(widths)
+        self.coarse_shape = (math.ceil(height / halvings), math.ceil(width / halvings), widths[-1])
+        channels = [n_channels, *widths]
+        pairs = list(zip(channels[:-1], channels[1:], strict=True))
+        options = {"kernel_size": (3, 3), "strides": (2, 2), "padding": "SAME", "rngs": rngs}
+        self.convolutions = nnx.List(
+            [nnx.Conv(i, o, kernel_init=_glorot, **options) for i, o in pairs]
+        )
+        n_coarse = math.prod(self.coarse_shape)
+        self.to_embedding = nnx.Linear(n_coarse, embedding_dim, kernel_init=_glorot, rngs=rngs)
+        self.decoder = None
+        self.from_embedding = None
+        if decoder:
+            self.from_embedding = nnx.Linear(
+                embedding_dim, n_coarse, kernel_init=_glorot, rngs=rngs
+            )
+            self.decoder = nnx.List(
+                [
+                    nnx.ConvTranspose(o, i, kernel_init=_glorot, **options)
+                    for i, o in reversed(pairs)
+                ]
+            )
+
+    def encode(self, x: jax.Array) -> jax.Array:
+        """Embeddings [b, z] of images [b, h, w] or [b, h, w, c]."""
+        # Sizes that are not a multiple of the strides are padded, at the bottom and the right.
+        height, width, _ = self.coarse_shape
+        halvings = 2 ** len(self.convolutions)
+        x = x.reshape(x.shape[0], *self.example_shape[:2], -1)
+        missing_rows = height * halvings - x.shape[1]
+        missing_columns = width * halvings - x.shape[2]
+        x = jnp.pad(x, ((0, 0), (0, missing_rows), (0, missing_columns), (0, 0)))
+        for convolution in self.convolutions:
+            x = nnx.relu(convolution(x))
+        z = self.to_embedding(x.reshape(x.shape[0], -1))
+        return unit_norm(z) if self.normalize else z
+
+    def decode(self, z: jax.Array) -> jax.Array:
+        """Reconstructions of embeddings [b, z], in the shape of the images."""
+        assert self.decoder is not None
+        assert self.from_embedding is not None
+        x = nnx.relu(self.from_embedding(z)).reshape(z.shape[0], *self.coarse_shape)
+        for layer in self.decoder[:-1]:
+            x = nnx.relu(layer(x))
+        x = self.decoder[-1](x)[:, : self.example_shape[0], : self.example_shape[1]]
+        return x.reshape(z.shape[0], *self.example_shape)
+
+
+def _from_options(network: type[nnx.Module]) -> Callable[..., nnx.Module]:
+    def factory(example_shape, options, rngs):
+        return network(
+            example_shape,
+            embedding_dim=options.embedding_dim,
+            widths=options.widths,
+            decoder=options.decoder,
+            normalize=options.normalize,
+            rngs=rngs,
+        )
+
+    return factory
+
+
+NETWORKS: dict[str, Callable[..., nnx.Module]] = {
+    "fully_connected": _from_options(FullyConnectedAutoencoder),
+    "convolutional": _from_options(ConvolutionalAutoencoder),
+}
+
+
+def make_network(options, example_shape: Sequence[int], key: jax.Array) -> nnx.Module:
+    """Builds the network that ``config.network`` names and checks the contract above.
+
+    Args:
+      options: ``config.network``, with ``name`` one of `NETWORKS` or ``module:function``.
+      example_shape: shape of one example.
+      key: the key of its initial parameters.
+
+    Raises:
+      UserError: the name cannot be resolved, or the network breaks the contract.
+    """
+    factory = resolve(options.name, NETWORKS, "network.name")
+    shape = tuple(example_shape)
+    network = factory(shape, options, nnx.Rngs(params=key))
+    where = f"network.name is {options.name!r}: the network"
+    if not callable(getattr(network, "encode", None)):
+        raise UserError(f"{where} has no method encode(x); see jkmeans/networks.py")
+    if options.decoder and not callable(getattr(network, "decode", None)):
+        raise UserError(
+            f"{where} has no method decode(z), which network.decoder = True asks for; "
+            "see jkmeans/networks.py"
+        )
+    others = nnx.state(network, nnx.Not(nnx.Param))
+    kinds = sorted({type(leaf).__name__ for _, leaf in nnx.to_flat_state(others)})
+    if kinds:
+        raise UserError(
+            f"{where} holds variables of type {', '.join(kinds)}; accepted: nnx.Param only "
+            "(no batch normalisation, no dropout; layer and group normalisation are fine)"
+        )
+    example = jax.ShapeDtypeStruct((2, *shape), jnp.float32)
+
+    def round_trip(x):
+        z = network.encode(x)
+        return z, network.decode(z) if options.decoder else x
+
+    embeddings, reconstruction = jax.eval_shape(round_trip, example)
+    if embeddings.shape != (2, options.embedding_dim):
+        raise UserError(
+            f"{where} turns two examples into embeddings of shape {list(embeddings.shape)}; "
+            f"accepted: [2, {options.embedding_dim}] (network.embedding_dim)"
+        )
+    if reconstruction.shape != example.shape:
+        raise UserError(
+            f"{where} reconstructs shape {list(reconstruction.shape)}; "
+            f"accepted: {list(example.shape)}, the shape of the examples"
+        )
+    return network
+
+
+Parameters = dict[str, jax.Array]
+"""Parameters by path, such as ``encoder/0/kernel``: what checkpoints and optimizers see."""
+
+
+def split(network: nnx.Module) -> tuple[nnx.GraphDef, Parameters]:
+    """Takes a network apart into its structure and its parameters by path."""
+    graphdef, state = nnx.split(network)
+    return graphdef, {
+        "/".join(map(str, path)): leaf[...] for path, leaf in nnx.to_flat_state(state)
+    }
+
+
+def merge(graphdef: nnx.GraphDef, parameters: Parameters) -> nnx.Module:
+    """Puts a network together again; the inverse of `split`."""
+    flat = [(_path(name), nnx.Param(value)) for name, value in parameters.items()]
+    return nnx.merge(graphdef, nnx.from_flat_state(flat))
+
+
+def _path(name: str) -> tuple[str | int, ...]:
+    return tuple(int(part) if part.isdigit() else part for part in name.split("/"))

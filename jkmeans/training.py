@@ -1,0 +1,544 @@
+"""A run: a network and its centroids trained together, checkpointed, resumed, reported.
+
+`train_and_evaluate` is the one way in. It holds the loop over epochs and nothing of what happens
+inside one: the epoch is a compiled program (`jkmeans.epoch`), the objective is a method
+(`jkmeans.methods`).
+"""
+
+import functools
+import json
+import os
+import platform
+import time
+import zlib
+from collections.abc import Callable
+from importlib import metadata as importlib_metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+import jkmeans
+from jkmeans import configuration, datasets, metrics
+from jkmeans.checkpoints import Checkpoints, DamagedError
+from jkmeans.epoch import Programs, Rows, TrainState, make_programs
+from jkmeans.errors import CollapseError, UserError
+from jkmeans.feeding import HostFeeder
+from jkmeans.interruption import Interruption
+from jkmeans.methods import METHODS
+from jkmeans.networks import Parameters, make_network, split
+from jkmeans.recorder import Recorder, read_metrics, results_table
+from jkmeans.sharding import (
+    DATA_AXIS,
+    REPLICATED,
+    SHARDED,
+    Layout,
+    gather_examples,
+    make_mesh,
+    place,
+    place_rows,
+    relayout,
+    to_host,
+)
+
+CONFIG_FILE = "config.json"
+RESULTS_FILE = "results.json"
+CHECKPOINT_FOLDER = "checkpoints"
+REPORT_FOLDER = "report"
+
+_MODEL = ("parameters", "clusters")
+
+
+def train_and_evaluate(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, Any]:
+    """Trains a network and its centroids together, or goes on where a run stopped.
+
+    Args:
+      config: complete, as the files in ``configs/``; see `jkmeans.configuration.FIELDS`.
+      workdir: folder of the run. It receives ``config.json``, ``checkpoints/``,
+        ``metrics.jsonl``, ``tensorboard/``, ``results.json`` and ``report/``. Where it holds an
+        unfinished run of the same config, that run goes on; a finished one is reported again.
+
+    Returns:
+      The results that are in ``results.json``: ``n_examples``, ``n_clusters``, ``inertia``,
+      ``embedding_variance``, ``empty_clusters``, ``n_epochs``, ``train_seconds`` and, where labels
+      exist, ``acc``, ``nmi``, ``ari`` and ``purity``.
+
+    Raises:
+      UserError: the config, the data or the workdir cannot be used.
+      CollapseError: the embeddings shrank to a point, or the loss is not finite.
+      Interrupted: SIGTERM or Ctrl-C came; everything up to the last step is saved.
+    """
+    config = configuration.validate(config)
+    workdir = Path(workdir).absolute()
+    dataset = datasets.load(
+        config.data.name,
+        split=config.data.split,
+        path=config.data.path,
+        labels_path=config.data.labels_path,
+        n_examples=config.data.n_examples,
+    )
+    configuration.check_data(config, dataset.n_examples)
+    mesh = make_mesh(config.n_devices)
+    run = _Run(config, workdir, dataset, mesh)
+    claim_workdir(workdir, config)
+    with Checkpoints(workdir / CHECKPOINT_FOLDER, keep=config.checkpoint.keep) as checkpoints:
+        return run.execute(checkpoints)
+
+
+class _Run:
+    """One run in one process: what stays the same from its first epoch to its last."""
+
+    def __init__(self, config: ConfigDict, workdir: Path, dataset: datasets.Dataset, mesh):
+        self.config = config
+        self.workdir = workdir
+        self.dataset = dataset
+        self.mesh = mesh
+        self.layout = Layout(
+            n_examples=dataset.n_examples,
+            batch_size=config.training.batch_size,
+            n_shards=config.data.n_shards,
+            n_devices=mesh.size,
+        )
+        self.n_epochs = config.training.n_pretrain_epochs + config.training.n_epochs
+        self.n_steps = self.layout.n_steps
+        self.root_key = jax.random.key(config.seed)
+        network = make_network(
+            config.network, dataset.example_shape, jax.random.fold_in(self.root_key, 0)
+        )
+        graphdef, self.parameters = split(network)
+        self.programs = make_programs(
+            config,
+            graphdef,
+            METHODS["joint"](config, DATA_AXIS),
+            self.layout,
+            mesh,
+            dataset.example_shape,
+            dataset.scale,
+        )
+        self._compiled: dict[tuple, Callable] = {}
+        self.data_record = describe_data(dataset)
+
+    # What is where
+
+    @functools.cached_property
+    def on_host(self) -> bool:
+        """Whether examples stay on the host and are fed."""
+        placement = self.config.data.placement
+        if placement != "auto":
+            return placement == "host"
+        n_bytes = self.layout.n_rows * int(np.prod(self.dataset.example_shape)) * 4
+        return n_bytes / self.mesh.size > _device_room(self.mesh.devices.flat[0], self.mesh.size)
+
+    @functools.cached_property
+    def rows(self) -> Rows:
+        """The examples on the devices, or only their weights and numbers where they are fed."""
+        index = self.layout.row_index()
+        examples = None
+        if not self.on_host:
+            examples = place_rows(self.dataset.examples, self.layout, self.mesh)
+        return Rows(
+            examples=examples,
+            weights=place((index >= 0).astype(np.float32), self.mesh, SHARDED),
+            index=place(index, self.mesh, SHARDED),
+        )
+
+    @functools.cached_property
+    def feeder(self) -> HostFeeder:
+        """Feeds examples that stay on the host."""
+        chunk_bytes = self.config.data.chunk_mebibytes * 2**20
+        return HostFeeder(self.dataset.examples, self.layout, self.mesh, chunk_bytes)
+
+    # The run
+
+    def execute(self, checkpoints: Checkpoints) -> dict[str, Any]:
+        """Trains what is left to train, and reports."""
+        state, record = self.restore_or_create(checkpoints)
+        epoch = int(state.epoch)
+        seconds = record["seconds"] if record else 0.0
+        if record and record["results"]:
+            print(f"{self.workdir} holds a finished run of this config; nothing to train")
+            return self.report(state, record["results"])
+        with (
+            Interruption() as interruption,
+            Recorder(
+                self.workdir, n_epochs=self.n_epochs, position=epoch, resumed=record is not None
+            ) as recorder,
+        ):
+            self.recorder, self.interruption = recorder, interruption
+            self.announce(epoch, record is not None)
+            while epoch < self.n_epochs:
+                started = time.perf_counter()
+                state, values = self.run_epoch(state, epoch)
+                seconds += time.perf_counter() - started
+                if values is not None:
+                    epoch += 1
+                    self.check_collapse(values, state, epoch)
+                due = epoch % self.config.checkpoint.every == 0 or epoch == self.n_epochs
+                if due or interruption.requested:
+                    self.save(checkpoints, state, seconds, values, results=None)
+                if interruption.requested:
+                    checkpoints.wait()
+                    recorder.say(f"saved; the same command goes on from epoch {epoch}")
+                    interruption.leave()
+            state, results = self.finish(state, seconds)
+            self.save(checkpoints, state, seconds, None, results=results)
+            checkpoints.wait()
+        return self.report(state, results)
+
+    def announce(self, epoch: int, resumed: bool) -> None:
+        """Says once what is about to run, and on what."""
+        devices = f"{self.mesh.size} × {self.mesh.devices.flat[0].platform}"
+        feeding = "fed from the host" if self.on_host else "on the devices"
+        self.recorder.say(
+            f"{self.dataset.name}: {self.dataset.n_examples:,} examples {feeding} ({devices}), "
+            f"{self.n_steps} steps of {self.layout.effective_batch_size} an epoch"
+        )
+        if resumed:
+            self.recorder.say(f"going on after epoch {epoch} of {self.n_epochs}")
+
+    def run_epoch(
+        self, state: TrainState, epoch: int
+    ) -> tuple[TrainState, dict[str, float] | None]:
+        """One epoch, from wherever the state stands in it.
+
+        Returns:
+          The state and the metrics of the epoch; None for these where the examples are fed and an
+          interruption was asked for before its end.
+        """
+        n_pretrain = self.config.training.n_pretrain_epochs
+        clustering = epoch >= n_pretrain
+        if epoch == n_pretrain and int(state.step) == 0:
+            state = self.initialize(state)
+        started, self._compiling = time.perf_counter(), 0.0
+        if self.on_host:
+            state, values = self._fed_epoch(state, clustering)
+            if values is None:
+                return state, None
+        else:
+            program = self._program("epoch", state, self.rows, clustering=clustering)
+            state, values = program(state, self.rows)
+        self._await(values, 1.0)
+        seconds = time.perf_counter() - started - self._compiling
+        named = {name: float(value) for name, value in values.items()}
+        if clustering and self.dataset.labels is not None:
+            labels = gather_examples(state.labels, self.layout)
+            named |= metrics.summarize(self.dataset.labels, labels)
+        self.recorder.epoch(
+            "cluster" if clustering else "pretrain",
+            epoch + 1,
+            named,
+            self.dataset.n_examples,
+            seconds,
+        )
+        return state, named
+
+    def _fed_epoch(self, state: TrainState, clustering: bool):
+        order = to_host(self._program("order", state)(state))
+        first = int(state.step)
+        for rows, examples in self.feeder.chunks(order, first):
+            program = self._program(
+                "steps", state, self.rows, rows, examples, clustering=clustering
+            )
+            state = program(state, self.rows, rows, examples)
+            # One chunk at a time: see docs/architecture.md, "Fake devices".
+            self._await(state.step, int(state.step) / self.n_steps)
+            if self.interruption.requested and int(state.step) < self.n_steps:
+                return state, None
+        if clustering and self.config.centroids.bank == "refreshed":
+            state = self.refresh(state)
+        return self._program("finish", state, self.rows, clustering=clustering)(state, self.rows)
+
+    def refresh(self, state: TrainState) -> TrainState:
+        """Embeds every example with the weights as they are now."""
+        if not self.on_host:
+            return self._program("refresh", state, self.rows)(state, self.rows)
+        for rows, examples in self.feeder.chunks(self.feeder.in_row_order()):
+            state = self._program("fill", state, rows, examples)(state, rows, examples)
+            self._await(state.step, 0.0)
+        return state
+
+    def initialize(self, state: TrainState) -> TrainState:
+        """The first centroids, from the embeddings of all examples."""
+        state = self.refresh(state)
+        state, values = self._program("initialize", state, self.rows)(state, self.rows)
+        self._await(values, 0.0)
+        found = {name: float(value) for name, value in values.items()}
+        text = (
+            f"first centroids ({self.config.centroids.init}): inertia {found['inertia']:.4g}, "
+            f"variance of the embeddings {found['embedding_variance']:.4g}, "
+            f"{found['empty_clusters']:.0f} empty"
+        )
+        if self.dataset.labels is not None:
+            labels = gather_examples(state.labels, self.layout)
+            scores = metrics.summarize(self.dataset.labels, labels)
+            text += f", acc {scores['acc']:.3f}, nmi {scores['nmi']:.3f}"
+        self.recorder.say(text)
+        return state
+
+    def finish(self, state: TrainState, seconds: float) -> tuple[TrainState, dict[str, Any]]:
+        """Final centroids and labels: k-means on the embeddings by the final weights."""
+        started = time.perf_counter()
+        if self.config.training.n_epochs == 0:
+            state = self.initialize(state)
+        else:
+            state = self.refresh(state)
+        n_iterations = np.int32(self.config.centroids.final_max_iter)
+        program = self._program("assign", state, self.rows, n_iterations)
+        state, values = program(state, self.rows, n_iterations)
+        self._await(values, 1.0)
+        found = {name: float(value) for name, value in values.items()}
+        results: dict[str, Any] = {
+            "data": self.dataset.name,
+            "n_examples": self.dataset.n_examples,
+            "n_clusters": self.config.n_clusters,
+            "n_epochs": self.n_epochs,
+            "inertia": found["inertia"],
+            "embedding_variance": found["embedding_variance"],
+            "empty_clusters": int(found["empty_clusters"]),
+        }
+        if self.dataset.labels is not None:
+            labels = gather_examples(state.labels, self.layout)
+            results |= metrics.summarize(self.dataset.labels, labels)
+        results["train_seconds"] = round(seconds + time.perf_counter() - started, 1)
+        return state, results
+
+    def report(self, state: TrainState, results: dict[str, Any]) -> dict[str, Any]:
+        """Writes results.json and the pictures, prints the table."""
+        write_json(self.workdir / RESULTS_FILE, results)
+        if self.config.report.pictures:
+            from jkmeans.report import write_report
+
+            bank = gather_examples(state.bank, self.layout)
+            labels = gather_examples(state.labels, self.layout)
+            centroids = to_host(state.clusters.centroids)
+            write_report(
+                self.workdir / REPORT_FOLDER,
+                metrics=read_metrics(self.workdir),
+                embeddings=bank,
+                labels=labels,
+                distances=np.sum((bank - centroids[labels]) ** 2, axis=1),
+                centroids=centroids,
+                examples=self.dataset.examples,
+                truth=self.dataset.labels,
+                seed=self.config.seed,
+                title=f"{self.dataset.name}, K = {self.config.n_clusters}",
+            )
+        results_table(results, f"Results in {self.workdir}")
+        return results
+
+    def check_collapse(self, values: dict[str, float], state: TrainState, epoch: int) -> None:
+        """Raises CollapseError where there is nothing left to cluster."""
+        kept = f"checkpoints of the epochs before are in {self.workdir / CHECKPOINT_FOLDER}"
+        if not np.isfinite(values["loss"]) or not np.isfinite(values["embedding_variance"]):
+            raise CollapseError(
+                f"the loss is {values['loss']} in epoch {epoch}: training diverged; try a smaller "
+                f"training.learning_rate or objective.centroid_weight; {kept}"
+            )
+        reference = float(state.reference_variance)
+        least = self.config.training.collapse_ratio * reference
+        if values["embedding_variance"] < least:
+            raise CollapseError(
+                f"the embeddings collapsed in epoch {epoch}: their variance is "
+                f"{values['embedding_variance']:.3g}, below training.collapse_ratio = "
+                f"{self.config.training.collapse_ratio:g} of the {reference:.3g} it began with; "
+                f"try a smaller objective.centroid_weight; {kept}"
+            )
+
+    # State and checkpoints
+
+    def create(self) -> TrainState:
+        """The state before the first epoch."""
+        key = jax.random.key_data(jax.random.fold_in(self.root_key, 1))
+        return self.programs.create(self.parameters, key)
+
+    def restore_or_create(
+        self, checkpoints: Checkpoints
+    ) -> tuple[TrainState, dict[str, Any] | None]:
+        """The newest state that can be read, with its record; a new one where there is none."""
+        positions = checkpoints.positions()
+        for position in reversed(positions):
+            try:
+                record = checkpoints.record(position)
+                if record["data"] != self.data_record:
+                    raise UserError(
+                        f"{self.workdir} holds a run on other data: {record['data']} there, "
+                        f"{self.data_record} now; accepted: the same data, or another --workdir"
+                    )
+                return self._restore(checkpoints, position, record), record
+            except DamagedError as error:
+                aside = checkpoints.set_aside(position)
+                print(f"warning: {error}; moved to {aside.name}, going back to the one before")
+        if positions:
+            raise UserError(
+                f"no checkpoint in {checkpoints.folder} can be read; accepted: one whole "
+                "checkpoint, or another --workdir"
+            )
+        return self.create(), None
+
+    def _restore(self, checkpoints: Checkpoints, position: int, record) -> TrainState:
+        # As it was saved, then onto this mesh: padding at the end depends on the device count.
+        n_rows = record["n_rows"]
+        shardings = self.programs.shardings
+        here = jax.eval_shape(self.create)
+
+        def abstract(field: str):
+            sharding = getattr(shardings, field)
+            if field not in ("bank", "labels"):
+                return jax.tree.map(
+                    lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+                    getattr(here, field),
+                )
+            leaf = getattr(here, field)
+            fits = n_rows % self.mesh.size == 0
+            return jax.ShapeDtypeStruct(
+                (n_rows, *leaf.shape[1:]),
+                leaf.dtype,
+                sharding=sharding if fits else shardings.epoch,
+            )
+
+        fields = {field: abstract(field) for field in TrainState._fields}
+        model = {field: fields.pop(field) for field in _MODEL}
+        trees = checkpoints.load(position, {"model": model, "training": fields}).trees
+        state = TrainState(**trees["model"], **trees["training"])
+        if n_rows == self.layout.n_rows:
+            return state
+        return state._replace(
+            bank=relayout(state.bank, self.layout, self.mesh),
+            labels=relayout(state.labels, self.layout, self.mesh),
+        )
+
+    def save(self, checkpoints, state: TrainState, seconds: float, values, results) -> None:
+        """Starts to write the state; its position is its number of steps."""
+        fields = state._asdict()
+        model = {field: fields.pop(field) for field in _MODEL}
+        epoch, step = int(state.epoch), int(state.step)
+        position = epoch * self.n_steps + step + (results is not None)
+        since_warmup = epoch - self.config.training.n_pretrain_epochs
+        # Before, the weight of the centroids rises, and losses do not compare.
+        comparable = values is not None and since_warmup > self.config.objective.warmup_epochs
+        checkpoints.save(
+            position,
+            {"model": model, "training": fields},
+            {
+                "config": configuration.to_json(self.config),
+                "versions": versions(),
+                "data": self.data_record,
+                "n_rows": self.layout.n_rows,
+                "epoch": epoch,
+                "step": step,
+                "seconds": seconds,
+                "results": results,
+            },
+            objective=values["loss"] if comparable else None,
+        )
+
+    # Programs
+
+    def _program(self, name: str, *arguments, **static) -> Callable:
+        """A program compiled ahead of time, so that its first call is timed like the others."""
+        shapes = tuple(leaf.shape for leaf in jax.tree.leaves(arguments))
+        key = (name, shapes, tuple(static.items()))
+        if key not in self._compiled:
+            started = time.perf_counter()
+            lowered = getattr(self.programs, name).lower(*arguments, **static)
+            self._compiled[key] = lowered.compile()
+            self._compiling = getattr(self, "_compiling", 0.0) + time.perf_counter() - started
+        return self._compiled[key]
+
+    def _await(self, values, fraction: float) -> None:
+        """Waits for the devices with an open ear for signals, which a blocking call has not."""
+        leaves = jax.tree.leaves(values)
+        pause = 0.0005
+        while not all(leaf.is_ready() for leaf in leaves):
+            time.sleep(pause)
+            pause = min(2 * pause, 0.05)
+            if pause == 0.05:
+                self.recorder.waiting(fraction)
+            if self.interruption.announced():
+                self.recorder.say("stopping at the end of this epoch; once more to stop at once")
+        jax.block_until_ready(leaves)
+
+
+def claim_workdir(workdir: Path, config: ConfigDict) -> None:
+    """Writes the config into a new workdir, or checks that the one there is the same.
+
+    Raises:
+      UserError: the folder holds a run with another config, or cannot be written.
+    """
+    path = workdir / CONFIG_FILE
+    try:
+        if path.exists():
+            there = _read_config(path)
+            different = configuration.differences(config, there)
+            if different:
+                more = f" (and {len(different) - 1} more)" if len(different) > 1 else ""
+                raise UserError(
+                    f"{workdir} holds a run with another config: {different[0]}{more}; accepted: "
+                    "the same config, or another --workdir"
+                )
+            return
+        if (workdir / CHECKPOINT_FOLDER).exists():
+            raise UserError(
+                f"{workdir} holds checkpoints but no {CONFIG_FILE}, so they are not of a run of "
+                "jkmeans; accepted: a new folder or that of a run"
+            )
+        workdir.mkdir(parents=True, exist_ok=True)
+        write_json(path, configuration.to_json(config))
+    except OSError as error:
+        raise UserError(f"cannot write to --workdir {workdir}: {error.strerror}") from error
+
+
+def _read_config(path: Path) -> ConfigDict:
+    try:
+        return configuration.from_json(json.loads(path.read_text()))
+    except (ValueError, UserError) as error:
+        raise UserError(
+            f"{path} is not a config of this version of jkmeans ({error}); accepted: another "
+            "--workdir"
+        ) from error
+
+
+def write_json(path: Path, values: Any) -> None:
+    """Writes JSON under its name only when it is complete."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(values, indent=2, default=_plain) + "\n")
+    os.replace(temporary, path)
+
+
+def _plain(value):
+    return value.item() if isinstance(value, np.generic) else str(value)
+
+
+def versions() -> dict[str, str]:
+    """Versions of what computed a checkpoint."""
+    packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+    return {
+        "jkmeans": jkmeans.__version__,
+        "python": platform.python_version(),
+        **{name: importlib_metadata.version(name) for name in packages},
+    }
+
+
+def describe_data(dataset: datasets.Dataset) -> dict[str, Any]:
+    """What a checkpoint remembers of its data; the checksum is of 256 rows spread over it."""
+    rows = np.unique(np.linspace(0, dataset.n_examples - 1, 256).astype(np.int64))
+    sample = np.ascontiguousarray(dataset.examples[rows])
+    return {
+        "name": dataset.name,
+        "n_examples": dataset.n_examples,
+        "example_shape": list(dataset.example_shape),
+        "dtype": str(dataset.examples.dtype),
+        "scale": dataset.scale,
+        "checksum": zlib.crc32(sample.tobytes()),
+    }
+
+
+def _device_room(device, n_devices: int) -> float:
+    """Bytes that examples may take on a device: what is left after networks and banks."""
+    statistics = device.memory_stats() or {}
+    if "bytes_limit" in statistics:
+        return 0.6 * (statistics["bytes_limit"] - statistics.get("bytes_in_use", 0))
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return 0.5 * free / n_devices
