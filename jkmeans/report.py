@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 DPI = 150
-MAP_EXAMPLES = 3000  # t-SNE of this many takes seconds on a laptop
+MAP_EXAMPLES = 2000  # t-SNE of this many takes seconds on a laptop
 SHOWN_CLUSTERS = 20
 SUMMARY_CLUSTERS = 10
 NEAREST = 10
@@ -177,7 +177,7 @@ class _Clusters:
         return rows[np.argsort(self.distances[rows], kind="stable")]
 
     def describe(self, cluster: int) -> str:
-        """Size and, with true classes, the most frequent class: `187 · Sneaker 92%`."""
+        """Size and, with true classes, the most frequent class: `187 · 92% Sneaker`."""
         size = self.sizes[cluster]
         if size == 0:
             return "empty"
@@ -185,7 +185,9 @@ class _Clusters:
             return f"{size:,} example{'s' if size > 1 else ''}"
         counts = np.bincount(self.truth[self.labels == cluster], minlength=len(self.class_names))
         best = int(counts.argmax())
-        return f"{size:,} · {self.class_names[best]} {100 * counts[best] / size:.0f}%"
+        name = self.class_names[best]
+        name = f"class {name}" if name.isdigit() else name
+        return f"{size:,} · {100 * counts[best] / size:.0f}% {name}"
 
 
 def _class_name(value: Any, class_names: Sequence[str] | None) -> str:
@@ -245,7 +247,7 @@ def _embedding_map(clusters: _Clusters, seed: int) -> _EmbeddingMap:
 
     both = np.concatenate([x, c])
     if len(x) == 0:
-        plane, method = np.zeros((len(both), 2)), "no finite"
+        plane, method = np.zeros((len(both), 2)), "no finite value in "
     elif x.shape[1] == 1:
         # The height means nothing: it only keeps the points apart.
         height = np.random.default_rng(seed).uniform(-1, 1, len(both))
@@ -278,6 +280,7 @@ def _principal_plane(x: np.ndarray) -> np.ndarray:
 
 def _tsne(x: np.ndarray, plane: np.ndarray, seed: int) -> np.ndarray:
     from sklearn.manifold import TSNE
+    from threadpoolctl import threadpool_limits
 
     start = plane / plane[:, 0].std() * 1e-4
     x = x - x.mean(axis=0)
@@ -288,7 +291,10 @@ def _tsne(x: np.ndarray, plane: np.ndarray, seed: int) -> np.ndarray:
         learning_rate="auto",
         random_state=seed,
     )
-    return tsne.fit_transform(x.astype(np.float32))
+    # One thread: for so few points more gain little, lose much on a busy machine, and make the
+    # map depend on their number.
+    with threadpool_limits(1):
+        return tsne.fit_transform(x.astype(np.float32))
 
 
 def _draw_map(
@@ -328,14 +334,20 @@ def _draw_map(
             linewidths=0.8 if few else 0.3,
             zorder=3,
         )
+    ax.margins(0.03)
     if names is not None:
-        for group in np.unique(groups):
-            x, y = np.median(points[groups == group], axis=0)
+        present = np.unique(groups)
+        texts = [names[int(group)] for group in present]
+        medians = np.asarray([np.median(points[groups == group], axis=0) for group in present])
+        # Beside the middle of a cluster, where its centroid lies.
+        raised = 0.9 * size if centroids else 0.0
+        for group, text, median, offset in zip(
+            present, texts, medians, _label_offsets(ax, medians, texts, size), strict=True
+        ):
             ax.annotate(
-                names[group],
-                (x, y),
-                # Beside the middle, where the centroid lies.
-                xytext=(0, 0.9 * size if centroids else 0),
+                text,
+                (median[0], median[1]),
+                xytext=(0, raised + offset),
                 textcoords="offset points",
                 color=colours[group] * 0.6,
                 fontsize=size,
@@ -348,10 +360,35 @@ def _draw_map(
             )
     ax.set_xticks([])
     ax.set_yticks([])
-    ax.margins(0.03)
     ax.spines[:].set_color(_GRID)
     if len(points) == 0:
         _say(ax, "no finite embeddings")
+
+
+def _label_offsets(ax: Axes, places: np.ndarray, texts: Sequence[str], size: float) -> np.ndarray:
+    """How far up, in points, each label must go so that no two of them overlap, [len(texts)]."""
+    if len(texts) == 0:
+        return np.zeros(0)
+    ax.autoscale_view()
+    figure = ax.get_figure(root=True)
+    assert figure is not None
+    x, y = (ax.transData.transform(places) * 72 / figure.dpi).T
+    half_widths = np.asarray([0.35 * size * len(text) + 2 for text in texts])
+    height = 1.15 * size
+    moved = y.copy()
+    for _ in range(50):
+        near = np.abs(x[:, None] - x) < half_widths[:, None] + half_widths
+        gaps = moved[:, None] - moved
+        overlap = np.where(near, np.maximum(height - np.abs(gaps), 0), 0)
+        np.fill_diagonal(overlap, 0)
+        if overlap.max() < 0.5:
+            break
+        # Of two labels at the same height the first goes up.
+        above = np.where(
+            gaps != 0, np.sign(gaps), np.sign(np.arange(len(x)) - np.arange(len(x))[:, None])
+        )
+        moved = moved + np.clip(0.5 * (overlap * above).sum(axis=1), -height, height)
+    return moved - y
 
 
 def _draw_cluster_map(
@@ -375,7 +412,7 @@ def _map(clusters: _Clusters, embedding_map: _EmbeddingMap, title: str) -> Figur
     panels = 1 if clusters.truth is None else 2
     figure = _figure(6.2 * panels + 0.3, 6.6)
     axes = figure.subplots(1, panels, squeeze=False)[0]
-    m = len(embedding_map.rows)
+    m = min(MAP_EXAMPLES, clusters.n)
     some = f"{m:,} of {clusters.n:,}" if m < clusters.n else f"{clusters.n:,}"
     _head(figure, title, f"{embedding_map.method}{some} embeddings")
 
@@ -605,7 +642,7 @@ def _draw_curves(
     epochs = [record["epoch"] for record in metrics]
     start = min(epochs) - 0.5
     pretrained = [r["epoch"] for r in metrics if r.get("phase") == "pretrain"]
-    if pretrained:
+    if 0 < len(pretrained) < len(metrics):
         ax.axvspan(start, max(pretrained) + 0.5, color="#f1f1f1", zorder=0, linewidth=0)
     ax.set_xlim(start, max(epochs) + 0.5)
     values = np.concatenate(everything) if everything else np.zeros(0)
@@ -672,7 +709,7 @@ def _curves(metrics: Sequence[Mapping[str, Any]], title: str) -> Figure:
         _head(figure, title, "Metrics by epoch")
         return figure
 
-    from matplotlib.ticker import MaxNLocator, PercentFormatter
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
 
     columns = min(len(panels), 2 if len(panels) in (2, 4) else 3)
     rows = -(-len(panels) // columns)
@@ -683,7 +720,7 @@ def _curves(metrics: Sequence[Mapping[str, Any]], title: str) -> Figure:
         _phase_names(ax, metrics, 7.5)
         _title(ax, heading, pad=18)
         if "label_change" in names:
-            ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=None))
+            ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g}%"))
         if "empty_clusters" in names:
             ax.yaxis.set_major_locator(MaxNLocator(integer=True))
         ax.set_xlabel("epoch", fontsize=8, color=_INK)
@@ -808,14 +845,14 @@ def _summary(
         )  # fmt: skip
     width = 0.365 if curves else 0.46
     ax = figure.add_axes((0.012, 0.03, width, top - 0.03))
-    heading = f"{embedding_map.method}embeddings, {clusters.k:,} clusters"
+    heading = f"{embedding_map.method}the embeddings, {clusters.k:,} clusters"
     if clusters.k > SHOWN_CLUSTERS and 0 < len(clusters.class_names) <= SHOWN_CLUSTERS:
         # So many clusters are confetti; a few classes can be read.
         _draw_class_map(ax, clusters, embedding_map, size=10)
         heading += ", by true class"
     else:
         _draw_cluster_map(ax, clusters, embedding_map, centroids=False, size=13)
-    _title(ax, heading[0].upper() + heading[1:] if heading[0] == "e" else heading, 11)
+    _title(ax, "The" + heading[3:] if heading.startswith("the") else heading, 11)
 
     shown = clusters.shown(SUMMARY_CLUSTERS)
     left = 0.012 + width + 0.035
@@ -841,7 +878,7 @@ def _summary(
         )  # fmt: skip
         axes = grid.subplots(squeeze=False, sharex=True, sharey=True).ravel()
         _draw_vectors(axes, clusters, shown, size=10, details=False)
-        figure.text(left + 0.01, top + 0.012, heading, fontsize=11, color=_INK)
+        figure.text(left + 0.01, top + 0.0177, heading, fontsize=11, color=_INK)
     if curves:
         ax = figure.add_axes((0.755, 0.12, 0.23, top - 0.12))
         _draw_curves(ax, metrics, curves, size=10)
