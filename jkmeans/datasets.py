@@ -312,28 +312,28 @@ def _check_values(array: np.ndarray, scale: float, name: str) -> None:
         return
     n = array.shape[0]
     rows = max(1, _CHUNK_BYTES // (array.itemsize * math.prod(array.shape[1:])))
-    not_finite: list[tuple[int, int]] = []  # (how many rows, the first of them), per chunk
-    overflowing: list[tuple[int, int]] = []
+    # For each chunk that has any: how many rows, and the first of them. The second list includes
+    # the first, but speaks only when the first is empty.
+    not_finite: list[tuple[int, int]] = []
+    not_finite_as_seen: list[tuple[int, int]] = []
     for start in range(0, n, rows):
         chunk = array[start : start + rows]
         with np.errstate(over="ignore", under="ignore", invalid="ignore"):
             seen = chunk.astype(np.float32, copy=False)
             if scale != 1.0:
                 seen = seen * np.float32(scale)
-        finite = np.isfinite(seen)
-        if finite.all():
+        if np.isfinite(seen).all():
             continue
-        bad = ~finite.reshape(len(chunk), -1).all(axis=1)
-        lost = ~np.isfinite(chunk).reshape(len(chunk), -1).all(axis=1)
-        for found, where in ((not_finite, lost), (overflowing, bad & ~lost)):
-            if where.any():
-                found.append((int(where.sum()), start + int(where.argmax())))
+        for found, values in ((not_finite, chunk), (not_finite_as_seen, seen)):
+            bad = ~np.isfinite(values).reshape(len(chunk), -1).all(axis=1)
+            if bad.any():
+                found.append((int(bad.sum()), start + int(bad.argmax())))
     for what, accepted, found in (
         ("NaN or infinity", "finite values", not_finite),
         (
             "values that overflow float32" + (f" when scaled by {scale:g}" * (scale != 1.0)),
             f"values of magnitude up to {np.finfo(np.float32).max:.3g}",
-            overflowing,
+            not_finite_as_seen,
         ),
     ):
         if found:

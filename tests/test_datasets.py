@@ -182,8 +182,12 @@ class TestWhereFilesComeFrom:
         assert internet.asked == []
 
     @pytest.mark.parametrize("value", [None, ""])
-    def test_without_a_data_folder(self, places, internet, monkeypatch, value):
+    def test_without_a_data_folder(self, places, internet, monkeypatch, tmp_path, value):
         _, cache = places
+        # Unset does not mean the current folder.
+        (tmp_path / "mnist").mkdir()
+        (tmp_path / "mnist" / IMAGES).write_bytes(b"must not be read")
+        monkeypatch.chdir(tmp_path)
         if value is None:
             monkeypatch.delenv("JKMEANS_DATA")
         else:
@@ -260,6 +264,18 @@ class TestWhereFilesComeFrom:
 
         internet.__class__.__call__ = lambda self, *arguments: interrupt(*arguments)
         with pytest.raises(KeyboardInterrupt):
+            datasets.load("mnist")
+        assert os.listdir(cache / "mnist") == []
+
+    def test_a_download_appears_under_its_name_in_one_step(self, places, internet, monkeypatch):
+        _, cache = places
+
+        def refuse(source, target):
+            assert os.path.dirname(os.path.dirname(source)) == os.path.dirname(target)
+            raise OSError("no rename today")
+
+        monkeypatch.setattr(os, "replace", refuse)
+        with pytest.raises(UserError, match="no rename today"):
             datasets.load("mnist")
         assert os.listdir(cache / "mnist") == []
 
@@ -570,6 +586,7 @@ class TestFromArrays:
         ("labels", "message"),
         [
             ([0, 1], "labels of mine has 2 entries for 3 examples"),
+            ([0, 1, 2, 3], "labels of mine has 4 entries for 3 examples"),
             ([], "labels of mine is of dtype float64"),
             (np.zeros(0, int), "labels of mine has 0 entries for 3 examples"),
             ([0.0, 1.0, 2.0], "labels of mine is of dtype float64: accepted are integers"),
