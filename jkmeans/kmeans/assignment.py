@@ -41,6 +41,7 @@ def nearest(x: jax.Array, centroids: jax.Array, *, block_size: int = 256) -> jax
     Returns:
       [n] int32. Ties go to the lowest index. A row that holds NaN gets label 0.
     """
+    x, centroids = jnp.asarray(x), jnp.asarray(centroids)
     n, k = x.shape[0], centroids.shape[0]
     dtype = accumulation_dtype(x, centroids)
     x, centroids = lax.stop_gradient((x, centroids.astype(dtype)))
@@ -85,7 +86,7 @@ def squared_distances(x: jax.Array, centroids: jax.Array, labels: jax.Array) -> 
       [n] float; differentiable with respect to x and centroids.
     """
     dtype = accumulation_dtype(x, centroids)
-    return jnp.sum((x.astype(dtype) - centroids.astype(dtype)[labels]) ** 2, axis=1)
+    return jnp.sum((jnp.asarray(x, dtype) - jnp.asarray(centroids, dtype)[labels]) ** 2, axis=1)
 
 
 def assign(x: jax.Array, centroids: jax.Array, *, block_size: int = 256) -> Assignment:

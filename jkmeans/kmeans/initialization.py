@@ -113,7 +113,8 @@ def kmeans_plus_plus(
         priority = _priority(jax.random.fold_in(key, i), weights * closest, weights, index)
         candidates = _choose(priority, x, trials, axis_name)
         distances = jnp.minimum(closest[:, None], distances_to(candidates))
-        potentials = all_sum(jnp.sum(weights[:, None] * distances, axis=0), axis_name)
+        weighted = jnp.where(weights[:, None] > 0, weights[:, None] * distances, 0)
+        potentials = all_sum(jnp.sum(weighted, axis=0), axis_name)
         best = jnp.argmin(potentials)
         return centroids.at[i].set(candidates[best]), distances[:, best]
 
@@ -214,15 +215,15 @@ INITIALIZATIONS: dict[str, Callable[..., jax.Array]] = {
 
 def _prepare(x, weights, index, axis_name) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Rows in the dtype to compute in, weights and global row numbers filled in."""
-    x = x.astype(accumulation_dtype(x))
+    x = jnp.asarray(x, accumulation_dtype(x))
     n = x.shape[0]
-    weights = jnp.ones(n, x.dtype) if weights is None else weights.astype(x.dtype)
+    weights = jnp.ones(n, x.dtype) if weights is None else jnp.asarray(weights, x.dtype)
     if index is None:
         index = jnp.arange(n, dtype=jnp.int32)
         if axis_name is not None:
             index = index + n * lax.axis_index(axis_name)
     # All three varying alike, so that what is made from them has one type in a loop.
-    arrays = (x, weights, index)
+    arrays = (x, weights, jnp.asarray(index))
     x, weights, index = (vary_like(array, *arrays) for array in arrays)
     return x, weights, index
 

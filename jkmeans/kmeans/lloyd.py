@@ -93,6 +93,7 @@ def lloyd(
     """
     if empty not in EMPTY_POLICIES:
         raise ValueError(f"empty={empty!r}: expected one of {', '.join(EMPTY_POLICIES)}")
+    x, centroids = jnp.asarray(x), jnp.asarray(centroids)
     k = centroids.shape[0]
     dtype = accumulation_dtype(x, centroids)
 
@@ -107,7 +108,9 @@ def lloyd(
                 lambda: (statistics, jnp.zeros_like(n_relocated)),
             )
             n_relocated = n_relocated + moved
-        moved_to = centroids_from(statistics, state.centroids)
+        # Behind the barrier the means are rounded as they are stored. Fused into the difference
+        # they may not be (a fused multiply-add), and centroids at rest would seem to move.
+        moved_to = lax.optimization_barrier(centroids_from(statistics, state.centroids))
         shift = jnp.sum((moved_to - state.centroids) ** 2)
         return _State(moved_to, labels, shift, state.n_iter + 1, n_relocated)
 

@@ -48,7 +48,8 @@ def cluster_statistics(
       x: [n, d], any real dtype; summed in float32 (float64 if x is).
       labels: [n] int; rows with a label outside 0 … n_clusters-1 are left out of sums and counts.
       n_clusters: k.
-      weights: [n] float, at least 0; None for ones.
+      weights: [n] float, at least 0; None for ones. A row of weight 0 never counts, not even one
+        that holds NaN.
       distances: [n] float, squared distances to the centroids; None leaves the inertia at 0.
       axis_name: the mesh axis to sum over (one all-reduce), or None.
 
@@ -58,7 +59,8 @@ def cluster_statistics(
       run.
     """
     dtype = accumulation_dtype(x)
-    weights = None if weights is None else weights.astype(dtype)
+    x, labels = jnp.asarray(x), jnp.asarray(labels)
+    weights = None if weights is None else jnp.asarray(weights, dtype)
     ones = jnp.ones(labels.shape, dtype) if weights is None else weights
     counts = jax.ops.segment_sum(ones, labels, n_clusters, bucket_size=_COUNT_ROWS)
     inertia = jnp.zeros((), dtype)
@@ -128,7 +130,8 @@ def _scattered_sums(zeros: jax.Array, *arrays: jax.Array) -> jax.Array:
 
     def add_rows(sums, x, labels, weights=None):
         rows = x.astype(sums.dtype)
-        rows = rows if weights is None else rows * weights[:, None]
+        if weights is not None:
+            rows = jnp.where(weights[:, None] > 0, rows * weights[:, None], 0)
         # Like segment_sum: a label out of range, negative ones too, is dropped.
         labels = jnp.where(labels < 0, sums.shape[0], labels)
         return sums.at[labels].add(rows, mode="drop")
@@ -142,8 +145,9 @@ def _one_hot_sums(zeros: jax.Array, *arrays: jax.Array) -> jax.Array:
 
     def add_rows(sums, x, labels, weights=None):
         one_hot = jax.nn.one_hot(labels, k, dtype=sums.dtype)
-        one_hot = one_hot if weights is None else one_hot * weights[:, None]
         rows = x.astype(sums.dtype)
+        if weights is not None:
+            rows = jnp.where(weights[:, None] > 0, rows * weights[:, None], 0)
         return sums + jnp.matmul(one_hot.T, rows, precision=lax.Precision.HIGHEST)
 
     return _over_blocks(add_rows, zeros, arrays, max(1, _ONE_HOT_ENTRIES // k))
