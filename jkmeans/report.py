@@ -5,6 +5,7 @@ from __future__ import annotations
 import colorsys
 import dataclasses
 import os
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -182,7 +183,7 @@ class _Clusters:
         if size == 0:
             return "empty"
         if self.truth is None:
-            return f"{size:,} example{'s' if size > 1 else ''}"
+            return _count(size, "example")
         counts = np.bincount(self.truth[self.labels == cluster], minlength=len(self.class_names))
         best = int(counts.argmax())
         name = self.class_names[best]
@@ -262,7 +263,8 @@ def _embedding_map(clusters: _Clusters, seed: int) -> _EmbeddingMap:
         spread = plane.std(axis=0)
         if len(x) > 30 and spread[1] > 1e-6 * spread[0]:
             plane, method = _tsne(both, plane, seed), "t-SNE of "
-    return _EmbeddingMap(rows, plane[: len(x)], plane[len(x) :], method)
+    centroids = plane[len(x) :] if len(x) else plane[:0]
+    return _EmbeddingMap(rows, plane[: len(x)], centroids, method)
 
 
 def _principal_plane(x: np.ndarray) -> np.ndarray:
@@ -414,15 +416,15 @@ def _map(clusters: _Clusters, embedding_map: _EmbeddingMap, title: str) -> Figur
     axes = figure.subplots(1, panels, squeeze=False)[0]
     m = min(MAP_EXAMPLES, clusters.n)
     some = f"{m:,} of {clusters.n:,}" if m < clusters.n else f"{clusters.n:,}"
-    _head(figure, title, f"{embedding_map.method}{some} embeddings")
+    _head(figure, title, f"{embedding_map.method}{some} embedding{'s' if clusters.n > 1 else ''}")
 
     _draw_cluster_map(axes[0], clusters, embedding_map, centroids=True, size=10)
     mark = "×" if len(embedding_map.centroids) <= SHOWN_CLUSTERS else "●"
-    _title(axes[0], f"{clusters.k:,} clusters ({mark} centroids)")
+    _title(axes[0], f"{_count(clusters.k, 'cluster')} ({mark} centroids)")
     if clusters.truth is not None:
         _draw_class_map(axes[1], clusters, embedding_map, size=9)
         n_classes = len(clusters.class_names)
-        _title(axes[1], f"{n_classes:,} true classes")
+        _title(axes[1], _count(n_classes, "true class"))
     return figure
 
 
@@ -543,11 +545,13 @@ def _draw_vectors(
     )
     features = _features(clusters, means[~np.isnan(means).all(axis=1)])
     for ax, cluster, rows, mean in zip(axes, shown, members, means, strict=False):
+        # Over a single feature a line is a point.
+        marker = "o" if len(features) == 1 else None
+        colour = clusters.colours[cluster]
         for line in _vectors(clusters.examples, rows[:NEAREST])[:, features]:
-            ax.plot(line, color=clusters.colours[cluster], linewidth=0.7, alpha=0.5)
+            ax.plot(line, color=colour, linewidth=0.7, alpha=0.5, marker=marker, markersize=3)
         if len(rows):
-            style = {"marker": "o", "markersize": 3} if len(features) == 1 else {}
-            ax.plot(mean[features], color=clusters.colours[cluster] * 0.6, linewidth=2, **style)
+            ax.plot(mean[features], color=colour * 0.6, linewidth=2, marker=marker, markersize=6)
         text = f"cluster {cluster}: {clusters.describe(int(cluster))}" if details else str(cluster)
         ax.set_title(
             text,
@@ -567,7 +571,7 @@ def _draw_vectors(
         ax.set_visible(False)
     if len(features) < d:
         return f"the {len(features)} of {d:,} features in which the clusters differ most"
-    return f"{d:,} feature{'s' if d > 1 else ''}"
+    return _count(d, "feature")
 
 
 def _nearest(clusters: _Clusters, title: str) -> Figure:
@@ -577,7 +581,7 @@ def _nearest(clusters: _Clusters, title: str) -> Figure:
         h, w = clusters.examples.shape[1:3]
         tile = 0.62
         margin = 0.55 + 0.08 * max(len(clusters.describe(int(i))) for i in shown)
-        figure = _figure(NEAREST * tile * min(w / h, 3) + margin, len(shown) * tile + 0.9)
+        figure = _figure(NEAREST * tile * min(w / h, 3) + margin, max(len(shown) * tile + 0.9, 2))
         ax = figure.subplots()
         _draw_images(ax, clusters, shown, NEAREST, size=10, details=True)
         _head(figure, title, f"Examples nearest to each centroid{which}")
@@ -723,6 +727,7 @@ def _curves(metrics: Sequence[Mapping[str, Any]], title: str) -> Figure:
             ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g}%"))
         if "empty_clusters" in names:
             ax.yaxis.set_major_locator(MaxNLocator(integer=True))
+            ax.set_ylim(0, max(1.0, ax.get_ylim()[1]))
         ax.set_xlabel("epoch", fontsize=8, color=_INK)
     for ax in axes[len(panels) :]:
         ax.set_visible(False)
@@ -789,6 +794,8 @@ def _confusion(clusters: _Clusters, title: str) -> Figure:
 
 
 def _sizes(clusters: _Clusters, title: str) -> Figure:
+    from matplotlib.ticker import MaxNLocator
+
     order = np.argsort(-clusters.sizes, kind="stable")
     sizes = clusters.sizes[order]
     figure = _figure(8, 3.6)
@@ -815,10 +822,11 @@ def _sizes(clusters: _Clusters, title: str) -> Figure:
         color=_INK,
     )
     ax.set_ylabel("examples", fontsize=9, color=_INK)
+    ax.yaxis.set_major_locator(MaxNLocator(integer=True))
     _soften(ax, 8.5)
     ax.grid(axis="x", visible=False)
     empty = int((sizes == 0).sum())
-    _head(figure, title, f"Sizes of {clusters.k:,} clusters, {empty:,} empty")
+    _head(figure, title, f"Sizes of {_count(clusters.k, 'cluster')}, {empty:,} empty")
     return figure
 
 
@@ -845,7 +853,7 @@ def _summary(
         )  # fmt: skip
     width = 0.365 if curves else 0.46
     ax = figure.add_axes((0.012, 0.03, width, top - 0.03))
-    heading = f"{embedding_map.method}the embeddings, {clusters.k:,} clusters"
+    heading = f"{embedding_map.method}the embeddings, {_count(clusters.k, 'cluster')}"
     if clusters.k > SHOWN_CLUSTERS and 0 < len(clusters.class_names) <= SHOWN_CLUSTERS:
         # So many clusters are confetti; a few classes can be read.
         _draw_class_map(ax, clusters, embedding_map, size=10)
@@ -899,8 +907,15 @@ def _figure(width: float, height: float) -> Figure:
 
 
 def _head(figure: Figure, title: str, subtitle: str) -> None:
-    text = f"{title}\n{subtitle}" if title else subtitle
-    figure.suptitle(text, fontsize=11, color=_INK, fontweight="bold", parse_math=False)
+    # Seven points a letter: no more of them than fit above the figure.
+    letters = int(figure.get_figwidth() * 72 / 7)
+    lines = [line for text in (title, subtitle) for line in textwrap.wrap(text, letters)]
+    figure.suptitle("\n".join(lines), fontsize=11, color=_INK, fontweight="bold", parse_math=False)
+
+
+def _count(n: int, noun: str) -> str:
+    plural = noun + ("es" if noun.endswith("s") else "s")
+    return f"{n:,} {noun if n == 1 else plural}"
 
 
 def _title(ax: Axes, text: str, size: float = 9.5, pad: float = 6) -> None:
