@@ -1,0 +1,67 @@
+"""MNIST, all 70,000 handwritten digits, K = 10.
+
+    python -m experiments.train --config configs/mnist.py --workdir runs/mnist
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    """The config; every field is explained in jkmeans/configuration.py."""
+    config = ConfigDict()
+    config.seed = 0
+    config.n_devices = 0  # All.
+    config.n_clusters = 10
+
+    config.data = ConfigDict()
+    config.data.name = "mnist"
+    config.data.split = "all"
+    config.data.path = ""
+    config.data.labels_path = ""
+    config.data.n_examples = 0  # All.
+    config.data.n_shards = 8
+    config.data.placement = "auto"
+    config.data.chunk_mebibytes = 64
+
+    config.network = ConfigDict()
+    config.network.name = "fully_connected"
+    config.network.embedding_dim = 10
+    config.network.widths = (500, 500, 2000)
+    config.network.decoder = True
+    config.network.normalize = False
+
+    config.objective = ConfigDict()
+    config.objective.name = "joint"
+    config.objective.centroid_weight = 0.1
+    config.objective.warmup_epochs = 10.0
+    config.objective.balance_weight = 0.0
+    config.objective.temperature = 1.0
+
+    config.centroids = ConfigDict()
+    config.centroids.init = "k-means++"
+    config.centroids.n_init = 20
+    config.centroids.init_max_iter = 300
+    config.centroids.n_iterations = 10
+    config.centroids.every = 1
+    config.centroids.bank = "stored"
+    config.centroids.empty = "farthest"
+    config.centroids.final_max_iter = 300
+
+    config.training = ConfigDict()
+    config.training.batch_size = 256
+    config.training.n_pretrain_epochs = 50
+    config.training.n_epochs = 50
+    config.training.optimizer = "adam"
+    config.training.learning_rate = 1e-3
+    config.training.clustering_learning_rate = 1e-3
+    config.training.schedule = "constant"
+    config.training.weight_decay = 0.0
+    config.training.collapse_ratio = 1e-4
+
+    config.checkpoint = ConfigDict()
+    config.checkpoint.every = 5
+    config.checkpoint.keep = 2
+
+    config.report = ConfigDict()
+    config.report.pictures = True
+    return config
