@@ -45,8 +45,8 @@ class LloydResult(NamedTuple):
 
 class _State(NamedTuple):
     centroids: jax.Array
+    previous: jax.Array
     labels: jax.Array
-    shift: jax.Array
     n_iter: jax.Array
     n_relocated: jax.Array
 
@@ -108,26 +108,38 @@ def lloyd(
                 lambda: (statistics, jnp.zeros_like(n_relocated)),
             )
             n_relocated = n_relocated + moved
-        # Behind the barrier the means are rounded as they are stored. Fused into the difference
-        # they may not be (a fused multiply-add), and centroids at rest would seem to move.
-        moved_to = lax.optimization_barrier(centroids_from(statistics, state.centroids))
-        shift = jnp.sum((moved_to - state.centroids) ** 2)
-        return _State(moved_to, labels, shift, state.n_iter + 1, n_relocated)
+        return _State(
+            centroids=centroids_from(statistics, state.centroids),
+            previous=state.centroids,
+            labels=labels,
+            n_iter=state.n_iter + 1,
+            n_relocated=n_relocated,
+        )
+
+    def shift(state: _State) -> jax.Array:
+        # Between two iterations, of centroids as they are stored: fused into the iteration, the
+        # means are not rounded before the difference is taken (a fused multiply-add), and centroids
+        # at rest seem to move.
+        return jnp.sum((state.centroids - state.previous) ** 2)
+
+    def unfinished(state: _State) -> jax.Array:
+        return (state.n_iter < max_iter) & ((state.n_iter == 0) | (shift(state) > tol))
 
     def replicated(value) -> jax.Array:
         return vary_like(value, x, weights, centroids, reduced=axis_name)
 
+    centroids = replicated(centroids.astype(dtype))
     state = _State(
-        centroids=replicated(centroids.astype(dtype)),
+        centroids=centroids,
+        previous=centroids,
         labels=vary_like(jnp.zeros(x.shape[0], jnp.int32), x, weights, centroids),
-        shift=replicated(jnp.array(jnp.inf, dtype)),
         n_iter=jnp.zeros((), jnp.int32),
         n_relocated=replicated(jnp.zeros((), jnp.int32)),
     )
-    state = lax.while_loop(lambda s: (s.n_iter < max_iter) & (s.shift > tol), step, state)
+    state = lax.while_loop(unfinished, step, state)
     # Centroids that did not move have the labels they were made from.
     labels = lax.cond(
-        state.shift == 0,
+        (state.n_iter > 0) & (shift(state) == 0),
         lambda: state.labels,
         lambda: vary_like(nearest(x, state.centroids, block_size=block_size), state.labels),
     )

@@ -1,0 +1,101 @@
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, PartitionSpec
+from sklearn.cluster import KMeans
+
+from jkmeans.kmeans import LloydResult, fit
+
+ROWS, SAME = PartitionSpec("data"), PartitionSpec()
+RESULT_SPECS = LloydResult(SAME, ROWS, ROWS, SAME, SAME, SAME, SAME, SAME)
+
+
+def test_many_restarts_find_what_scikit_learn_finds(blobs):
+    result = jax.jit(lambda key: fit(key, blobs, 6, n_init=20))(jax.random.key(0))
+    model = KMeans(6, n_init=20, tol=0, random_state=0).fit(blobs)
+    np.testing.assert_allclose(result.inertia, model.inertia_, rtol=1e-5)
+    order, expected = (np.argsort(c[:, 0]) for c in (result.centroids, model.cluster_centers_))
+    np.testing.assert_allclose(
+        np.asarray(result.centroids)[order], model.cluster_centers_[expected], rtol=1e-4
+    )
+    squared = ((blobs[:, None] - np.asarray(result.centroids)[None]) ** 2).sum(axis=2)
+    np.testing.assert_array_equal(result.labels, squared.argmin(axis=1))
+
+
+def test_the_best_restart_is_kept(blobs):
+    # Fits with 1, 2, … restarts from one key: each is the best so far, and some restart is worse
+    # than the one before it.
+    key = jax.random.key(0)
+    results = [
+        jax.jit(partial(fit, n_clusters=6, init="sample", n_init=n))(key, blobs)
+        for n in range(1, 6)
+    ]
+    inertias = np.array([result.inertia for result in results])
+    assert (np.diff(inertias) <= 0).all()
+    assert inertias[-1] < inertias[0]
+    for result in results:
+        np.testing.assert_allclose(result.inertia, np.sum(result.distances), rtol=1e-5)
+
+
+def test_given_centroids_are_the_start(blobs):
+    result = fit(jax.random.key(0), blobs, 6, init=blobs[:6], n_init=5)
+    model = KMeans(6, init=blobs[:6], n_init=1, tol=0).fit(blobs)
+    np.testing.assert_array_equal(result.labels, model.labels_)
+    assert result.n_iter == model.n_iter_
+
+
+def test_nan_rows_give_nan_inertia_and_valid_labels(blobs):
+    x = blobs.copy()
+    x[3] = np.nan
+    result = fit(jax.random.key(0), x, 6, n_init=2, max_iter=3)
+    assert np.isnan(result.inertia)
+    assert ((result.labels >= 0) & (result.labels < 6)).all()
+    # A result, not the blank that the restarts are compared with.
+    assert result.n_iter > 0
+
+
+def test_vmap_over_keys(blobs):
+    results = jax.jit(jax.vmap(lambda key: fit(key, blobs, 6)))(
+        jax.random.split(jax.random.key(0), 3)
+    )
+    for i in range(3):
+        centroids = np.asarray(results.centroids[i])
+        model = KMeans(6, init=centroids, n_init=1, tol=0).fit(blobs)
+        # Lloyd's algorithm has nothing left to do.
+        np.testing.assert_array_equal(results.labels[i], model.labels_)
+        np.testing.assert_allclose(results.inertia[i], model.inertia_, rtol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(8,), (4, 2)])
+def test_one_device_equals_eight(blobs, shape):
+    names = ("data", "more")[: len(shape)]
+    mesh = jax.make_mesh(shape, names, axis_types=(AxisType.Auto,) * len(shape))
+    rows = PartitionSpec(names)
+    specs = jax.tree.map(lambda spec: rows if spec == ROWS else spec, RESULT_SPECS)
+    key = jax.random.key(0)
+    f = partial(fit, n_init=3)
+    sharded = jax.shard_map(
+        lambda x: f(key, x, 6, axis_name=names), mesh=mesh, in_specs=(rows,), out_specs=specs
+    )
+    eight, one = jax.jit(sharded)(blobs), jax.jit(lambda x: f(key, x, 6))(blobs)
+    np.testing.assert_array_equal(eight.labels, one.labels)
+    np.testing.assert_allclose(eight.centroids, one.centroids, rtol=1e-4)
+    np.testing.assert_allclose(eight.inertia, one.inertia, rtol=1e-5)
+    assert eight.n_iter == one.n_iter
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"init": "best"}, r"init='best': expected an array or one of sample, k-means\+\+"),
+        ({"init": jnp.zeros((3, 2))}, r"init has shape \(3, 2\): expected \(4, 2\)"),
+        ({"n_init": 0}, "n_init=0: expected at least 1"),
+        ({"empty": "drop"}, "empty='drop'"),
+    ],
+)
+def test_what_cannot_be_used_is_named(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        fit(jax.random.key(0), jnp.zeros((8, 2)), 4, **arguments)
