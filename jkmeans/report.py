@@ -727,7 +727,9 @@ def _curves(metrics: Sequence[Mapping[str, Any]], title: str) -> Figure:
             ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g}%"))
         if "empty_clusters" in names:
             ax.yaxis.set_major_locator(MaxNLocator(integer=True))
-            ax.set_ylim(0, max(1.0, ax.get_ylim()[1]))
+            # A count of zero is drawn just above the axis, not under it.
+            top = max(1.0, ax.get_ylim()[1])
+            ax.set_ylim(-0.03 * top, top)
         ax.set_xlabel("epoch", fontsize=8, color=_INK)
     for ax in axes[len(panels) :]:
         ax.set_visible(False)

@@ -69,7 +69,7 @@ def texts(figure):
 
 def test_all_pictures(tmp_path):
     arguments = run()
-    class_names = ["T-shirt", "$ bag", "boot", "coat"]
+    class_names = ["T-shirt", r"$\bag$", "boot", "coat"]
     paths = write_report(tmp_path / "report", **arguments, class_names=class_names, title="t")
     check_pictures(paths, tmp_path / "report", PICTURES)
     # The summary is wide, for the top of a page.
