@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import shutil
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -112,11 +113,21 @@ class Checkpoints:
             free = shutil.disk_usage(self.folder).free
             if free < n_bytes + 2**20:
                 raise OSError(f"No space left: {free / 2**20:.0f} MiB free")
-            record = record | {"fingerprints": _fingerprints(trees)}
-            self._pending = self._checkpointer().save_checkpointables_async(
+            record = record | {
+                "fingerprints": _fingerprints(trees),
+                "structures": _structures(trees),
+                OBJECTIVE: None if objective is None else float(objective),
+            }
+            text = json.dumps(record)
+            if self._open is None:
+                # Only who writes may clean up: a reader would remove a save of another process.
+                self._open = ocp.training.Checkpointer(
+                    self.folder, preservation_policy=self._policy, cleanup_tmp_directories=True
+                )
+            self._pending = self._open.save_checkpointables_async(
                 position,
                 trees,
-                custom_metadata={"record": json.dumps(record)},
+                custom_metadata={"record": text, "crc32": zlib.crc32(text.encode())},
                 metrics=None if objective is None else {OBJECTIVE: float(objective)},
                 force=True,
                 overwrite=True,
@@ -134,10 +145,16 @@ class Checkpoints:
                 pending.result()
 
     def best(self) -> int | None:
-        """Position of the checkpoint with the least objective; None where none has one."""
-        measured = [
-            (c.metrics[OBJECTIVE], c.step) for c in self._checkpointer().checkpoints if c.metrics
-        ]
+        """Position of the checkpoint with the least objective; None where none has one.
+
+        A checkpoint whose record cannot be read is passed over.
+        """
+        measured = []
+        for position in self.positions():
+            with contextlib.suppress(DamagedError):
+                objective = self.record(position)[OBJECTIVE]
+                if objective is not None:
+                    measured.append((objective, position))
         return min(measured)[1] if measured else None
 
     def record(self, position: int) -> dict[str, Any]:
@@ -147,10 +164,11 @@ class Checkpoints:
           DamagedError: it cannot be read.
         """
         with _damage(self.folder / str(position)):
-            metadata = json.loads(
-                (self.folder / str(position) / "_CHECKPOINT_METADATA").read_text()
-            )
-            return json.loads(metadata["custom_metadata"]["record"])
+            path = self.folder / str(position) / "_CHECKPOINT_METADATA"
+            ours = json.loads(path.read_text())["custom_metadata"]
+            if zlib.crc32(ours["record"].encode()) != ours["crc32"]:
+                raise ValueError("the checksum of its record is wrong")
+            return json.loads(ours["record"])
 
     def load(self, position: int, abstract: dict[str, Any]) -> Restored:
         """Reads a checkpoint and compares every array with its checksum.
@@ -162,10 +180,15 @@ class Checkpoints:
 
         Raises:
           DamagedError: something is missing, cut or changed.
+          UserError: it is whole, but holds other arrays than those wanted.
         """
         record = self.record(position)
-        with _damage(self.folder / str(position)):
-            trees = self._checkpointer().load_checkpointables(position, abstract)
+        folder = self.folder / str(position)
+        with _damage(folder):
+            saved = {name: record["structures"][name] for name in abstract}
+        _refuse_other_arrays(folder, saved, _structures(abstract))
+        with _damage(folder):
+            trees = ocp.load_checkpointables(folder, abstract)
             saved = record["fingerprints"]
             found = _fingerprints(trees)
             wrong = [name for name in found if found[name] != saved[name]]
@@ -186,13 +209,6 @@ class Checkpoints:
             self._open = None
         return target
 
-    def _checkpointer(self) -> ocp.training.Checkpointer:
-        if self._open is None:
-            self._open = ocp.training.Checkpointer(
-                self.folder, preservation_policy=self._policy, cleanup_tmp_directories=True
-            )
-        return self._open
-
 
 class DamagedError(Exception):
     """A checkpoint cannot be read; the message names it and says why."""
@@ -200,6 +216,28 @@ class DamagedError(Exception):
 
 def _fingerprints(trees: dict[str, Any]) -> dict[str, list[int]]:
     return {name: np.asarray(_fingerprint(tree)).tolist() for name, tree in trees.items()}
+
+
+def _structures(trees: dict[str, Any]) -> dict[str, dict[str, str]]:
+    """Shape and type of every array, by the path in its tree."""
+    return {
+        name: {
+            jax.tree_util.keystr(path, simple=True, separator="/"): f"{leaf.dtype}{[*leaf.shape]}"
+            for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+        }
+        for name, tree in trees.items()
+    }
+
+
+def _refuse_other_arrays(folder: Path, saved: dict[str, Any], wanted: dict[str, Any]) -> None:
+    for tree, arrays in wanted.items():
+        for path in sorted(saved[tree] | arrays):
+            there, here = saved[tree].get(path, "nothing"), arrays.get(path, "nothing")
+            if there != here:
+                raise UserError(
+                    f"checkpoint {folder} has {there} as {tree}/{path}, where this program has "
+                    f"{here}; accepted: the network and the method that it was trained with"
+                )
 
 
 @contextlib.contextmanager

@@ -109,6 +109,9 @@ FIELDS: dict[str, Field] = {
     "data.n_shards": _integer(1, "most devices that share the work", most=65536),
     "data.placement": _choice(("auto", "device", "host"), "where examples live while training"),
     "data.chunk_mebibytes": _integer(1, "size of what the host feeds at once"),
+    "augmentation.shift": _number("pixels, each direction within ±shift"),
+    "augmentation.rotation": _number("degrees, within ±rotation"),
+    "augmentation.zoom": _number("scale within 1 ± zoom"),
     "network.name": _choice(tuple(NETWORKS), "the network", or_function=True),
     "network.embedding_dim": _integer(1, "p, numbers of an embedding"),
     "network.widths": _integers("widths of hidden layers, or channels of convolutions"),
@@ -154,6 +157,12 @@ def validate(config: ConfigDict) -> ConfigDict:
     given = _flatten(config)
     for name in given:
         if name not in FIELDS:
+            members = [field for field in FIELDS if field.startswith(f"{name}.")]
+            if members:
+                raise UserError(
+                    f"config.{name} is {_shown(given[name])}; accepted: a group of the fields "
+                    f"{', '.join(members)}"
+                )
             raise UserError(f"config has a field {name!r} that is not known{_similar(name)}")
     for name, field in FIELDS.items():
         if name not in given:
@@ -162,9 +171,9 @@ def validate(config: ConfigDict) -> ConfigDict:
     for name, field in FIELDS.items():
         try:
             values[name] = field.convert(given[name])
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             raise UserError(
-                f"config.{name} is {given[name]!r}; accepted: {field.accepted}"
+                f"config.{name} is {_shown(given[name])}; accepted: {field.accepted}"
             ) from None
     _refuse_contradictions(values)
     for name in ("data.path", "data.labels_path"):
@@ -183,6 +192,10 @@ def _refuse_contradictions(values: dict[str, Any]) -> None:
         )
     if values["data.name"] == "npy" and not values["data.path"]:
         raise UserError("config.data.path is '', but data.name is 'npy'; accepted: an .npy file")
+    if values["augmentation.zoom"] >= 1:
+        raise UserError(
+            f"config.augmentation.zoom is {values['augmentation.zoom']}; accepted: 0 to below 1"
+        )
     if values["network.decoder"] or values["objective.name"] != "joint":
         return
     if not values["network.normalize"] or values["objective.balance_weight"] == 0:
@@ -197,12 +210,18 @@ def _refuse_contradictions(values: dict[str, Any]) -> None:
         )
 
 
-def check_data(config: ConfigDict, n_examples: int) -> None:
+def check_data(config: ConfigDict, n_examples: int, example_shape: tuple[int, ...]) -> None:
     """Refuses what only shows once the data is there.
 
     Raises:
-      UserError: more clusters than examples.
+      UserError: more clusters than examples; views of what is not an image.
     """
+    if any(config.augmentation.values()) and len(example_shape) not in (2, 3):
+        raise UserError(
+            f"config.augmentation asks for views, but the examples have shape "
+            f"{list(example_shape)}; accepted: [height, width] or [height, width, channels], or 0 "
+            "for shift, rotation and zoom"
+        )
     if config.n_clusters > n_examples:
         raise UserError(
             f"config.n_clusters is {config.n_clusters}, but there are {n_examples:,} examples; "
@@ -216,8 +235,18 @@ def to_json(config: ConfigDict) -> dict[str, Any]:
 
 
 def from_json(values: dict[str, Any]) -> ConfigDict:
-    """The inverse of `to_json`, validated."""
-    return validate(ConfigDict(values))
+    """The inverse of `to_json`, validated.
+
+    Raises:
+      UserError: as `validate`; or these are not the values of a config at all.
+    """
+    if not isinstance(values, dict):
+        raise UserError(f"a config is an object of fields, not {values!r}")
+    try:
+        config = ConfigDict(values)
+    except ValueError as error:
+        raise UserError(f"these are not the fields of a config: {error}") from error
+    return validate(config)
 
 
 def differences(ours: ConfigDict, theirs: ConfigDict) -> list[str]:
@@ -240,6 +269,12 @@ def _flatten(config, prefix: str = "") -> dict[str, Any]:
         else:
             flat[prefix + name] = value
     return flat
+
+
+def _shown(value) -> str:
+    """A value on one line."""
+    shown = repr(value.to_dict() if isinstance(value, ConfigDict) else value)
+    return shown if len(shown) <= 100 else f"{shown[:100]}…"
 
 
 def _nest(values: dict[str, Any]) -> ConfigDict:

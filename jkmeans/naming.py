@@ -15,20 +15,25 @@ def resolve(name: str, known: Mapping[str, Callable], field: str) -> Callable:
       field: the config field, for the error.
 
     Raises:
-      UserError: no such name, module or function.
+      UserError: no such name, module or function. What else the module raises while it is
+        imported propagates, with a note that says why it was imported.
     """
     accepted = f"accepted: {', '.join(map(repr, known))} or 'module:function'"
     if name in known:
         return known[name]
     module_name, separator, function_name = name.partition(":")
-    if not separator or not module_name or not function_name:
+    if not separator or not module_name or not function_name or module_name.startswith("."):
         raise UserError(f"{field} is {name!r}; {accepted}")
     try:
         module = importlib.import_module(module_name)
-    except ImportError as error:
+    except (ImportError, SyntaxError) as error:
         raise UserError(
             f"{field} is {name!r}, but importing {module_name} failed: {error}"
         ) from error
+    except Exception as error:
+        # The user's own error: its traceback says more than a sentence of ours could.
+        error.add_note(f"while importing {module_name}, because {field} is {name!r}")
+        raise
     function = getattr(module, function_name, None)
     if not callable(function):
         raise UserError(

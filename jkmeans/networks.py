@@ -12,8 +12,9 @@ depend on the batch, the padding and the number of devices; layers with random s
 would not be reproducible after a resume. Both are refused. Layer and group normalisation are fine.
 """
 
+import contextlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -114,18 +115,13 @@ class ConvolutionalAutoencoder(nnx.Module):
         )
         n_coarse = math.prod(self.coarse_shape)
         self.to_embedding = nnx.Linear(n_coarse, embedding_dim, kernel_init=_glorot, rngs=rngs)
-        self.decoder = None
-        self.from_embedding = None
-        if decoder:
-            self.from_embedding = nnx.Linear(
-                embedding_dim, n_coarse, kernel_init=_glorot, rngs=rngs
-            )
-            self.decoder = nnx.List(
-                [
-                    nnx.ConvTranspose(o, i, kernel_init=_glorot, **options)
-                    for i, o in reversed(pairs)
-                ]
-            )
+        if not decoder:
+            self.from_embedding = self.decoder = None
+            return
+        self.from_embedding = nnx.Linear(embedding_dim, n_coarse, kernel_init=_glorot, rngs=rngs)
+        self.decoder = nnx.List(
+            [nnx.ConvTranspose(o, i, kernel_init=_glorot, **options) for i, o in reversed(pairs)]
+        )
 
     def encode(self, x: jax.Array) -> jax.Array:
         """Embeddings [b, z] of images [b, h, w] or [b, h, w, c]."""
@@ -181,11 +177,15 @@ def make_network(options, example_shape: Sequence[int], key: jax.Array) -> nnx.M
       key: the key of its initial parameters.
 
     Raises:
-      UserError: the name cannot be resolved, or the network breaks the contract.
+      UserError: the name cannot be resolved, or the network breaks the contract. What the user's
+        own code raises propagates, with a note that says how it was called.
     """
     factory = resolve(options.name, NETWORKS, "network.name")
     shape = tuple(example_shape)
-    network = factory(shape, options, nnx.Rngs(params=key))
+    # Layers with random state ask for other streams; they must get as far as being refused.
+    rngs = nnx.Rngs(jax.random.fold_in(key, 1), params=key)
+    with _noting(f"while calling {options.name} with (example_shape, options, rngs)"):
+        network = factory(shape, options, rngs)
     where = f"network.name is {options.name!r}: the network"
     if not callable(getattr(network, "encode", None)):
         raise UserError(f"{where} has no method encode(x); see jkmeans/networks.py")
@@ -194,6 +194,8 @@ def make_network(options, example_shape: Sequence[int], key: jax.Array) -> nnx.M
             f"{where} has no method decode(z), which network.decoder = True asks for; "
             "see jkmeans/networks.py"
         )
+    if not isinstance(network, nnx.Module):
+        raise UserError(f"{where} is a {type(network).__name__}; accepted: a flax.nnx.Module")
     others = nnx.state(network, nnx.Not(nnx.Param))
     kinds = sorted({type(leaf).__name__ for _, leaf in nnx.to_flat_state(others)})
     if kinds:
@@ -201,24 +203,53 @@ def make_network(options, example_shape: Sequence[int], key: jax.Array) -> nnx.M
             f"{where} holds variables of type {', '.join(kinds)}; accepted: nnx.Param only "
             "(no batch normalisation, no dropout; layer and group normalisation are fine)"
         )
+    for path, value in nnx.to_flat_state(nnx.state(network)):
+        name = "/".join(map(str, path))
+        if _path(name) != path:
+            raise UserError(
+                f"{where} has a parameter at {path}; accepted: keys of dictionaries that are not "
+                "numbers and have no '/'"
+            )
+        if value.dtype != jnp.float32:
+            raise UserError(f"{where} has {name} of type {value.dtype}; accepted: float32")
     example = jax.ShapeDtypeStruct((2, *shape), jnp.float32)
 
     def round_trip(x):
         z = network.encode(x)
         return z, network.decode(z) if options.decoder else x
 
-    embeddings, reconstruction = jax.eval_shape(round_trip, example)
-    if embeddings.shape != (2, options.embedding_dim):
+    with _noting(f"while tracing encode and decode of {options.name} on x: {_described(example)}"):
+        embeddings, reconstruction = jax.eval_shape(round_trip, example)
+    wanted = jax.ShapeDtypeStruct((2, options.embedding_dim), jnp.float32)
+    if _described(embeddings) != _described(wanted):
         raise UserError(
-            f"{where} turns two examples into embeddings of shape {list(embeddings.shape)}; "
-            f"accepted: [2, {options.embedding_dim}] (network.embedding_dim)"
+            f"{where} turns two examples into embeddings {_described(embeddings)}; "
+            f"accepted: {_described(wanted)} (network.embedding_dim)"
         )
-    if reconstruction.shape != example.shape:
+    if _described(reconstruction) != _described(example):
         raise UserError(
-            f"{where} reconstructs shape {list(reconstruction.shape)}; "
-            f"accepted: {list(example.shape)}, the shape of the examples"
+            f"{where} reconstructs {_described(reconstruction)}; "
+            f"accepted: {_described(example)}, as the examples"
         )
     return network
+
+
+def _described(value) -> str:
+    """Shape and type of an array, such as ``[2, 10] float32``; the kind of anything else."""
+    if not isinstance(value, jax.ShapeDtypeStruct):
+        return f"of type {type(value).__name__}"
+    return f"{list(value.shape)} {value.dtype}"
+
+
+@contextlib.contextmanager
+def _noting(note: str) -> Iterator[None]:
+    """Lets errors of the user's code through, with a note on how it came to run."""
+    try:
+        yield
+    except Exception as error:
+        if not isinstance(error, UserError):
+            error.add_note(note)
+        raise
 
 
 Parameters = dict[str, jax.Array]
