@@ -26,6 +26,11 @@ def get_config() -> ConfigDict:
     config.data.placement = "auto"
     config.data.chunk_mebibytes = 64
 
+    config.augmentation = ConfigDict()  # Random views of images; all 0 for none.
+    config.augmentation.shift = 0.0  # Pixels.
+    config.augmentation.rotation = 0.0  # Degrees.
+    config.augmentation.zoom = 0.0
+
     config.network = ConfigDict()
     config.network.name = "fully_connected"
     config.network.embedding_dim = 512

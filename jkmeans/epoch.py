@@ -20,8 +20,9 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from jkmeans.augmentation import affine_views
 from jkmeans.kmeans.collectives import all_sum
-from jkmeans.methods import Assigned, Batch, Clusters, Method
+from jkmeans.methods import Assigned, Batch, Clusters, Method, example_keys
 from jkmeans.networks import Parameters, merge
 from jkmeans.sharding import (
     DATA_AXIS,
@@ -167,6 +168,20 @@ def make_programs(
     def scaled(examples: jax.Array) -> jax.Array:
         return examples.astype(jnp.float32) * jnp.float32(scale)
 
+    augmentation = config.augmentation
+    augmenting = any((augmentation.shift, augmentation.rotation, augmentation.zoom))
+
+    def view_of(x: jax.Array, key: jax.Array, index: jax.Array) -> jax.Array:
+        if not augmenting:
+            return x
+        return affine_views(
+            example_keys(key, index),
+            x,
+            shift=augmentation.shift,
+            rotation=augmentation.rotation,
+            zoom=augmentation.zoom,
+        )
+
     def objective(parameters, clusters, batch):
         return method.objective(merge(graphdef, parameters), clusters, batch)
 
@@ -180,8 +195,10 @@ def make_programs(
         """One step on the local examples of a batch; returns embeddings [b, p] too."""
         epoch = state.epoch - options.n_pretrain_epochs if clustering else state.epoch
         step_key = jax.random.fold_in(_epoch_key(state, 1), state.step)
+        x = scaled(examples)
         batch = Batch(
-            x=scaled(examples),
+            x=x,
+            view=view_of(x, step_key, index),
             weights=weights,
             index=index,
             key=step_key,
@@ -242,9 +259,12 @@ def make_programs(
         epoch_key = _epoch_key(state, 0)
 
         def shuffle(shard):
-            key = jax.random.fold_in(epoch_key, first + shard)
-            rows = jax.random.permutation(key, layout.rows_per_shard)
-            return (rows + shard * layout.rows_per_shard).astype(jnp.int32)
+            # One sort of 32 random bits a row: jax.random.permutation sorts twice, and takes twice
+            # as long to compile, to rule out ties, which here only favour the earlier row.
+            bits = jax.random.bits(
+                jax.random.fold_in(epoch_key, first + shard), (layout.rows_per_shard,)
+            )
+            return (jnp.argsort(bits) + shard * layout.rows_per_shard).astype(jnp.int32)
 
         rows = jax.vmap(shuffle)(shards)
         rows = rows.reshape(layout.shards_per_device, layout.n_steps, layout.rows_per_step)
@@ -389,8 +409,10 @@ def _epoch_key(state: TrainState, purpose: int) -> jax.Array:
 def _term_names(objective, parameters, clusters, example_shape, clustering: bool) -> set[str]:
     """The loss terms that the objective returns in a phase, found by abstract evaluation."""
     rows = 2
+    x = jnp.zeros((rows, *example_shape), jnp.float32)
     batch = Batch(
-        x=jnp.zeros((rows, *example_shape), jnp.float32),
+        x=x,
+        view=x,
         weights=jnp.ones((rows,), jnp.float32),
         index=jnp.arange(rows, dtype=jnp.int32),
         key=jax.random.key(0),

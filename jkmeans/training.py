@@ -79,7 +79,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str | os.PathLike) -> dict[s
         labels_path=config.data.labels_path,
         n_examples=config.data.n_examples,
     )
-    configuration.check_data(config, dataset.n_examples)
+    configuration.check_data(config, dataset.n_examples, dataset.example_shape)
     mesh = make_mesh(config.n_devices)
     run = _Run(config, workdir, dataset, mesh)
     claim_workdir(workdir, config)

@@ -29,16 +29,19 @@ class Batch:
 
     Attributes:
       x: [b, *example_shape] float32, scaled.
+      view: [b, *example_shape] float32, a random view of each example, for the network to see;
+        x itself without augmentation.
       weights: [b] float32; 1 for an example, 0 for padding.
       index: [b] int32, the number of the example in the data set; −1 for padding.
-      key: random key of the step, the same on every device; `example_keys` makes one for each
-        example.
+      key: random key of the step, the same on every device; ``example_keys(key, index)`` makes
+        one for each example.
       progress: [] float32, epochs since clustering began (fractions within an epoch).
       clustering: False while the network is pretrained and the clusters mean nothing; static.
       axis_name: mesh axis of the examples; static.
     """
 
     x: jax.Array
+    view: jax.Array
     weights: jax.Array
     index: jax.Array
     key: jax.Array
@@ -56,9 +59,10 @@ class Batch:
         value, weight = all_sum(sums, self.axis_name)
         return value / jnp.maximum(weight, 1.0)
 
-    def example_keys(self) -> jax.Array:
-        """A key for each example [b], the same on any number of devices."""
-        return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(self.key, self.index)
+
+def example_keys(key: jax.Array, index: jax.Array) -> jax.Array:
+    """A key for each example, the same on any number of devices: [b] of ``index: [b]``."""
+    return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, index)
 
 
 class Clusters(NamedTuple):

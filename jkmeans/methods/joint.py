@@ -5,6 +5,9 @@ reconstructions x̂ᵢ = g(zᵢ) of dimension d is the mean over the examples of
 
     ‖xᵢ − x̂ᵢ‖² / d  +  λ(t) · minₖ ‖zᵢ − cₖ‖² / p  +  β · (log K − H(p̄))
 
+* Where the config asks for augmentation, zᵢ is the embedding of a random view of xᵢ, and x̂ᵢ its
+  reconstruction, which is compared with xᵢ itself: a denoising autoencoder (Vincent et al. 2010)
+  whose noise is affine, so that embeddings lose what shifts, rotations and zooms change.
 * λ(t) = λ · min(1, t / T) rises over T epochs of clustering (``warmup_epochs``); t counts epochs
   since clustering began, fractions included. While pretraining only the first term stands.
 * p̄ is the mean over the batch of softmaxₖ(−‖zᵢ − cₖ‖² / τ), H its entropy in nats: the term is
@@ -61,7 +64,7 @@ def objective(
       embeddings [b, p] and ``{"reconstruction": [b], "centroid": [b], "balance": [b]}``, of which
       only the terms that stand are present.
     """
-    z = network.encode(batch.x)
+    z = network.encode(batch.view)
     terms = {}
     if decoder:
         error = (batch.x - network.decode(z)).reshape(z.shape[0], -1)

@@ -1,0 +1,342 @@
+"""Whole runs: resumed, killed, moved, damaged, collapsed; labels that must not matter."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from jkmeans import training
+from jkmeans.checkpoints import Checkpoints
+from jkmeans.errors import CollapseError, UserError
+from jkmeans.interruption import Interrupted
+from jkmeans.recorder import read_metrics
+from tests import tiny
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def files(tmp_path):
+    """The blobs as .npy files, and changes to a config that name them."""
+    examples, labels = tiny.blobs()
+    np.save(tmp_path / "x.npy", examples)
+    np.save(tmp_path / "y.npy", labels)
+    return {
+        "data__path": str(tmp_path / "x.npy"),
+        "data__labels_path": str(tmp_path / "y.npy"),
+        "n_devices": 1,
+    }
+
+
+def arrays_of(workdir: Path) -> dict[str, np.ndarray]:
+    """Every array of the newest checkpoint by name, read without a mesh."""
+    from orbax.checkpoint import v1 as ocp
+
+    with Checkpoints(workdir / "checkpoints") as checkpoints:
+        position = checkpoints.positions()[-1]
+    trees = ocp.load_checkpointables(
+        workdir / "checkpoints" / str(position), {"model": None, "training": None}
+    )
+    leaves = jax.tree_util.tree_leaves_with_path(trees)
+    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
+
+
+def assert_same_bits(one: Path, other: Path) -> None:
+    ours, theirs = arrays_of(one), arrays_of(other)
+    assert ours.keys() == theirs.keys()
+    assert len(ours) > 20
+    for name, value in ours.items():
+        np.testing.assert_array_equal(value, theirs[name], err_msg=name)
+
+
+class StopAfter:
+    """Asks a run to stop once it has recorded so many epochs, as a signal would."""
+
+    def __init__(self, monkeypatch, n_epochs: int):
+        record = training.Recorder.epoch
+
+        def epoch(recorder, phase, number, *arguments):
+            record(recorder, phase, number, *arguments)
+            if number == n_epochs:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        monkeypatch.setattr(training.Recorder, "epoch", epoch)
+
+
+def without_time(lines: list[dict]) -> list[dict]:
+    changing = ("time", "seconds", "examples_per_second")
+    return [{k: v for k, v in line.items() if k not in changing} for line in lines]
+
+
+@pytest.mark.parametrize("n_devices", [1, 8])
+@pytest.mark.parametrize("stop", [1, 2, 3, 4])
+def test_resumed_equals_uninterrupted(tmp_path, files, monkeypatch, stop, n_devices, whole_runs):
+    config = tiny.config(**files | {"n_devices": n_devices})
+    whole = whole_runs(n_devices)
+    with monkeypatch.context() as patch:
+        StopAfter(patch, stop)
+        with pytest.raises(Interrupted, match="SIGTERM"):
+            training.train_and_evaluate(config, tmp_path / "run")
+    assert not (tmp_path / "run" / "results.json").exists()
+    training.train_and_evaluate(config, tmp_path / "run")
+    assert_same_bits(tmp_path / "run", whole)
+    assert without_time(read_metrics(tmp_path / "run")) == without_time(read_metrics(whole))
+
+
+@pytest.fixture(scope="module")
+def whole_runs(tmp_path_factory):
+    """Uninterrupted runs by device count, made once."""
+    folder = tmp_path_factory.mktemp("whole")
+    examples, labels = tiny.blobs()
+    np.save(folder / "x.npy", examples)
+    np.save(folder / "y.npy", labels)
+    paths = {"data__path": str(folder / "x.npy"), "data__labels_path": str(folder / "y.npy")}
+    done: dict[int, Path] = {}
+
+    def run(n_devices: int) -> Path:
+        if n_devices not in done:
+            done[n_devices] = folder / str(n_devices)
+            training.train_and_evaluate(
+                tiny.config(n_devices=n_devices, **paths), done[n_devices]
+            )
+        return done[n_devices]
+
+    return run
+
+
+def test_what_a_run_leaves(whole_runs):
+    workdir = whole_runs(1)
+    results = json.loads((workdir / "results.json").read_text())
+    assert results["n_examples"] == tiny.N_EXAMPLES
+    assert {"acc", "nmi", "ari", "purity", "inertia", "train_seconds"} <= results.keys()
+    lines = read_metrics(workdir)
+    assert [line["phase"] for line in lines] == ["pretrain"] * 2 + ["cluster"] * 2
+    wanted = {"loss", "loss/reconstruction", "loss/centroid", "label_change", "inertia"}
+    wanted |= {"empty_clusters", "embedding_variance", "acc", "nmi", "ari"}
+    assert wanted <= lines[-1].keys()
+    assert list((workdir / "tensorboard").iterdir())
+    assert json.loads((workdir / "config.json").read_text())["n_clusters"] == 3
+
+
+def test_a_finished_run_is_reported_again_and_left_alone(tmp_path, files, capsys):
+    config = tiny.config(**files)
+    results = training.train_and_evaluate(config, tmp_path / "run")
+    (tmp_path / "run" / "results.json").unlink()
+    before = arrays_of(tmp_path / "run")
+    again = training.train_and_evaluate(config, tmp_path / "run")
+    assert again == results
+    assert "finished run" in capsys.readouterr().out
+    after = arrays_of(tmp_path / "run")
+    assert all(np.array_equal(before[name], after[name]) for name in before)
+    assert len(read_metrics(tmp_path / "run")) == 4
+
+
+def test_labels_never_matter(tmp_path, files):
+    """Shuffled labels and no labels at all: the same bits everywhere."""
+    rng = np.random.default_rng(1)
+    np.save(tmp_path / "shuffled.npy", rng.permutation(np.load(files["data__labels_path"])))
+    for name, labels in (("shuffled", str(tmp_path / "shuffled.npy")), ("none", "")):
+        changed = files | {"data__labels_path": labels}
+        training.train_and_evaluate(tiny.config(**changed), tmp_path / name)
+    training.train_and_evaluate(tiny.config(**files), tmp_path / "true")
+    assert_same_bits(tmp_path / "true", tmp_path / "shuffled")
+    assert_same_bits(tmp_path / "true", tmp_path / "none")
+
+
+@pytest.mark.parametrize(("before", "after"), [(8, 1), (1, 8), (8, 3), (3, 8)])
+def test_a_run_goes_on_with_other_devices(
+    tmp_path, files, monkeypatch, before, after, whole_runs
+):
+    with monkeypatch.context() as patch:
+        StopAfter(patch, 3)
+        with pytest.raises(Interrupted):
+            training.train_and_evaluate(
+                tiny.config(**files | {"n_devices": before}), tmp_path / "run"
+            )
+    training.train_and_evaluate(tiny.config(**files | {"n_devices": after}), tmp_path / "run")
+    ours = json.loads((tmp_path / "run" / "results.json").read_text())
+    theirs = json.loads((whole_runs(1) / "results.json").read_text())
+    assert ours["inertia"] == pytest.approx(theirs["inertia"], rel=1e-2)
+    assert ours["nmi"] == pytest.approx(theirs["nmi"], abs=1e-6)
+
+
+def test_a_fed_run_stops_within_an_epoch_and_goes_on(tmp_path, files, monkeypatch):
+    """The position inside an epoch is saved; the rest of it is trained after the resume."""
+    changes = files | {"data__placement": "host"}
+    monkeypatch.setattr(training.HostFeeder, "chunks", one_step_at_a_time)
+    training.train_and_evaluate(tiny.config(**changes), tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        run_chunks = training.HostFeeder.chunks
+
+        def stop_in_third_epoch(feeder, order, first_step=0, seen=[0]):  # noqa: B006
+            for n, chunk in enumerate(run_chunks(feeder, order, first_step)):
+                if seen[0] == 2 and n == 3:
+                    os.kill(os.getpid(), signal.SIGINT)
+                yield chunk
+            seen[0] += 1
+
+        patch.setattr(training.HostFeeder, "chunks", stop_in_third_epoch)
+        with pytest.raises(Interrupted, match="SIGINT"):
+            training.train_and_evaluate(tiny.config(**changes), tmp_path / "run")
+    with Checkpoints(tmp_path / "run" / "checkpoints") as checkpoints:
+        record = checkpoints.record(checkpoints.positions()[-1])
+    assert record["step"] > 0
+    training.train_and_evaluate(tiny.config(**changes), tmp_path / "run")
+    assert_same_bits(tmp_path / "whole", tmp_path / "run")
+
+
+def one_step_at_a_time(feeder, order, first_step=0):
+    for step in range(first_step, feeder._layout.n_steps):
+        yield feeder._read(order[step : step + 1])
+
+
+def test_a_damaged_newest_checkpoint_falls_back(tmp_path, files, monkeypatch, capsys, whole_runs):
+    config = tiny.config(**files)
+    with monkeypatch.context() as patch:
+        StopAfter(patch, 3)
+        with pytest.raises(Interrupted):
+            training.train_and_evaluate(config, tmp_path / "run")
+    folder = tmp_path / "run" / "checkpoints"
+    newest = max((p for p in folder.iterdir() if p.name.isdigit()), key=lambda p: int(p.name))
+    data = max(newest.rglob("*"), key=lambda p: p.stat().st_size if p.is_file() else 0)
+    content = bytearray(data.read_bytes())
+    content[len(content) // 2] ^= 0xFF
+    data.write_bytes(content)
+    training.train_and_evaluate(config, tmp_path / "run")
+    assert f"damaged-{newest.name}" in capsys.readouterr().out
+    assert_same_bits(tmp_path / "run", whole_runs(1))
+
+
+def test_all_checkpoints_damaged(tmp_path, files):
+    training.train_and_evaluate(tiny.config(**files), tmp_path / "run")
+    for checkpoint in (tmp_path / "run" / "checkpoints").iterdir():
+        (checkpoint / "_CHECKPOINT_METADATA").write_text("{")
+    with pytest.raises(UserError, match="no checkpoint in .* can be read"):
+        training.train_and_evaluate(tiny.config(**files), tmp_path / "run")
+
+
+def test_another_config_in_the_workdir(tmp_path, files):
+    training.train_and_evaluate(tiny.config(**files), tmp_path / "run")
+    before = arrays_of(tmp_path / "run")
+    with pytest.raises(UserError, match=r"another config: n_clusters is 4 here and 3 there"):
+        training.train_and_evaluate(tiny.config(n_clusters=4, **files), tmp_path / "run")
+    after = arrays_of(tmp_path / "run")
+    assert all(np.array_equal(before[name], after[name]) for name in before)
+
+
+def test_other_data_in_the_workdir(tmp_path, files):
+    training.train_and_evaluate(tiny.config(**files), tmp_path / "run")
+    np.save(files["data__path"], tiny.blobs(seed=5)[0])
+    with pytest.raises(UserError, match="a run on other data"):
+        training.train_and_evaluate(tiny.config(**files), tmp_path / "run")
+
+
+def test_foreign_checkpoints_in_the_workdir(tmp_path, files):
+    (tmp_path / "run" / "checkpoints" / "7").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"no config.json"):
+        training.train_and_evaluate(tiny.config(**files), tmp_path / "run")
+
+
+def test_more_clusters_than_examples_leaves_no_workdir(tmp_path, files):
+    with pytest.raises(UserError, match=r"n_clusters is 204, but there are 203 examples"):
+        training.train_and_evaluate(tiny.config(n_clusters=204, **files), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_collapse_stops_the_run_and_keeps_what_was(tmp_path, files):
+    config = tiny.config(
+        objective__centroid_weight=1e4,
+        objective__warmup_epochs=0.0,
+        training__n_epochs=100,
+        training__clustering_learning_rate=1e-2,
+        training__collapse_ratio=1e-3,
+        **files,
+    )
+    with pytest.raises(CollapseError, match=r"collapsed in epoch \d+: their variance is"):
+        training.train_and_evaluate(config, tmp_path / "run")
+    with Checkpoints(tmp_path / "run" / "checkpoints") as checkpoints:
+        assert checkpoints.positions()
+    assert read_metrics(tmp_path / "run")[-1]["embedding_variance"] >= 0
+
+
+def test_divergence_stops_the_run(tmp_path, files):
+    config = tiny.config(
+        training__optimizer="sgd", training__learning_rate=1e6, **files
+    )
+    with pytest.raises(CollapseError, match="training diverged"):
+        training.train_and_evaluate(config, tmp_path / "run")
+
+
+def test_without_a_decoder_the_embedding_keeps_its_spread(tmp_path, files):
+    config = tiny.config(
+        network__decoder=False,
+        network__normalize=True,
+        objective__balance_weight=1.0,
+        objective__temperature=0.1,
+        training__n_pretrain_epochs=0,
+        training__n_epochs=20,
+        **files,
+    )
+    training.train_and_evaluate(config, tmp_path / "run")
+    lines = read_metrics(tmp_path / "run")
+    assert lines[-1]["embedding_variance"] > 0.3
+    assert lines[-1]["empty_clusters"] == 0
+    assert lines[-1]["acc"] > 0.9
+
+
+def test_the_baseline_without_clustering_epochs(tmp_path, files):
+    results = training.train_and_evaluate(
+        tiny.config(training__n_epochs=0, **files), tmp_path / "run"
+    )
+    assert results["acc"] > 0.9
+
+
+COMMAND = [sys.executable, "-m", "experiments.train", "--config", "configs/npy.py"]
+
+
+def small_flags(files, workdir) -> list[str]:
+    return [
+        f"--workdir={workdir}",
+        f"--config.data.path={files['data__path']}",
+        "--config.n_clusters=3",
+        "--config.network.widths=(16,)",
+        "--config.network.embedding_dim=4",
+        "--config.training.batch_size=32",
+        "--config.training.n_pretrain_epochs=40",
+        "--config.training.n_epochs=400",
+        "--config.checkpoint.every=1",
+        "--config.n_devices=1",
+        "--config.report.pictures=False",
+    ]
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_a_signal_from_outside_loses_at_most_the_work_since_a_checkpoint(tmp_path, files, number):
+    workdir = tmp_path / "run"
+    command = COMMAND + small_flags(files, workdir)
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while len(read_metrics(workdir)) < 12:
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == (-9 if number == signal.SIGKILL else 128 + number)
+    assert "Traceback" not in errors
+    with Checkpoints(workdir / "checkpoints") as checkpoints:
+        record = checkpoints.record(checkpoints.positions()[-1])
+    n_recorded = len(read_metrics(workdir))
+    if number == signal.SIGKILL:
+        # One epoch may be recorded and not yet saved, one may still be in the background.
+        assert record["epoch"] >= n_recorded - 2
+    else:
+        assert record["epoch"] == n_recorded
+        assert f"goes on from epoch {record['epoch']}" in errors
