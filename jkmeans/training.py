@@ -47,6 +47,7 @@ CONFIG_FILE = "config.json"
 RESULTS_FILE = "results.json"
 CHECKPOINT_FOLDER = "checkpoints"
 REPORT_FOLDER = "report"
+SEEDS_FILE = "seeds.json"
 
 _MODEL = ("parameters", "clusters")
 
@@ -542,3 +543,37 @@ def _device_room(device, n_devices: int) -> float:
         return 0.6 * (statistics["bytes_limit"] - statistics.get("bytes_in_use", 0))
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return 0.5 * free / n_devices
+
+
+def train_seeds(config: ConfigDict, workdir: str | os.PathLike, n_seeds: int) -> dict[str, Any]:
+    """Trains the same config from seeds 0 to n_seeds − 1, one run after the other.
+
+    Args:
+      config: as for `train_and_evaluate`; its seed is replaced.
+      workdir: receives a folder ``seed_<i>`` for each run and ``seeds.json``. Runs that are there
+        already are gone on with, or only read.
+      n_seeds: at least 1.
+
+    Returns:
+      ``{metric: {"mean", "sd", "values"}}`` of every numeric result; sd is the sample standard
+      deviation, 0 for a single seed.
+
+    Raises:
+      UserError, CollapseError, Interrupted: as `train_and_evaluate`.
+    """
+    workdir = Path(workdir)
+    runs = []
+    for seed in range(n_seeds):
+        one = config.copy_and_resolve_references()
+        one.seed = seed
+        runs.append(train_and_evaluate(one, workdir / f"seed_{seed}"))
+    summary = {}
+    for name, first in runs[0].items():
+        if isinstance(first, int | float):
+            values = [run[name] for run in runs]
+            sd = float(np.std(values, ddof=1)) if n_seeds > 1 else 0.0
+            summary[name] = {"mean": float(np.mean(values)), "sd": sd, "values": values}
+    write_json(workdir / SEEDS_FILE, summary)
+    rows = {name: f"{found['mean']:.4g} ± {found['sd']:.2g}" for name, found in summary.items()}
+    results_table(rows, f"{n_seeds} seeds in {workdir}")
+    return summary

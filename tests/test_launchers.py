@@ -1,0 +1,162 @@
+"""The commands as a user types them: exit status, one sentence, no traceback."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests import tiny
+
+ROOT = Path(__file__).parent.parent
+
+
+def run(program: str, *arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess:
+    environment = os.environ | {"XLA_FLAGS": "", "PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        [sys.executable, "-m", f"experiments.{program}", *arguments],
+        cwd=cwd,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("files")
+    examples, labels = tiny.blobs()
+    np.save(folder / "x.npy", examples)
+    np.save(folder / "y.npy", labels)
+    bad = examples.copy()
+    bad[[17, 40]] = np.nan
+    np.save(folder / "nan.npy", bad)
+    np.save(folder / "short.npy", labels[:-1])
+    np.save(folder / "wide.npy", np.zeros((5, 13), np.float32))
+    return folder
+
+
+def train_flags(files, workdir, *more) -> tuple[str, ...]:
+    return (
+        "--config=configs/npy.py",
+        f"--workdir={workdir}",
+        f"--config.data.path={files / 'x.npy'}",
+        f"--config.data.labels_path={files / 'y.npy'}",
+        "--config.n_clusters=3",
+        "--config.network.widths=(16,)",
+        "--config.network.embedding_dim=4",
+        "--config.training.n_pretrain_epochs=2",
+        "--config.training.n_epochs=2",
+        *more,
+    )
+
+
+@pytest.fixture(scope="module")
+def workdir(files):
+    """A run made by the command itself, pictures and all."""
+    folder = files / "run"
+    done = run("train", *train_flags(files, folder))
+    assert done.returncode == 0, done.stderr
+    assert "acc" in done.stdout
+    return folder
+
+
+def test_train_evaluate_predict(files, workdir):
+    pictures = {p.name for p in (workdir / "report").iterdir()}
+    assert {"curves.png", "map.png", "nearest.png", "confusion.png", "sizes.png"} <= pictures
+    done = run("evaluate", "--workdir", str(workdir))
+    assert done.returncode == 0, done.stderr
+    assert "nmi" in done.stdout
+    output = files / "clusters.npz"
+    done = run(
+        "predict", "--workdir", str(workdir), "--input", str(files / "x.npy"),
+        "--output", str(output),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    with np.load(output) as arrays:
+        assert len(arrays["labels"]) == tiny.N_EXAMPLES
+
+
+BAD = {
+    "no config": (["--workdir=w"], "--config must be given"),
+    "no workdir": (["--config=configs/digits.py"], "--workdir must be given"),
+    "missing config": (["--config=configs/none.py", "--workdir=w"], "none.py"),
+    "unknown flag": (["--config=configs/digits.py", "--wrkdir=w"], "wrkdir"),
+    "unknown field": (
+        ["--config=configs/digits.py", "--workdir=w", "--config.n_clutsers=3"],
+        "n_clutsers",
+    ),
+    "wrong type": (
+        ["--config=configs/digits.py", "--workdir=w", "--config.n_clusters=ten"],
+        "n_clusters",
+    ),
+    "bad value": (
+        ["--config=configs/digits.py", "--workdir=w", "--config.n_clusters=0"],
+        "config.n_clusters is 0; accepted: an integer of at least 1",
+    ),
+    "devices": (
+        ["--config=configs/digits.py", "--workdir=w", "--config.n_devices=3"],
+        "n_devices is 3, but JAX sees 1 (cpu)",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_command_lines(case, tmp_path):
+    arguments, sentence = BAD[case]
+    arguments = [a.replace("--config=configs", f"--config={ROOT}/configs") for a in arguments]
+    done = run("train", *arguments, cwd=tmp_path)
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    assert sentence in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert not (tmp_path / "w").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        (["--config.data.path={files}/nan.npy"], "NaN or infinity in 2 of 203 rows"),
+        (["--config.data.path={files}/none.npy"], "none.npy"),
+        (["--config.data.labels_path={files}/short.npy"], "202"),
+        (["--config.n_clusters=500"], "n_clusters is 500, but there are 203 examples"),
+        (["--config.network.name=nowhere:network"], "importing nowhere failed"),
+    ],
+)
+def test_bad_data(changes, sentence, files, tmp_path):
+    changes = [change.format(files=files) for change in changes]
+    done = run("train", *train_flags(files, tmp_path / "w"), *changes)
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    assert sentence in done.stderr
+    assert not (tmp_path / "w").exists()
+
+
+def test_predict_with_a_wrong_shape_keeps_the_old_output(files, workdir, tmp_path):
+    output = tmp_path / "clusters.npz"
+    output.write_bytes(b"precious")
+    done = run(
+        "predict", "--workdir", str(workdir), "--input", str(files / "wide.npy"),
+        "--output", str(output),
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert "[13]" in done.stderr
+    assert "[12]" in done.stderr
+    assert output.read_bytes() == b"precious"
+
+
+def test_evaluate_without_a_run(tmp_path):
+    done = run("evaluate", "--workdir", str(tmp_path))
+    assert done.returncode == 2
+    assert "holds no checkpoint" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("program", ["train", "evaluate", "predict"])
+def test_help_shows_the_command(program):
+    done = run(program, "--help")
+    assert f"python -m experiments.{program}" in done.stdout
+    assert "--workdir" in done.stdout
