@@ -1,0 +1,1 @@
+"""Measured comparisons with other systems, each one command."""

@@ -1,0 +1,75 @@
+"""Benchmarks run, say what they measured, and give every contestant the same work."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+
+import pytest
+
+from benchmarks import autoencoder_epoch as benchmark
+
+
+def test_torch_and_jax_are_not_imported_with_the_module():
+    program = (
+        "import sys, benchmarks.autoencoder_epoch; assert not {'torch', 'jax'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_contestants_do_the_same_work(tmp_path, capsys, monkeypatch):
+    pytest.importorskip("torch")
+    monkeypatch.setattr(benchmark, "TRIAL_STEPS", 3)
+    # One thread: OpenMP's threads wait actively, which takes minutes beside other tests.
+    monkeypatch.setattr(benchmark, "cores", lambda: [0])
+    path = tmp_path / "result.json"
+    flags = "--data random --examples 256 --batch-size 256 --repeats 2 --no-compile --json"
+    result = benchmark.main([*flags.split(), str(path)])
+    assert json.loads(path.read_text()) == result
+    assert result["settings"]["n_examples"] == 256
+    assert result["settings"]["data"] == "random uint8"
+    assert set(result["versions"]) > {"jax", "torch"}
+    ours, theirs, clustering = result["rows"]
+    assert [row["name"] for row in result["rows"]] == ["jkmeans", "PyTorch", "jkmeans, clustering"]
+    for row in result["rows"]:
+        assert row["n_steps"] == 1
+        assert len(row["seconds"]) == 2
+        assert len(row["losses"]) == 3
+        assert row["min_seconds"] <= row["median_seconds"] <= row["max_seconds"]
+        assert row["ratio_min"] <= row["ratio_max"]
+    assert ours["ratio"] == 1.0
+    # Equal parameters at the start and whole batches: three steps of Adam must agree.
+    assert theirs["losses"] == pytest.approx(ours["losses"], rel=1e-3)
+    assert clustering["losses"][0] == pytest.approx(ours["losses"][0], rel=1e-3)
+    printed = capsys.readouterr().out
+    assert "time / jkmeans" in printed
+    assert all(row["name"] in printed for row in result["rows"])
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--repeats", "0"], "'0' is given; accepted: an integer of at least 1"),
+        (["--examples", "many"], "accepted: an integer of at least 0"),
+        (["--data", "cifar"], "invalid choice"),
+        (["--threads", "100000"], "--threads is 100000; accepted: 0 (all) to"),
+        (["--speed"], "unrecognized arguments"),
+        (["--json", "/nowhere/at/all.json"], "--json is '/nowhere/at/all.json'; accepted:"),
+    ],
+)
+def test_what_cannot_be_used_is_a_sentence(flags, sentence, capsys, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    with pytest.raises(SystemExit) as caught:
+        benchmark.main(flags)
+    assert caught.value.code == 2
+    printed = capsys.readouterr().err
+    assert sentence in printed
+    assert printed.count("\n") == 1
+
+
+def test_missing_torch_names_the_extra(capsys, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit) as caught:
+        benchmark.main([])
+    assert caught.value.code == 2
+    assert "pip install -e .[benchmarks]" in capsys.readouterr().err
