@@ -25,23 +25,23 @@ def test_many_restarts_find_what_scikit_learn_finds(blobs):
     np.testing.assert_array_equal(result.labels, squared.argmin(axis=1))
 
 
+_one, _five = (jax.jit(lambda key, x, n=n: fit(key, x, 6, init="sample", n_init=n)) for n in (1, 5))
+
+
 def test_the_best_restart_is_kept(blobs):
-    # Fits with 1, 2, … restarts from one key: each is the best so far, and some restart is worse
-    # than the one before it.
-    key = jax.random.key(0)
-    results = [
-        jax.jit(partial(fit, n_clusters=6, init="sample", n_init=n))(key, blobs)
-        for n in range(1, 6)
-    ]
-    inertias = np.array([result.inertia for result in results])
-    assert (np.diff(inertias) <= 0).all()
-    assert inertias[-1] < inertias[0]
-    for result in results:
-        np.testing.assert_allclose(result.inertia, np.sum(result.distances), rtol=1e-5)
+    gains = []
+    for seed in range(8):
+        key = jax.random.key(seed)
+        one, five = _one(key, blobs), _five(key, blobs)
+        np.testing.assert_allclose(five.inertia, np.sum(five.distances), rtol=1e-5)
+        gains.append(one.inertia - five.inertia)
+    # The first of the five is the one; usually another is better.
+    assert min(gains) >= -1e-2
+    assert np.sum(np.array(gains) > 1) >= 4
 
 
 def test_given_centroids_are_the_start(blobs):
-    result = fit(jax.random.key(0), blobs, 6, init=blobs[:6], n_init=5)
+    result = jax.jit(partial(fit, n_clusters=6, n_init=5))(jax.random.key(0), blobs, init=blobs[:6])
     model = KMeans(6, init=blobs[:6], n_init=1, tol=0).fit(blobs)
     np.testing.assert_array_equal(result.labels, model.labels_)
     assert result.n_iter == model.n_iter_
@@ -50,7 +50,7 @@ def test_given_centroids_are_the_start(blobs):
 def test_nan_rows_give_nan_inertia_and_valid_labels(blobs):
     x = blobs.copy()
     x[3] = np.nan
-    result = fit(jax.random.key(0), x, 6, n_init=2, max_iter=3)
+    result = _five(jax.random.key(0), x)
     assert np.isnan(result.inertia)
     assert ((result.labels >= 0) & (result.labels < 6)).all()
     # A result, not the blank that the restarts are compared with.
@@ -69,10 +69,9 @@ def test_vmap_over_keys(blobs):
         np.testing.assert_allclose(results.inertia[i], model.inertia_, rtol=1e-5)
 
 
-@pytest.mark.parametrize("shape", [(8,), (4, 2)])
-def test_one_device_equals_eight(blobs, shape):
-    names = ("data", "more")[: len(shape)]
-    mesh = jax.make_mesh(shape, names, axis_types=(AxisType.Auto,) * len(shape))
+def test_one_device_equals_eight_on_two_axes(blobs):
+    names = ("data", "more")
+    mesh = jax.make_mesh((4, 2), names, axis_types=(AxisType.Auto,) * 2)
     rows = PartitionSpec(names)
     specs = jax.tree.map(lambda spec: rows if spec == ROWS else spec, RESULT_SPECS)
     key = jax.random.key(0)
@@ -93,7 +92,7 @@ def test_one_device_equals_eight(blobs, shape):
         ({"init": "best"}, r"init='best': expected an array or one of sample, k-means\+\+"),
         ({"init": jnp.zeros((3, 2))}, r"init has shape \(3, 2\): expected \(4, 2\)"),
         ({"n_init": 0}, "n_init=0: expected at least 1"),
-        ({"empty": "drop"}, "empty='drop'"),
+        ({"init": jnp.zeros((4, 2)), "empty": "drop"}, "empty='drop'"),
     ],
 )
 def test_what_cannot_be_used_is_named(arguments, message):

@@ -17,7 +17,13 @@ from jkmeans.kmeans import LloydResult, lloyd
 ROWS, SAME = PartitionSpec("data"), PartitionSpec()
 RESULT_SPECS = LloydResult(SAME, ROWS, ROWS, SAME, SAME, SAME, SAME, SAME)
 
-run = jax.jit(lloyd, static_argnames=("empty", "block_size", "axis_name"))
+_program = jax.jit(lloyd, static_argnames=("empty", "block_size"))
+
+
+def run(x, start, *, weights=None, max_iter=300, tol=0.0, empty="farthest"):
+    """One compiled program for each shape and policy."""
+    weights = np.ones(len(x), np.float32) if weights is None else weights.astype(np.float32)
+    return _program(x, start, weights=weights, max_iter=max_iter, tol=tol, empty=empty)
 
 
 def scikit_learn(x, centroids, *, max_iter=300, weights=None):
@@ -52,7 +58,7 @@ def check_equal(result, model):
 
 @pytest.mark.parametrize("empty", ["keep", "farthest"])
 def test_agrees_with_scikit_learn(blobs, empty):
-    result = run(blobs, blobs[:6], empty=empty)
+    result = _program(blobs, blobs[:6], empty=empty)
     check_equal(result, scikit_learn(blobs, blobs[:6]))
     check_consistent(result, blobs)
     assert result.n_iter > 5
@@ -87,7 +93,7 @@ def test_tolerance_is_on_the_squared_shift(blobs):
 
 def test_weighted_rows_are_repeated_rows(blobs):
     weights = np.random.default_rng(0).integers(0, 4, len(blobs))
-    weighted = run(blobs, blobs[:6], weights=weights.astype(np.float32))
+    weighted = run(blobs, blobs[:6], weights=weights)
     repeated = scikit_learn(np.repeat(blobs, weights, axis=0), blobs[:6])
     np.testing.assert_array_equal(np.repeat(weighted.labels, weights), repeated.labels_)
     np.testing.assert_allclose(weighted.centroids, repeated.cluster_centers_, rtol=1e-4)
@@ -167,7 +173,8 @@ def test_more_clusters_than_moves_in_an_iteration(monkeypatch):
     module = importlib.import_module("jkmeans.kmeans.lloyd")
     monkeypatch.setattr(module, "MAX_RELOCATIONS", 1)
     x = np.array([[0.0], [0.5], [5.0], [9.0]], np.float32)
-    result = lloyd(x, np.array([[0.0], [100.0], [-100.0], [-200.0]], np.float32))
+    start = np.array([[0.0], [100.0], [-100.0], [-200.0]], np.float32)
+    result = jax.jit(lloyd)(x, start)
     np.testing.assert_allclose(np.sort(result.centroids, axis=0), x)
     assert result.n_relocated == 3
 
@@ -190,7 +197,7 @@ def test_as_many_clusters_as_rows(blobs):
     assert result.inertia == 0
 
 
-_lattice = jax.jit(partial(lloyd, block_size=5), static_argnames="empty")
+_lattice = partial(_program, tol=0.0, block_size=5)
 
 
 @settings(deadline=None, max_examples=50)
