@@ -13,6 +13,7 @@ would not be reproducible after a resume. Both are refused. Layer and group norm
 """
 
 import contextlib
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 
@@ -67,8 +68,9 @@ class FullyConnectedAutoencoder(nnx.Module):
 
 
 def _dense_layers(sizes: Sequence[int], rngs: nnx.Rngs) -> nnx.List:
-    pairs = zip(sizes[:-1], sizes[1:], strict=True)
-    return nnx.List([nnx.Linear(i, o, kernel_init=_glorot, rngs=rngs) for i, o in pairs])
+    return nnx.List(
+        [nnx.Linear(i, o, kernel_init=_glorot, rngs=rngs) for i, o in itertools.pairwise(sizes)]
+    )
 
 
 def _apply_dense(layers: nnx.List, x: jax.Array) -> jax.Array:
@@ -108,7 +110,7 @@ class ConvolutionalAutoencoder(nnx.Module):
         halvings = 2 ** len(widths)
         self.coarse_shape = (math.ceil(height / halvings), math.ceil(width / halvings), widths[-1])
         channels = [n_channels, *widths]
-        pairs = list(zip(channels[:-1], channels[1:], strict=True))
+        pairs = list(itertools.pairwise(channels))
         options = {"kernel_size": (3, 3), "strides": (2, 2), "padding": "SAME", "rngs": rngs}
         self.convolutions = nnx.List(
             [nnx.Conv(i, o, kernel_init=_glorot, **options) for i, o in pairs]
