@@ -1,0 +1,384 @@
+"""What a config may say: every file in configs/, every field, every kind of bad value."""
+
+import importlib
+import json
+import math
+import pathlib
+
+import pytest
+from ml_collections import ConfigDict
+
+from jkmeans import configuration
+from jkmeans.configuration import FIELDS, check_data, differences, from_json, to_json, validate
+from jkmeans.errors import UserError
+from tests import tiny
+
+ROOT = pathlib.Path(__file__).parent.parent
+CONFIGS = sorted(p.stem for p in (ROOT / "configs").glob("*.py") if p.stem != "__init__")
+
+
+def changed(name, value):
+    """The tiny config with one field replaced, of whatever type."""
+    config = tiny.config()
+    *groups, leaf = name.split(".")
+    node = config
+    for group in groups:
+        node = node[group]
+    del node[leaf]  # ml_collections would convert to the type that was there.
+    node[leaf] = value
+    return config
+
+
+def get(config, name):
+    for part in name.split("."):
+        config = config[part]
+    return config
+
+
+def refusal(config) -> str:
+    with pytest.raises(UserError) as caught:
+        validate(config)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def leaves(values, prefix=""):
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from leaves(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name
+
+
+# Every file in configs/.
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_config_keeps_the_contract(name):
+    module = importlib.import_module(f"configs.{name}")
+    config = module.get_config()
+    if config.data.name == "npy":
+        config.data.path = "/examples.npy"
+    assert sorted(leaves(config.to_dict())) == sorted(FIELDS)
+    valid = validate(config)
+    # Nothing was converted: what the file says is what runs.
+    assert valid == config
+    assert all(type(get(valid, f)) is type(get(config, f)) for f in FIELDS)
+    assert from_json(json.loads(json.dumps(to_json(valid)))) == valid
+    command = f"python -m experiments.train --config configs/{name}.py --workdir runs/"
+    assert command in module.__doc__
+
+
+def test_there_are_configs():
+    assert {"digits", "mnist", "fashion_mnist", "npy"} <= set(CONFIGS)
+
+
+def test_json_keeps_types():
+    valid = validate(tiny.config(network__widths=(3, 5)))
+    again = from_json(json.loads(json.dumps(to_json(valid))))
+    assert again.network.widths == (3, 5)
+    assert isinstance(again.network.widths, tuple)
+    assert isinstance(again.objective.centroid_weight, float)
+
+
+def test_validation_leaves_the_config_alone():
+    config = tiny.config()
+    before = config.to_json()
+    validate(config)
+    assert config.to_json() == before
+
+
+def test_validation_is_idempotent():
+    valid = validate(tiny.config())
+    assert validate(valid) == valid
+
+
+def test_an_integer_is_a_number():
+    value = validate(changed("objective.warmup_epochs", 3)).objective.warmup_epochs
+    assert value == 3.0
+    assert isinstance(value, float)
+
+
+def test_paths_become_absolute(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = tiny.config(data__path="a.npy", data__labels_path="~/b.npy")
+    valid = validate(config)
+    assert valid.data.path == str(tmp_path / "a.npy")
+    assert valid.data.labels_path == str(pathlib.Path.home() / "b.npy")
+    assert validate(tiny.config(data__labels_path="")).data.labels_path == ""
+
+
+# Bad values.
+
+
+def kind(name) -> str:
+    accepted = FIELDS[name].accepted
+    for start, found in {
+        "an integer": "integer",
+        "a number": "number",
+        "True": "boolean",
+        "a tuple": "integers",
+        "text": "text",
+    }.items():
+        if accepted.startswith(start):
+            return found
+    return "choice"
+
+
+WRONG_TYPES = {
+    "integer": [1.0, "1", None, True, (1,)],
+    "number": ["1", None, True, (1.0,), 1j],
+    "boolean": [1, "True", None],
+    "integers": [3, "3", None, (1.0,), (True,), ("3",)],
+    "text": [3, None, True, ("a",)],
+    "choice": [3, None, True, ("digits",)],
+}
+BAD_VALUES = {
+    "integer": [-1, 2**31],
+    "number": [-1, -1e-9, math.nan, math.inf, -math.inf, 10**400],
+    "boolean": [],
+    "integers": [(0,), (8, -1)],
+    "text": [],
+    "choice": ["", "no-such-thing"],
+}
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_bad_values_are_refused(name):
+    for value in WRONG_TYPES[kind(name)] + BAD_VALUES[kind(name)]:
+        message = refusal(changed(name, value))
+        shown = repr(value)
+        assert message.startswith(f"config.{name} is {shown[:100]}")
+        assert message.endswith(f"; accepted: {FIELDS[name].accepted}")
+
+
+@pytest.mark.parametrize(
+    ("name", "least"),
+    [
+        ("seed", 0),
+        ("n_devices", 0),
+        ("n_clusters", 1),
+        ("data.n_shards", 1),
+        ("network.embedding_dim", 1),
+        ("training.batch_size", 1),
+        ("centroids.n_init", 1),
+        ("centroids.every", 1),
+        ("checkpoint.every", 1),
+        ("checkpoint.keep", 1),
+    ],
+)
+def test_least_values(name, least):
+    assert get(validate(changed(name, least)), name) == least
+    message = refusal(changed(name, least - 1))
+    assert f"config.{name} is {least - 1}" in message
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["objective.temperature", "training.learning_rate", "training.clustering_learning_rate"],
+)
+def test_zero_is_refused_where_one_divides_or_steps_by_it(name):
+    assert f"config.{name} is 0.0; accepted: a number above 0" in refusal(changed(name, 0.0))
+
+
+def test_most_shards():
+    assert "from 1 to 65536" in refusal(changed("data.n_shards", 65537))
+
+
+@pytest.mark.parametrize("name", ["network.name", "objective.name"])
+def test_only_these_may_name_a_function(name):
+    assert get(validate(changed(name, "mine:f")), name) == "mine:f"
+    assert "'module:function'" in refusal(changed(name, "mine"))
+    assert "'module:function'" not in refusal(changed("training.optimizer", "mine:f"))
+
+
+# Fields that should not be there, or should.
+
+
+def test_an_unknown_field_suggests_the_near_one():
+    config = tiny.config()
+    config.training.bach_size = 3
+    message = refusal(config)
+    assert message == (
+        "config has a field 'training.bach_size' that is not known; "
+        "did you mean 'training.batch_size'?"
+    )
+
+
+def test_an_unknown_field_that_is_near_to_nothing_lists_all():
+    config = tiny.config()
+    config.zzzzzz = 3
+    message = refusal(config)
+    assert "'zzzzzz'" in message
+    assert all(name in message for name in FIELDS)
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_a_missing_field_is_named(name):
+    config = tiny.config()
+    *groups, leaf = name.split(".")
+    node = get(config, ".".join(groups)) if groups else config
+    del node[leaf]
+    message = refusal(config)
+    if len(node) == 0:  # A group of one field.
+        assert message.startswith(f"config.{groups[0]} is {{}}; accepted: a group")
+        assert name in message
+    else:
+        assert message.startswith(f"config lacks the field {name!r}")
+        assert message.endswith(FIELDS[name].accepted)
+
+
+@pytest.mark.parametrize("value", [3, "x", None, ConfigDict()])
+def test_a_group_replaced_by_a_value(value):
+    message = refusal(changed("network", value))
+    shown = {} if isinstance(value, ConfigDict) else value
+    assert message.startswith(f"config.network is {shown!r}; accepted: a group of the fields")
+    assert "network.embedding_dim" in message
+
+
+@pytest.mark.parametrize("value", [ConfigDict({"a": 1, "b": 2}), ConfigDict()])
+@pytest.mark.parametrize("name", ["seed", "network.widths", "objective.temperature"])
+def test_a_value_replaced_by_a_group(name, value):
+    message = refusal(changed(name, value))
+    assert message.startswith(f"config.{name} is {value.to_dict()!r}; accepted: ")
+
+
+@pytest.mark.parametrize(
+    "values", [None, [], 3, "x", {"data.name": "digits"}, {"data": 3}, {"a": {"b": [{"c": 1}]}}]
+)
+def test_json_that_is_no_config(values):
+    with pytest.raises(UserError):
+        from_json(values)
+
+
+# Contradictions.
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"network__decoder": False, "objective__balance_weight": 1.0}, "network.normalize = True"),
+        ({"network__decoder": False, "network__normalize": True}, "balance_weight above 0"),
+        (
+            {
+                "network__decoder": False,
+                "network__normalize": True,
+                "objective__balance_weight": 1.0,
+            },
+            "config.training.n_pretrain_epochs is 2, but without a decoder",
+        ),
+        ({"data__path": ""}, "config.data.path is '', but data.name is 'npy'"),
+        (
+            {"training__n_pretrain_epochs": 0, "training__n_epochs": 0},
+            "accepted: at least one epoch",
+        ),
+        ({"network__widths": ()}, "config.network.widths is ()"),
+    ],
+)
+def test_contradictions(changes, said):
+    message = refusal(tiny.config(**changes))
+    assert said in message
+    assert "accepted" in message
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {
+            "network__decoder": False,
+            "network__normalize": True,
+            "objective__balance_weight": 1.0,
+            "training__n_pretrain_epochs": 0,
+        },
+        {"data__name": "digits", "data__path": ""},
+        {"training__n_pretrain_epochs": 0},
+        {"training__n_epochs": 0},
+        {"network__widths": (), "network__name": "mine:f"},
+        {"network__decoder": False, "objective__name": "mine:f"},
+    ],
+)
+def test_what_is_near_to_a_contradiction_but_none(changes):
+    validate(tiny.config(**changes))
+
+
+# Comparing configs, and with the data.
+
+RUNTIME = {
+    "n_devices": 4,
+    "data.placement": "host",
+    "data.chunk_mebibytes": 1,
+    "checkpoint.every": 7,
+    "checkpoint.keep": 7,
+    "report.pictures": True,
+}
+
+
+@pytest.mark.parametrize("name", RUNTIME)
+def test_differences_of_the_machine_do_not_count(name):
+    other = validate(changed(name, RUNTIME[name]))
+    assert get(other, name) != get(validate(tiny.config()), name)
+    assert differences(validate(tiny.config()), other) == []
+
+
+@pytest.mark.parametrize("name", [f for f in FIELDS if f not in RUNTIME])
+def test_all_other_differences_count(name):
+    old = get(tiny.config(), name)
+    chosen = {
+        "data.name": "digits",
+        "data.split": "train",
+        "augmentation.zoom": 0.5,
+        "network.name": "convolutional",
+        "network.widths": (3,),
+        "objective.name": "mine:f",
+        "centroids.init": "sample",
+        "centroids.bank": "refreshed",
+        "centroids.empty": "keep",
+        "training.optimizer": "sgd",
+        "training.schedule": "cosine",
+    }
+    if name in chosen:
+        new = chosen[name]
+    elif isinstance(old, bool):
+        new = not old
+    else:
+        new = "/other.npy" if isinstance(old, str) else old + 3
+    if name == "network.decoder":
+        config = tiny.config(
+            network__decoder=True, network__normalize=True, objective__balance_weight=1.0
+        )
+        config.training.n_pretrain_epochs = 0
+        ours = validate(config)
+        config.network.decoder = False
+        theirs = validate(config)
+    else:
+        ours, theirs = validate(tiny.config()), validate(changed(name, new))
+    a, b = get(ours, name), get(theirs, name)
+    assert differences(ours, theirs) == [f"{name} is {a!r} here and {b!r} there"]
+
+
+def test_clusters_and_examples():
+    config = validate(tiny.config(n_clusters=5))
+    check_data(config, 5, (12,))
+    with pytest.raises(UserError, match=r"config.n_clusters is 5, but there are 4 .*: 1 to 4"):
+        check_data(config, 4, (12,))
+
+
+@pytest.mark.parametrize("name", ["shift", "rotation", "zoom"])
+def test_only_images_have_views(name):
+    config = validate(changed(f"augmentation.{name}", 0.5))
+    check_data(config, 9, (8, 8))
+    check_data(config, 9, (8, 8, 3))
+    for shape in ((12,), (), (2, 2, 2, 2)):
+        with pytest.raises(UserError, match=r"config.augmentation asks .* accepted: \[height"):
+            check_data(config, 9, shape)
+
+
+def test_a_zoom_of_one_would_be_a_point():
+    message = refusal(changed("augmentation.zoom", 1.0))
+    assert message == "config.augmentation.zoom is 1.0; accepted: 0 to below 1"
+
+
+def test_every_field_has_a_meaning():
+    assert all(field.meaning and field.accepted for field in FIELDS.values())
+    assert set(configuration._RUNTIME) <= {*FIELDS, "checkpoint.", "report."}
