@@ -188,7 +188,7 @@ class Checkpoints:
             saved = {name: record["structures"][name] for name in abstract}
         _refuse_other_arrays(folder, saved, _structures(abstract))
         with _damage(folder):
-            trees = ocp.load_checkpointables(folder, abstract)
+            trees = ocp.load_checkpointables(str(folder), abstract)
             saved = record["fingerprints"]
             found = _fingerprints(trees)
             wrong = [name for name in found if found[name] != saved[name]]

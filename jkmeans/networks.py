@@ -189,9 +189,10 @@ def make_network(options, example_shape: Sequence[int], key: jax.Array) -> nnx.M
     with _noting(f"while calling {options.name} with (example_shape, options, rngs)"):
         network = factory(shape, options, rngs)
     where = f"network.name is {options.name!r}: the network"
-    if not callable(getattr(network, "encode", None)):
+    encode, decode = getattr(network, "encode", None), getattr(network, "decode", None)
+    if not callable(encode):
         raise UserError(f"{where} has no method encode(x); see jkmeans/networks.py")
-    if options.decoder and not callable(getattr(network, "decode", None)):
+    if options.decoder and not callable(decode):
         raise UserError(
             f"{where} has no method decode(z), which network.decoder = True asks for; "
             "see jkmeans/networks.py"
@@ -217,8 +218,8 @@ def make_network(options, example_shape: Sequence[int], key: jax.Array) -> nnx.M
     example = jax.ShapeDtypeStruct((2, *shape), jnp.float32)
 
     def round_trip(x):
-        z = network.encode(x)
-        return z, network.decode(z) if options.decoder else x
+        z = encode(x)
+        return z, decode(z) if decode and options.decoder else x
 
     with _noting(f"while tracing encode and decode of {options.name} on x: {_described(example)}"):
         embeddings, reconstruction = jax.eval_shape(round_trip, example)
