@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -26,6 +27,33 @@ def accumulation_dtype(*arrays: jax.Array) -> jnp.dtype:
     return jnp.promote_types(jnp.result_type(*arrays), jnp.float32)
 
 
+def map_rows(
+    function: Callable[[jax.Array], jax.Array], x: jax.Array, block_size: int
+) -> jax.Array:
+    """``function(x)`` for a function that treats rows apart, on one block of rows at a time.
+
+    Args:
+      function: from [b, d] to [b, ...].
+      x: [n, d].
+      block_size: the largest b.
+
+    Returns:
+      [n, ...]
+    """
+    n = x.shape[0]
+    n_blocks = max(1, -(-n // block_size))
+    if n_blocks == 1:
+        return function(x)
+    # Blocks of equal size; the last one reaches back over rows of the one before it rather than
+    # past the end, which would need a padded copy of x.
+    rows = -(-n // n_blocks)
+    starts = jnp.minimum(jnp.arange(n_blocks) * rows, n - rows)
+    blocks = lax.map(lambda start: function(lax.dynamic_slice_in_dim(x, start, rows)), starts)
+    last = n - rows * (n_blocks - 1)
+    most = blocks[:-1].reshape(-1, *blocks.shape[2:])
+    return jnp.concatenate([most, blocks[-1, rows - last :]])
+
+
 def nearest(x: jax.Array, centroids: jax.Array, *, block_size: int = 256) -> jax.Array:
     """The label of each row's nearest centroid, without its distance.
 
@@ -42,7 +70,7 @@ def nearest(x: jax.Array, centroids: jax.Array, *, block_size: int = 256) -> jax
       [n] int32. Ties go to the lowest index. A row that holds NaN gets label 0.
     """
     x, centroids = jnp.asarray(x), jnp.asarray(centroids)
-    n, k = x.shape[0], centroids.shape[0]
+    k = centroids.shape[0]
     dtype = accumulation_dtype(x, centroids)
     x, centroids = lax.stop_gradient((x, centroids.astype(dtype)))
     # A centroid rather than the mean itself: differences of integers stay integers, ties stay ties.
@@ -62,16 +90,7 @@ def nearest(x: jax.Array, centroids: jax.Array, *, block_size: int = 256) -> jax
         labels = jnp.min(jnp.where(scores_bk == lowest, column, k), axis=1)
         return jnp.where(labels < k, labels, 0)  # no score equals NaN
 
-    n_blocks = max(1, -(-n // block_size))
-    if n_blocks == 1:
-        return label_rows(x)
-    # Blocks of equal size; the last one reaches back over rows of the one before it rather than
-    # past the end, which would need a padded copy of x.
-    rows = -(-n // n_blocks)
-    starts = jnp.minimum(jnp.arange(n_blocks) * rows, n - rows)
-    labels = lax.map(lambda i: label_rows(lax.dynamic_slice_in_dim(x, i, rows)), starts)
-    last = n - rows * (n_blocks - 1)
-    return jnp.concatenate([labels[:-1].reshape(-1), labels[-1, rows - last :]])
+    return map_rows(label_rows, x, block_size)
 
 
 def squared_distances(x: jax.Array, centroids: jax.Array, labels: jax.Array) -> jax.Array:

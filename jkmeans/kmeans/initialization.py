@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jkmeans.kmeans.assignment import accumulation_dtype, assign
+from jkmeans.kmeans.assignment import accumulation_dtype, assign, map_rows
 from jkmeans.kmeans.collectives import AxisName, all_sum, n_devices, top_k_rows, vary_like
 from jkmeans.kmeans.statistics import cluster_statistics
 
@@ -68,6 +68,7 @@ def kmeans_plus_plus(
     index: jax.Array | None = None,
     n_local_trials: int | None = None,
     axis_name: AxisName = None,
+    block_size: int = 256,
 ) -> jax.Array:
     """Greedy k-means++: each new centroid is the best of a few rows drawn by D².
 
@@ -85,6 +86,7 @@ def kmeans_plus_plus(
         the devices too.
       n_local_trials: rows drawn in a round; by default 2 + ⌊log k⌋. 1 is plain k-means++.
       axis_name: the mesh axis that rows are sharded over, or None.
+      block_size: rows compared with the trials at a time.
 
     Returns:
       [k, d] float32 (float64 if x is), rows of x, the same on all devices; different ones as long
@@ -104,9 +106,13 @@ def kmeans_plus_plus(
     trials = min(trials, n_rows)
 
     def distances_to(centroids: jax.Array) -> jax.Array:
-        # Differences, not ‖x‖² − 2x·c + ‖c‖²: a row chosen before must be at 0 exactly. The
-        # [n, trials, d] array is fused into the sum and never stored.
-        return jnp.sum((x[:, None, :] - centroids[None, :, :]) ** 2, axis=2)
+        # Differences, not ‖x‖² − 2x·c + ‖c‖²: a row chosen before must be at 0 exactly. They are
+        # fused into the sum, never stored; and in blocks, lest the sum be fused into each of its
+        # uses and done again (20 times slower on a CPU).
+        def to_rows(x_bd: jax.Array) -> jax.Array:
+            return jnp.sum((x_bd[:, None, :] - centroids[None, :, :]) ** 2, axis=2)
+
+        return map_rows(to_rows, x, block_size)
 
     def choose_next(i, carry):
         centroids, closest = carry
@@ -203,7 +209,7 @@ def kmeans_parallel(
         x[:, :0], labels, n_candidates, weights=weights, axis_name=axis_name
     ).counts
     key = jax.random.fold_in(key, n_rounds + 1)
-    return kmeans_plus_plus(key, candidates, n_clusters, weights=counts)
+    return kmeans_plus_plus(key, candidates, n_clusters, weights=counts, block_size=block_size)
 
 
 INITIALIZATIONS: dict[str, Callable[..., jax.Array]] = {

@@ -162,7 +162,7 @@ def test_plain_kmeans_plus_plus_draws_by_squared_distance(weights):
 
 def test_greedy_kmeans_plus_plus_keeps_the_best_trial(x):
     # With every row on trial, each round's choice is the row that lowers the potential most.
-    greedy = jax.jit(lambda key: kmeans_plus_plus(key, x, 4, n_local_trials=N))
+    greedy = jax.jit(lambda key: kmeans_plus_plus(key, x, 4, n_local_trials=N, block_size=20))
     rows = row_numbers(greedy(jax.random.key(0)), x)
     for i in range(1, 4):
         best = min(range(N), key=lambda row: inertia(x, x[[*rows[:i], row]]))
