@@ -1,14 +1,16 @@
 """Fashion-MNIST, all 70,000 images of clothing, K = 10.
 
-    python -m experiments.train --config configs/fashion_mnist.py --workdir runs/fashion_mnist
+python -m experiments.train --config configs/fashion_mnist.py --workdir runs/fashion_mnist
 """
 
 from ml_collections import ConfigDict
 
+from jkmeans.configuration import Config
 
-def get_config() -> ConfigDict:
+
+def get_config() -> Config:
     """The config; every field is explained in jkmeans/configuration.py."""
-    config = ConfigDict()
+    config: Config = ConfigDict()
     config.seed = 0
     config.n_devices = 0  # All.
     config.n_clusters = 10
@@ -37,6 +39,7 @@ def get_config() -> ConfigDict:
 
     config.objective = ConfigDict()
     config.objective.name = "joint"
+    config.objective.assignment = "nearest"
     config.objective.centroid_weight = 0.1
     config.objective.warmup_epochs = 10.0
     config.objective.balance_weight = 0.0

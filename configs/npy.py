@@ -9,10 +9,12 @@ in as [n, height, width] or [n, height, width, channels] and may use network.nam
 
 from ml_collections import ConfigDict
 
+from jkmeans.configuration import Config
 
-def get_config() -> ConfigDict:
+
+def get_config() -> Config:
     """The config; every field is explained in jkmeans/configuration.py."""
-    config = ConfigDict()
+    config: Config = ConfigDict()
     config.seed = 0
     config.n_devices = 0  # All.
     config.n_clusters = 10
@@ -41,6 +43,7 @@ def get_config() -> ConfigDict:
 
     config.objective = ConfigDict()
     config.objective.name = "joint"
+    config.objective.assignment = "nearest"
     config.objective.centroid_weight = 0.1
     config.objective.warmup_epochs = 10.0
     config.objective.balance_weight = 0.0

@@ -1,7 +1,7 @@
 """Measure a run from its folder alone.
 
-    python -m experiments.evaluate --workdir runs/digits
-    python -m experiments.evaluate --workdir runs/mnist --split test --checkpoint best
+python -m experiments.evaluate --workdir runs/digits
+python -m experiments.evaluate --workdir runs/mnist --split test --checkpoint best
 """
 
 from absl import flags

@@ -27,9 +27,9 @@ def affine_views(
     draws = jax.vmap(lambda key: jax.random.uniform(key, (4,)))(keys)
     # The last is a scale about 1, the others are about 0.
     middle = jnp.array([0.0, 0.0, 0.0, 1.0], jnp.float32)
-    down, right, angle, scale = (
-        least[None, :] + 2.0 * draws * (middle - least)[None, :]
-    ).T[:, :, None]
+    down, right, angle, scale = (least[None, :] + 2.0 * draws * (middle - least)[None, :]).T[
+        :, :, None
+    ]
 
     # Where each pixel of the view comes from: the inverse of the map, about the centre.
     rows, columns = jnp.divmod(jnp.arange(h * w), w)

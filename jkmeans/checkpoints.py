@@ -7,10 +7,12 @@ complete; a save that was cut leaves a temporary folder that is never read.
 """
 
 import contextlib
+import gc
 import json
 import logging
 import os
 import shutil
+import warnings
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -122,7 +124,9 @@ class Checkpoints:
             if self._open is None:
                 # Only who writes may clean up: a reader would remove a save of another process.
                 self._open = ocp.training.Checkpointer(
-                    self.folder, preservation_policy=self._policy, cleanup_tmp_directories=True
+                    self.folder,  # type: ignore[arg-type]
+                    preservation_policy=self._policy,  # type: ignore[arg-type]
+                    cleanup_tmp_directories=True,
                 )
             self._pending = self._open.save_checkpointables_async(
                 position,
@@ -245,6 +249,12 @@ def _damage(folder: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
+        # Orbax drops tasks that it never awaited; their complaints say nothing to a user.
+        logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)
+            error.__traceback__ = None
+            gc.collect()
         reason = str(error).split("\n")[0][:200] or type(error).__name__
         raise DamagedError(f"checkpoint {folder} cannot be read: {reason}") from error
 

@@ -16,6 +16,9 @@ from jkmeans.errors import UserError
 from jkmeans.kmeans import INITIALIZATIONS
 from jkmeans.networks import NETWORKS
 
+Config = Any
+"""An ``ml_collections.ConfigDict``: its fields have no types that a checker could know."""
+
 
 class Field(NamedTuple):
     """One field of a config.
@@ -118,6 +121,7 @@ FIELDS: dict[str, Field] = {
     "network.decoder": _boolean("whether there is a reconstruction"),
     "network.normalize": _boolean("whether embeddings have length one"),
     "objective.name": _choice(("joint",), "the objective", or_function=True),
+    "objective.assignment": _choice(("nearest", "stored"), "of an example in a step"),
     "objective.centroid_weight": _number("λ"),
     "objective.warmup_epochs": _number("T, epochs over which λ rises"),
     "objective.balance_weight": _number("β"),
@@ -148,7 +152,7 @@ _RUNTIME = ("n_devices", "data.placement", "data.chunk_mebibytes", "checkpoint."
 """Fields that may differ when a run is resumed: the same run, on another machine."""
 
 
-def validate(config: ConfigDict) -> ConfigDict:
+def validate(config: Config) -> Config:
     """The config with every value in its proper type, paths absolute, and nothing contradictory.
 
     Raises:
@@ -210,7 +214,7 @@ def _refuse_contradictions(values: dict[str, Any]) -> None:
         )
 
 
-def check_data(config: ConfigDict, n_examples: int, example_shape: tuple[int, ...]) -> None:
+def check_data(config: Config, n_examples: int, example_shape: tuple[int, ...]) -> None:
     """Refuses what only shows once the data is there.
 
     Raises:
@@ -229,12 +233,12 @@ def check_data(config: ConfigDict, n_examples: int, example_shape: tuple[int, ..
         )
 
 
-def to_json(config: ConfigDict) -> dict[str, Any]:
+def to_json(config: Config) -> dict[str, Any]:
     """The config as plain JSON types."""
     return json.loads(json.dumps(config.to_dict()))
 
 
-def from_json(values: dict[str, Any]) -> ConfigDict:
+def from_json(values: dict[str, Any]) -> Config:
     """The inverse of `to_json`, validated.
 
     Raises:
@@ -249,7 +253,7 @@ def from_json(values: dict[str, Any]) -> ConfigDict:
     return validate(config)
 
 
-def differences(ours: ConfigDict, theirs: ConfigDict) -> list[str]:
+def differences(ours: Config, theirs: Config) -> list[str]:
     """Fields in which two validated configs describe different runs, as ``name: a, not b``."""
     a, b = _flatten(ours), _flatten(theirs)
     return [
@@ -277,11 +281,11 @@ def _shown(value) -> str:
     return shown if len(shown) <= 100 else f"{shown[:100]}…"
 
 
-def _nest(values: dict[str, Any]) -> ConfigDict:
-    config = ConfigDict()
+def _nest(values: dict[str, Any]) -> Config:
+    config: Config = ConfigDict()
     for name, value in values.items():
         *groups, leaf = name.split(".")
-        node = config
+        node: Config = config
         for group in groups:
             if group not in node:
                 node[group] = ConfigDict()

@@ -21,6 +21,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jkmeans.augmentation import affine_views
+from jkmeans.errors import UserError
 from jkmeans.kmeans.collectives import all_sum
 from jkmeans.methods import Assigned, Batch, Clusters, Method, example_keys
 from jkmeans.networks import Parameters, merge
@@ -43,7 +44,7 @@ class Rows(NamedTuple):
       index: [n_rows] int32, the number of the example; −1 for padding.
     """
 
-    examples: jax.Array | None
+    examples: Any
     weights: jax.Array
     index: jax.Array
 
@@ -79,7 +80,7 @@ class TrainState(NamedTuple):
     @classmethod
     def specs(cls) -> "TrainState":
         """How each field lies on the mesh, as a prefix of the state."""
-        everywhere = {name: REPLICATED for name in cls._fields}
+        everywhere = dict.fromkeys(cls._fields, REPLICATED)
         return cls(**everywhere | {"bank": SHARDED, "labels": SHARDED})  # type: ignore[arg-type]
 
 
@@ -191,7 +192,7 @@ def make_programs(
         sums = {name: jnp.sum(batch.weights * values) for name, values in terms.items()}
         return sum(sums.values(), jnp.float32(0)), (embeddings, sums)
 
-    def train_step(state: TrainState, examples, weights, index, *, clustering: bool):
+    def train_step(state: TrainState, examples, weights, labels, index, *, clustering: bool):
         """One step on the local examples of a batch; returns embeddings [b, p] too."""
         epoch = state.epoch - options.n_pretrain_epochs if clustering else state.epoch
         step_key = jax.random.fold_in(_epoch_key(state, 1), state.step)
@@ -200,6 +201,7 @@ def make_programs(
             x=x,
             view=view_of(x, step_key, index),
             weights=weights,
+            labels=labels,
             index=index,
             key=step_key,
             progress=(epoch + state.step / layout.n_steps).astype(jnp.float32),
@@ -228,7 +230,6 @@ def make_programs(
 
     def run_steps(state: TrainState, rows: Rows, order, examples, *, clustering: bool):
         """Scans over steps; examples are gathered from the rows where the host feeds none."""
-
         # The bank is written once, after the scan, and must not be copied through it.
         bank, labels = state.bank, state.labels
 
@@ -239,6 +240,7 @@ def make_programs(
                 carry._replace(bank=bank, labels=labels),
                 batch,
                 rows.weights[chosen],
+                labels[chosen],
                 rows.index[chosen],
                 clustering=clustering,
             )
@@ -381,9 +383,7 @@ def make_programs(
                 lambda *local: function(*local, **static), mesh, in_specs, out_specs
             )(*arguments)
 
-        return jax.jit(
-            call, donate_argnums=(0,) if donate else (), static_argnames=("clustering",)
-        )
+        return jax.jit(call, donate_argnums=(0,) if donate else (), static_argnames=("clustering",))
 
     return Programs(
         create=jax.jit(create, out_shardings=shardings),
@@ -407,17 +407,40 @@ def _epoch_key(state: TrainState, purpose: int) -> jax.Array:
 
 
 def _term_names(objective, parameters, clusters, example_shape, clustering: bool) -> set[str]:
-    """The loss terms that the objective returns in a phase, found by abstract evaluation."""
-    rows = 2
+    """The loss terms that the objective returns in a phase, found by abstract evaluation.
+
+    Raises:
+      UserError: what it returns is not what `jkmeans.methods.base` asks for.
+    """
+    rows = 3
     x = jnp.zeros((rows, *example_shape), jnp.float32)
     batch = Batch(
         x=x,
         view=x,
         weights=jnp.ones((rows,), jnp.float32),
+        labels=jnp.zeros((rows,), jnp.int32),
         index=jnp.arange(rows, dtype=jnp.int32),
         key=jax.random.key(0),
         progress=jnp.float32(0),
         clustering=clustering,
     )
-    _, terms = jax.eval_shape(objective, parameters, clusters, batch)
+    returned = jax.eval_shape(objective, parameters, clusters, batch)
+    where = f"objective.name: the objective, given {rows} examples, returns"
+    if not (isinstance(returned, tuple) and len(returned) == 2 and isinstance(returned[1], dict)):
+        raise UserError(
+            f"{where} {type(returned).__name__}; accepted: a pair of embeddings and a dict of terms"
+        )
+    embeddings, terms = returned
+    wanted = (rows, clusters.centroids.shape[1])
+    if getattr(embeddings, "shape", None) != wanted:
+        raise UserError(
+            f"{where} embeddings of shape {list(getattr(embeddings, 'shape', ()))}; accepted: "
+            f"{list(wanted)}"
+        )
+    for name, values in terms.items():
+        if getattr(values, "shape", None) != (rows,):
+            raise UserError(
+                f"{where} the term {name!r} of shape {list(getattr(values, 'shape', ()))}; "
+                f"accepted: [{rows}], one value for each example"
+            )
     return set(terms)

@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
-from ml_collections import ConfigDict
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -22,6 +21,7 @@ from rich.progress import (
 
 from jkmeans import configuration, datasets, kmeans, metrics
 from jkmeans.checkpoints import Checkpoints, DamagedError
+from jkmeans.configuration import Config
 from jkmeans.errors import UserError
 from jkmeans.methods import Clusters
 from jkmeans.networks import make_network, merge, split
@@ -62,7 +62,7 @@ class TrainedModel(NamedTuple):
       n_devices: of the mesh.
     """
 
-    config: ConfigDict
+    config: Config
     centroids: np.ndarray
     example_shape: tuple[int, ...]
     scale: float
@@ -95,7 +95,9 @@ def load_model(
                 if checkpoint != "latest":
                     raise UserError(f"{error}; accepted: another --checkpoint") from error
                 print(f"warning: {error}; going back to the one before")
-    raise UserError(f"no checkpoint in {folder} can be read; accepted: a folder of experiments.train")
+    raise UserError(
+        f"no checkpoint in {folder} can be read; accepted: a folder of experiments.train"
+    )
 
 
 def _candidates(checkpoints: Checkpoints, wanted: str) -> list[int]:
@@ -306,7 +308,7 @@ def predict_file(
     temporary = output.with_name(f".{output.name}.tmp")
     try:
         with open(temporary, "wb") as file:
-            np.savez(file, **arrays)
+            np.savez(file, **arrays)  # type: ignore[arg-type]
         os.replace(temporary, output)
     except OSError as error:
         temporary.unlink(missing_ok=True)

@@ -2,6 +2,7 @@
 
 import concurrent.futures
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import numpy as np
@@ -48,9 +49,7 @@ class HostFeeder:
                 following = start + self._n_steps
                 ahead = None
                 if following < self._layout.n_steps:
-                    ahead = reader.submit(
-                        self._read, order[following : following + self._n_steps]
-                    )
+                    ahead = reader.submit(self._read, order[following : following + self._n_steps])
                 yield current.result()
 
     def in_row_order(self) -> np.ndarray:
@@ -66,7 +65,7 @@ class HostFeeder:
         columns = order.shape[1] // layout.n_devices
         first_row = np.repeat(np.arange(layout.n_devices) * rows_per_device, columns)
 
-        def read(index: tuple[slice, ...]) -> np.ndarray:
+        def read(index: Any) -> np.ndarray:
             rows = order[:, index[1]] + first_row[index[1]][None, :]
             wanted = self._example_of_row[rows].reshape(-1)
             # In the order of the file, which is what a disk is fast at.
@@ -77,7 +76,5 @@ class HostFeeder:
 
         shape = (*order.shape, *self._examples.shape[1:])
         examples = jax.make_array_from_callback(shape, self._sharding, read)
-        rows = jax.make_array_from_callback(
-            order.shape, self._sharding, lambda index: order[index]
-        )
+        rows = jax.make_array_from_callback(order.shape, self._sharding, lambda index: order[index])
         return rows, examples

@@ -31,6 +31,8 @@ class Interruption:
 
     def __enter__(self) -> "Interruption":
         for number in (signal.SIGINT, signal.SIGTERM):
+            if signal.getsignal(number) in (signal.SIG_IGN, None):
+                continue  # Ignored by whoever started us (nohup), or handled outside Python.
             try:
                 self._before[number] = signal.signal(number, self._hear)
             except ValueError:  # Not the main thread: signals are somebody else's business.

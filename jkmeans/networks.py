@@ -16,6 +16,7 @@ import contextlib
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -150,7 +151,7 @@ class ConvolutionalAutoencoder(nnx.Module):
         return x.reshape(z.shape[0], *self.example_shape)
 
 
-def _from_options(network: type[nnx.Module]) -> Callable[..., nnx.Module]:
+def _from_options(network: Callable[..., nnx.Module]) -> Callable[..., nnx.Module]:
     def factory(example_shape, options, rngs):
         return network(
             example_shape,
@@ -267,7 +268,7 @@ def split(network: nnx.Module) -> tuple[nnx.GraphDef, Parameters]:
     }
 
 
-def merge(graphdef: nnx.GraphDef, parameters: Parameters) -> nnx.Module:
+def merge(graphdef: nnx.GraphDef, parameters: Parameters) -> Any:
     """Puts a network together again; the inverse of `split`."""
     flat = [(_path(name), nnx.Param(value)) for name, value in parameters.items()]
     return nnx.merge(graphdef, nnx.from_flat_state(flat))

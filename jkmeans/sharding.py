@@ -13,6 +13,7 @@ whole shards, so a batch contains the same examples on any number of devices up 
 import dataclasses
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -163,7 +164,7 @@ def place_rows(examples: np.ndarray, layout: Layout, mesh: Mesh) -> jax.Array:
     """
     sharding = NamedSharding(mesh, SHARDED)
 
-    def read(index: tuple[slice, ...]) -> np.ndarray:
+    def read(index: Any) -> np.ndarray:
         start, stop, _ = index[0].indices(layout.n_rows)
         return layout.read(examples, start, stop)
 
@@ -185,6 +186,8 @@ def relayout(rows: jax.Array | np.ndarray, layout: Layout, mesh: Mesh) -> jax.Ar
     Args:
       rows: [rows, …] in the layout of the same examples, batch size and shards; only the shards
         of padding at the end may differ.
+      layout: on this mesh.
+      mesh: of the data axis.
     """
     wanted = layout.n_rows
     rows = np.asarray(rows)[:wanted]

@@ -18,21 +18,20 @@ from typing import Any
 
 import jax
 import numpy as np
-from ml_collections import ConfigDict
 
 import jkmeans
 from jkmeans import configuration, datasets, metrics
 from jkmeans.checkpoints import Checkpoints, DamagedError
-from jkmeans.epoch import Programs, Rows, TrainState, make_programs
+from jkmeans.configuration import Config
+from jkmeans.epoch import Rows, TrainState, make_programs
 from jkmeans.errors import CollapseError, UserError
 from jkmeans.feeding import HostFeeder
 from jkmeans.interruption import Interruption
 from jkmeans.methods import METHODS
-from jkmeans.networks import Parameters, make_network, split
+from jkmeans.networks import make_network, split
 from jkmeans.recorder import Recorder, read_metrics, results_table
 from jkmeans.sharding import (
     DATA_AXIS,
-    REPLICATED,
     SHARDED,
     Layout,
     gather_examples,
@@ -52,7 +51,7 @@ SEEDS_FILE = "seeds.json"
 _MODEL = ("parameters", "clusters")
 
 
-def train_and_evaluate(config: ConfigDict, workdir: str | os.PathLike) -> dict[str, Any]:
+def train_and_evaluate(config: Config, workdir: str | os.PathLike) -> dict[str, Any]:
     """Trains a network and its centroids together, or goes on where a run stopped.
 
     Args:
@@ -91,7 +90,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str | os.PathLike) -> dict[s
 class _Run:
     """One run in one process: what stays the same from its first epoch to its last."""
 
-    def __init__(self, config: ConfigDict, workdir: Path, dataset: datasets.Dataset, mesh):
+    def __init__(self, config: Config, workdir: Path, dataset: datasets.Dataset, mesh):
         self.config = config
         self.workdir = workdir
         self.dataset = dataset
@@ -378,7 +377,7 @@ class _Run:
             )
         return self.create(), None
 
-    def _restore(self, checkpoints: Checkpoints, position: int, record) -> TrainState:
+    def _restore(self, checkpoints: Checkpoints, position: int, record: Any) -> TrainState:
         # As it was saved, then onto this mesh: padding at the end depends on the device count.
         n_rows = record["n_rows"]
         shardings = self.programs.shardings
@@ -410,7 +409,14 @@ class _Run:
             labels=relayout(state.labels, self.layout, self.mesh),
         )
 
-    def save(self, checkpoints, state: TrainState, seconds: float, values, results) -> None:
+    def save(
+        self,
+        checkpoints: Checkpoints,
+        state: TrainState,
+        seconds: float,
+        values: Any,
+        results: dict[str, Any] | None,
+    ) -> None:
         """Starts to write the state; its position is its number of steps."""
         fields = state._asdict()
         model = {field: fields.pop(field) for field in _MODEL}
@@ -432,7 +438,7 @@ class _Run:
                 "seconds": seconds,
                 "results": results,
             },
-            objective=values["loss"] if comparable else None,
+            objective=values["loss"] if comparable else None,  # type: ignore[index]
         )
 
     # Programs
@@ -462,7 +468,7 @@ class _Run:
         jax.block_until_ready(leaves)
 
 
-def claim_workdir(workdir: Path, config: ConfigDict) -> None:
+def claim_workdir(workdir: Path, config: Config) -> None:
     """Writes the config into a new workdir, or checks that the one there is the same.
 
     Raises:
@@ -491,7 +497,7 @@ def claim_workdir(workdir: Path, config: ConfigDict) -> None:
         raise UserError(f"cannot write to --workdir {workdir}: {error.strerror}") from error
 
 
-def _read_config(path: Path) -> ConfigDict:
+def _read_config(path: Path) -> Config:
     try:
         return configuration.from_json(json.loads(path.read_text()))
     except (ValueError, UserError) as error:
@@ -545,7 +551,7 @@ def _device_room(device, n_devices: int) -> float:
     return 0.5 * free / n_devices
 
 
-def train_seeds(config: ConfigDict, workdir: str | os.PathLike, n_seeds: int) -> dict[str, Any]:
+def train_seeds(config: Config, workdir: str | os.PathLike, n_seeds: int) -> dict[str, Any]:
     """Trains the same config from seeds 0 to n_seeds − 1, one run after the other.
 
     Args:

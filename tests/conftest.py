@@ -1,6 +1,7 @@
 """Test set-up: eight fake CPU devices, strict promotion, data where it can be found."""
 
 import os
+from pathlib import Path
 
 # Before JAX is imported: see docs/architecture.md, "Fake devices".
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -13,6 +14,10 @@ os.environ["XLA_FLAGS"] = (
 )
 os.environ.setdefault("NPROC", "16")
 os.environ.setdefault("MPLBACKEND", "Agg")
+
+# Many runs compile the same programs; so do the processes of the tests that start commands.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parent.parent / ".jax_cache"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 
 import jax
 

@@ -30,7 +30,7 @@ def test_views_equal_scipy():
         IMAGES, np.asarray(views), draws(2.0, 30.0, 0.3), strict=True
     ):
         turn = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]]) / scale
-        offset = centre - turn @ (centre + [down, right])
+        offset = centre - turn @ (centre + np.array([down, right]))
         # A frame of zeros makes SciPy interpolate across the border as we do.
         framed = np.pad(image, 20)
         expected = scipy.ndimage.affine_transform(

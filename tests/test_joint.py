@@ -28,6 +28,7 @@ SETTINGS = {
     "warmup_epochs": 4.0,
     "balance_weight": 0.3,
     "temperature": 0.5,
+    "assignment": "nearest",
     "decoder": True,
 }
 
@@ -46,13 +47,21 @@ class Linear:
 
 
 def batch_of(
-    x=X, weights=WEIGHTS, index=None, progress=1.0, clustering=True, axis_name=None, view=None
+    x=X,
+    weights=WEIGHTS,
+    index=None,
+    progress=1.0,
+    clustering=True,
+    axis_name=None,
+    view=None,
+    labels=None,
 ):
     index = np.where(weights > 0, np.arange(len(weights)), -1) if index is None else index
     return Batch(
         x=jnp.asarray(x),
         view=jnp.asarray(x if view is None else view),
         weights=jnp.asarray(weights),
+        labels=jnp.zeros(len(x), jnp.int32) if labels is None else jnp.asarray(labels),
         index=jnp.asarray(index, jnp.int32),
         key=jax.random.key(5),
         progress=jnp.float32(progress),
@@ -108,6 +117,18 @@ def test_only_the_terms_that_stand_are_there(changes, clustering, names):
         Linear(W), Clusters(jnp.asarray(CENTROIDS)), batch_of(clustering=clustering), **settings
     )
     assert set(terms) == names
+
+
+def test_stored_assignment_pulls_to_the_cluster_of_the_example():
+    labels = RNG.integers(0, K, B)
+    settings = SETTINGS | {"assignment": "stored"}
+    batch = batch_of(labels=labels, progress=9.0)
+    z, terms = objective(Linear(W), Clusters(jnp.asarray(CENTROIDS)), batch, **settings)
+    squared = ((np.asarray(z) - CENTROIDS[labels]) ** 2).sum(1)
+    np.testing.assert_allclose(terms["centroid"], 0.7 * squared / P, rtol=1e-4)
+    nearest = numpy_terms(X, WEIGHTS, 9.0)[1]["centroid"]
+    assert np.all(terms["centroid"] >= nearest - 1e-4)
+    assert np.any(terms["centroid"] > nearest + 1e-2)
 
 
 def test_the_network_sees_the_view_and_reconstructs_the_example():

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import jax
@@ -41,9 +42,12 @@ def arrays_of(workdir: Path) -> dict[str, np.ndarray]:
 
     with Checkpoints(workdir / "checkpoints") as checkpoints:
         position = checkpoints.positions()[-1]
-    trees = ocp.load_checkpointables(
-        workdir / "checkpoints" / str(position), {"model": None, "training": None}
-    )
+    with warnings.catch_warnings():
+        # Orbax would rather be told a mesh; here the arrays are wanted as they were saved.
+        warnings.simplefilter("ignore")
+        trees = ocp.load_checkpointables(
+            workdir / "checkpoints" / str(position), {"model": None, "training": None}
+        )
     leaves = jax.tree_util.tree_leaves_with_path(trees)
     return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
 
@@ -103,9 +107,7 @@ def whole_runs(tmp_path_factory):
     def run(n_devices: int) -> Path:
         if n_devices not in done:
             done[n_devices] = folder / str(n_devices)
-            training.train_and_evaluate(
-                tiny.config(n_devices=n_devices, **paths), done[n_devices]
-            )
+            training.train_and_evaluate(tiny.config(n_devices=n_devices, **paths), done[n_devices])
         return done[n_devices]
 
     return run
@@ -151,9 +153,7 @@ def test_labels_never_matter(tmp_path, files):
 
 
 @pytest.mark.parametrize(("before", "after"), [(8, 1), (1, 8), (8, 3), (3, 8)])
-def test_a_run_goes_on_with_other_devices(
-    tmp_path, files, monkeypatch, before, after, whole_runs
-):
+def test_a_run_goes_on_with_other_devices(tmp_path, files, monkeypatch, before, after, whole_runs):
     with monkeypatch.context() as patch:
         StopAfter(patch, 3)
         with pytest.raises(Interrupted):
@@ -206,9 +206,7 @@ def test_a_damaged_newest_checkpoint_falls_back(tmp_path, files, monkeypatch, ca
     folder = tmp_path / "run" / "checkpoints"
     newest = max((p for p in folder.iterdir() if p.name.isdigit()), key=lambda p: int(p.name))
     data = max(newest.rglob("*"), key=lambda p: p.stat().st_size if p.is_file() else 0)
-    content = bytearray(data.read_bytes())
-    content[len(content) // 2] ^= 0xFF
-    data.write_bytes(content)
+    data.write_bytes(data.read_bytes()[:100])
     training.train_and_evaluate(config, tmp_path / "run")
     assert f"damaged-{newest.name}" in capsys.readouterr().out
     assert_same_bits(tmp_path / "run", whole_runs(1))
@@ -218,7 +216,7 @@ def test_all_checkpoints_damaged(tmp_path, files):
     training.train_and_evaluate(tiny.config(**files), tmp_path / "run")
     for checkpoint in (tmp_path / "run" / "checkpoints").iterdir():
         (checkpoint / "_CHECKPOINT_METADATA").write_text("{")
-    with pytest.raises(UserError, match="no checkpoint in .* can be read"):
+    with pytest.raises(UserError, match=r"no checkpoint in .* can be read"):
         training.train_and_evaluate(tiny.config(**files), tmp_path / "run")
 
 
@@ -267,9 +265,7 @@ def test_collapse_stops_the_run_and_keeps_what_was(tmp_path, files):
 
 
 def test_divergence_stops_the_run(tmp_path, files):
-    config = tiny.config(
-        training__optimizer="sgd", training__learning_rate=1e6, **files
-    )
+    config = tiny.config(training__optimizer="sgd", training__learning_rate=1e6, **files)
     with pytest.raises(CollapseError, match="training diverged"):
         training.train_and_evaluate(config, tmp_path / "run")
 

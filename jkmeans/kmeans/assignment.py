@@ -28,19 +28,22 @@ def accumulation_dtype(*arrays: jax.Array) -> jnp.dtype:
 
 
 def map_rows(
-    function: Callable[[jax.Array], jax.Array], x: jax.Array, block_size: int
+    function: Callable[[jax.Array], jax.Array], x: jax.Array, block_size: int | None
 ) -> jax.Array:
     """``function(x)`` for a function that treats rows apart, on one block of rows at a time.
 
     Args:
       function: from [b, d] to [b, ...].
       x: [n, d].
-      block_size: the largest b.
+      block_size: the largest b; None for what suits the device.
 
     Returns:
       [n, ...]
     """
     n = x.shape[0]
+    if block_size is None:
+        # On a CPU a block's scores stay in the cache; elsewhere a block must fill the device.
+        block_size = 256 if jax.default_backend() == "cpu" else 16384
     n_blocks = max(1, -(-n // block_size))
     if n_blocks == 1:
         return function(x)
@@ -54,7 +57,7 @@ def map_rows(
     return jnp.concatenate([most, blocks[-1, rows - last :]])
 
 
-def nearest(x: jax.Array, centroids: jax.Array, *, block_size: int = 256) -> jax.Array:
+def nearest(x: jax.Array, centroids: jax.Array, *, block_size: int | None = None) -> jax.Array:
     """The label of each row's nearest centroid, without its distance.
 
     argmin_k ‖x − c_k‖² = argmin_k ½‖c_k‖² − x·c_k, one matrix product per block of rows. Rows and
@@ -64,7 +67,8 @@ def nearest(x: jax.Array, centroids: jax.Array, *, block_size: int = 256) -> jax
     Args:
       x: [n, d], any real dtype; computed in float32 (float64 if x or centroids are).
       centroids: [k, d].
-      block_size: the largest number of rows whose scores are in memory at a time.
+      block_size: the largest number of rows whose scores are in memory at a time; None for what
+        suits the device.
 
     Returns:
       [n] int32. Ties go to the lowest index. A row that holds NaN gets label 0.
@@ -108,13 +112,14 @@ def squared_distances(x: jax.Array, centroids: jax.Array, labels: jax.Array) -> 
     return jnp.sum((jnp.asarray(x, dtype) - jnp.asarray(centroids, dtype)[labels]) ** 2, axis=1)
 
 
-def assign(x: jax.Array, centroids: jax.Array, *, block_size: int = 256) -> Assignment:
+def assign(x: jax.Array, centroids: jax.Array, *, block_size: int | None = None) -> Assignment:
     """The nearest centroid of each row in squared Euclidean distance, and that distance.
 
     Args:
       x: [n, d], any real dtype; computed in float32 (float64 if x or centroids are).
       centroids: [k, d].
-      block_size: the largest number of rows whose scores are in memory at a time.
+      block_size: the largest number of rows whose scores are in memory at a time; None for what
+        suits the device.
 
     Returns:
       Assignment(labels [n] int32, distances [n] float). Ties go to the lowest index. A row that

@@ -24,7 +24,7 @@ def fit(
     weights: jax.Array | None = None,
     index: jax.Array | None = None,
     axis_name: AxisName = None,
-    block_size: int = 256,
+    block_size: int | None = None,
 ) -> LloydResult:
     """k-means: the run of lowest inertia among ``n_init`` restarts, all in one program.
 
@@ -44,7 +44,7 @@ def fit(
       weights: [n] float, at least 0; None for ones.
       index: [n] int32, the global number of each row, see ``sample``.
       axis_name: the mesh axis that rows are sharded over, or None.
-      block_size: rows assigned at a time.
+      block_size: rows assigned at a time; None for what suits the device.
 
     Returns:
       LloydResult of the best restart, the first among equals.

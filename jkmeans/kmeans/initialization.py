@@ -68,7 +68,7 @@ def kmeans_plus_plus(
     index: jax.Array | None = None,
     n_local_trials: int | None = None,
     axis_name: AxisName = None,
-    block_size: int = 256,
+    block_size: int | None = None,
 ) -> jax.Array:
     """Greedy k-means++: each new centroid is the best of a few rows drawn by D².
 
@@ -86,7 +86,7 @@ def kmeans_plus_plus(
         the devices too.
       n_local_trials: rows drawn in a round; by default 2 + ⌊log k⌋. 1 is plain k-means++.
       axis_name: the mesh axis that rows are sharded over, or None.
-      block_size: rows compared with the trials at a time.
+      block_size: rows compared with the trials at a time; None for what suits the device.
 
     Returns:
       [k, d] float32 (float64 if x is), rows of x, the same on all devices; different ones as long
@@ -141,7 +141,7 @@ def kmeans_parallel(
     oversampling_factor: float = 2.0,
     n_rounds: int = 5,
     axis_name: AxisName = None,
-    block_size: int = 256,
+    block_size: int | None = None,
 ) -> jax.Array:
     """k-means‖: many candidates in a few passes over the data, then k-means++ among them.
 
@@ -163,7 +163,7 @@ def kmeans_parallel(
       oversampling_factor: ℓ / k, above 0.
       n_rounds: passes over the data; there are 1 + n_rounds · ℓ candidates.
       axis_name: the mesh axis that rows are sharded over, or None.
-      block_size: rows assigned at a time.
+      block_size: rows assigned at a time; None for what suits the device.
 
     Returns:
       [k, d] float32 (float64 if x is), rows of x, the same on all devices; different ones as long

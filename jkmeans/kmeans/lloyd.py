@@ -60,7 +60,7 @@ def lloyd(
     tol: float | jax.Array = 0.0,
     empty: str = "farthest",
     axis_name: AxisName = None,
-    block_size: int = 256,
+    block_size: int | None = None,
 ) -> LloydResult:
     """Lloyd's algorithm from given centroids.
 
@@ -81,7 +81,7 @@ def lloyd(
         take the farthest rows in turn (at most MAX_RELOCATIONS in an iteration). Rows that lie
         on their centroid are not taken: with fewer distinct rows than clusters, some stay empty.
       axis_name: the mesh axis that rows are sharded over, or None.
-      block_size: rows assigned at a time.
+      block_size: rows assigned at a time; None for what suits the device.
 
     Returns:
       LloydResult.

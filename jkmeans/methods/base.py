@@ -32,6 +32,7 @@ class Batch:
       view: [b, *example_shape] float32, a random view of each example, for the network to see;
         x itself without augmentation.
       weights: [b] float32; 1 for an example, 0 for padding.
+      labels: [b] int32, the cluster of each example at the last re-computation.
       index: [b] int32, the number of the example in the data set; −1 for padding.
       key: random key of the step, the same on every device; ``example_keys(key, index)`` makes
         one for each example.
@@ -43,6 +44,7 @@ class Batch:
     x: jax.Array
     view: jax.Array
     weights: jax.Array
+    labels: jax.Array
     index: jax.Array
     key: jax.Array
     progress: jax.Array

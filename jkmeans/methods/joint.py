@@ -3,8 +3,11 @@
 The objective of a batch B with centroids c₁…c_K, embeddings zᵢ = f(xᵢ) of dimension p, and
 reconstructions x̂ᵢ = g(zᵢ) of dimension d is the mean over the examples of B of
 
-    ‖xᵢ − x̂ᵢ‖² / d  +  λ(t) · minₖ ‖zᵢ − cₖ‖² / p  +  β · (log K − H(p̄))
+    ‖xᵢ − x̂ᵢ‖² / d  +  λ(t) · ‖zᵢ − c_s(i)‖² / p  +  β · (log K − H(p̄))
 
+* s(i) is the nearest centroid at the time of the step (``assignment = "nearest"``), or the cluster
+  of example i at the last re-computation ("stored"): with augmentation, every view of an example
+  is then pulled to the cluster of the example.
 * Where the config asks for augmentation, zᵢ is the embedding of a random view of xᵢ, and x̂ᵢ its
   reconstruction, which is compared with xᵢ itself: a denoising autoencoder (Vincent et al. 2010)
   whose noise is affine, so that embeddings lose what shifts, rotations and zooms change.
@@ -22,8 +25,7 @@ embeddings to length one and β must be positive (`jkmeans.configuration` refuse
 Sources: alternating k-means and representation learning as in Song et al. 2013, "Auto-encoder
 based data clustering" (AEC), eq. 4, with centroids recomputed over all data after each epoch;
 Yang et al. 2017, "Towards k-means-friendly spaces" (DCN), eq. 5, for the joint loss. Deviations:
-both terms are divided by their dimension, so that λ carries over between image sizes; λ warms up;
-the assignment is the nearest centroid at the time of the step.
+both terms are divided by their dimension, so that λ carries over between image sizes; λ warms up.
 """
 
 import functools
@@ -46,6 +48,7 @@ def objective(
     warmup_epochs: float,
     balance_weight: float,
     temperature: float,
+    assignment: str,
     decoder: bool,
 ):
     """The terms of the module's formula for each example.
@@ -58,6 +61,7 @@ def objective(
       warmup_epochs: T; 0 for no warm-up.
       balance_weight: β.
       temperature: τ.
+      assignment: ``nearest`` or ``stored``.
       decoder: whether there is a reconstruction term.
 
     Returns:
@@ -71,7 +75,10 @@ def objective(
         terms["reconstruction"] = jnp.mean(error * error, axis=-1)
     if batch.clustering:
         weight = centroid_weight * warmup(batch.progress, warmup_epochs)
-        distances = kmeans.assign(z, clusters.centroids).distances
+        if assignment == "nearest":
+            distances = kmeans.assign(z, clusters.centroids).distances
+        else:
+            distances = kmeans.squared_distances(z, clusters.centroids, batch.labels)
         terms["centroid"] = weight * distances / z.shape[-1]
         if balance_weight > 0:
             value = imbalance(z, clusters.centroids, temperature, batch)
@@ -85,7 +92,7 @@ def warmup(progress: jax.Array, warmup_epochs: float) -> jax.Array:
 
 
 def imbalance(z, centroids, temperature: float, batch: Batch) -> jax.Array:
-    """log K − H(p̄) in nats, over the batch of all devices: 0 (balanced) to log K (one cluster)."""
+    """Log K − H(p̄) in nats, over the batch of all devices: 0 (balanced) to log K (one cluster)."""
     squared = (
         jnp.sum(z * z, axis=-1, keepdims=True)
         - 2 * jnp.dot(z, centroids.T, precision=jax.lax.Precision.HIGHEST)
@@ -116,6 +123,7 @@ def joint(config, axis_name: str | None) -> Method:
             warmup_epochs=config.objective.warmup_epochs,
             balance_weight=config.objective.balance_weight,
             temperature=config.objective.temperature,
+            assignment=config.objective.assignment,
             decoder=config.network.decoder,
         )
     options = config.centroids
