@@ -32,7 +32,7 @@ def get_config() -> Config:
 
     config.network = ConfigDict()
     config.network.name = "fully_connected"
-    config.network.embedding_dim = 10
+    config.network.embedding_dim = 5
     config.network.widths = (500, 500, 2000)
     config.network.decoder = True
     config.network.normalize = False
@@ -40,6 +40,7 @@ def get_config() -> Config:
     config.objective = ConfigDict()
     config.objective.name = "joint"
     config.objective.assignment = "nearest"
+    config.objective.reconstruction_weight = 1.0
     config.objective.centroid_weight = 0.1
     config.objective.warmup_epochs = 10.0
     config.objective.balance_weight = 0.0
@@ -57,8 +58,8 @@ def get_config() -> Config:
 
     config.training = ConfigDict()
     config.training.batch_size = 256
-    config.training.n_pretrain_epochs = 100
-    config.training.n_epochs = 100
+    config.training.n_pretrain_epochs = 50
+    config.training.n_epochs = 50
     config.training.optimizer = "adam"
     config.training.learning_rate = 1e-3
     config.training.clustering_learning_rate = 1e-3

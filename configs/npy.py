@@ -44,6 +44,7 @@ def get_config() -> Config:
     config.objective = ConfigDict()
     config.objective.name = "joint"
     config.objective.assignment = "nearest"
+    config.objective.reconstruction_weight = 1.0
     config.objective.centroid_weight = 0.1
     config.objective.warmup_epochs = 10.0
     config.objective.balance_weight = 0.0

@@ -122,6 +122,7 @@ FIELDS: dict[str, Field] = {
     "network.normalize": _boolean("whether embeddings have length one"),
     "objective.name": _choice(("joint",), "the objective", or_function=True),
     "objective.assignment": _choice(("nearest", "stored"), "of an example in a step"),
+    "objective.reconstruction_weight": _number("ρ, while clustering"),
     "objective.centroid_weight": _number("λ"),
     "objective.warmup_epochs": _number("T, epochs over which λ rises"),
     "objective.balance_weight": _number("β"),
@@ -142,7 +143,9 @@ FIELDS: dict[str, Field] = {
     "training.clustering_learning_rate": _number("of clustering", positive=True),
     "training.schedule": _choice(("constant", "cosine"), "of the rate, in each phase"),
     "training.weight_decay": _number("of adamw"),
-    "training.collapse_ratio": _number("variance left of the first, below which a run stops"),
+    "training.collapse_ratio": _number(
+        "a run stops where the variance falls to this part of the first, or rises to its inverse"
+    ),
     "checkpoint.every": _integer(1, "epochs from one checkpoint to the next"),
     "checkpoint.keep": _integer(1, "newest checkpoints that are kept, besides the best"),
     "report.pictures": _boolean("whether to draw them at the end"),

@@ -9,6 +9,8 @@ import functools
 import json
 import os
 import platform
+import resource
+import sys
 import time
 import zlib
 from collections.abc import Callable
@@ -62,8 +64,8 @@ def train_and_evaluate(config: Config, workdir: str | os.PathLike) -> dict[str, 
 
     Returns:
       The results that are in ``results.json``: ``n_examples``, ``n_clusters``, ``inertia``,
-      ``embedding_variance``, ``empty_clusters``, ``n_epochs``, ``train_seconds`` and, where labels
-      exist, ``acc``, ``nmi``, ``ari`` and ``purity``.
+      ``embedding_variance``, ``empty_clusters``, ``n_epochs``, ``train_seconds``,
+      ``peak_host_mebibytes`` and, where labels exist, ``acc``, ``nmi``, ``ari`` and ``purity``.
 
     Raises:
       UserError: the config, the data or the workdir cannot be used.
@@ -302,6 +304,9 @@ class _Run:
             labels = gather_examples(state.labels, self.layout)
             results |= metrics.summarize(self.dataset.labels, labels)
         results["train_seconds"] = round(seconds + time.perf_counter() - started, 1)
+        # Linux counts in KiB, macOS in bytes.
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        results["peak_host_mebibytes"] = peak // (2**20 if sys.platform == "darwin" else 2**10)
         return state, results
 
     def report(self, state: TrainState, results: dict[str, Any]) -> dict[str, Any]:
@@ -338,6 +343,13 @@ class _Run:
             )
         reference = float(state.reference_variance)
         least = self.config.training.collapse_ratio * reference
+        most = reference / max(self.config.training.collapse_ratio, 1e-30)
+        if values["embedding_variance"] > most:
+            raise CollapseError(
+                f"the embeddings ran away in epoch {epoch}: their variance is "
+                f"{values['embedding_variance']:.3g}, and was {reference:.3g} at first; try "
+                f"network.normalize = True or a smaller objective.centroid_weight; {kept}"
+            )
         if values["embedding_variance"] < least:
             raise CollapseError(
                 f"the embeddings collapsed in epoch {epoch}: their variance is "

@@ -19,6 +19,7 @@ from jkmeans.errors import CollapseError, UserError
 from jkmeans.interruption import Interrupted
 from jkmeans.recorder import read_metrics
 from tests import tiny
+from tests.test_epoch import make_run
 
 ROOT = Path(__file__).parent.parent
 
@@ -336,3 +337,25 @@ def test_a_signal_from_outside_loses_at_most_the_work_since_a_checkpoint(tmp_pat
     else:
         assert record["epoch"] == n_recorded
         assert f"goes on from epoch {record['epoch']}" in errors
+
+
+@pytest.mark.parametrize(
+    ("loss", "variance", "message"),
+    [
+        (0.5, 2.0, None),
+        (0.5, 1e-3, "collapsed in epoch 7: their variance is 0.001, below"),
+        (0.5, 2e5, r"ran away in epoch 7: their variance is 2e\+05, and was 2 at first"),
+        (float("nan"), 2.0, "the loss is nan in epoch 7: training diverged"),
+        (0.5, float("inf"), "training diverged"),
+    ],
+)
+def test_what_stops_a_run(loss, variance, message, tmp_path):
+    run = make_run(training__collapse_ratio=1e-3, n_devices=1)
+    run.workdir = tmp_path
+    state = run.create()._replace(reference_variance=np.float32(2.0))
+    values = {"loss": loss, "embedding_variance": variance}
+    if message is None:
+        run.check_collapse(values, state, 7)
+        return
+    with pytest.raises(CollapseError, match=message):
+        run.check_collapse(values, state, 7)

@@ -3,7 +3,7 @@
 The objective of a batch B with centroids c₁…c_K, embeddings zᵢ = f(xᵢ) of dimension p, and
 reconstructions x̂ᵢ = g(zᵢ) of dimension d is the mean over the examples of B of
 
-    ‖xᵢ − x̂ᵢ‖² / d  +  λ(t) · ‖zᵢ − c_s(i)‖² / p  +  β · (log K − H(p̄))
+    ρ · ‖xᵢ − x̂ᵢ‖² / d  +  λ(t) · ‖zᵢ − c_s(i)‖² / p  +  β · (log K − H(p̄))
 
 * s(i) is the nearest centroid at the time of the step (``assignment = "nearest"``), or the cluster
   of example i at the last re-computation ("stored"): with augmentation, every view of an example
@@ -12,7 +12,8 @@ reconstructions x̂ᵢ = g(zᵢ) of dimension d is the mean over the examples of
   reconstruction, which is compared with xᵢ itself: a denoising autoencoder (Vincent et al. 2010)
   whose noise is affine, so that embeddings lose what shifts, rotations and zooms change.
 * λ(t) = λ · min(1, t / T) rises over T epochs of clustering (``warmup_epochs``); t counts epochs
-  since clustering began, fractions included. While pretraining only the first term stands.
+  since clustering began, fractions included. While pretraining only the first term stands, and ρ
+  is 1.
 * p̄ is the mean over the batch of softmaxₖ(−‖zᵢ − cₖ‖² / τ), H its entropy in nats: the term is
   zero when clusters are equally used and log K when one takes all. It stands only where β > 0.
 * Centroids are constants of the step. After each epoch they are recomputed from the embeddings of
@@ -44,6 +45,7 @@ def objective(
     clusters: Clusters,
     batch: Batch,
     *,
+    reconstruction_weight: float,
     centroid_weight: float,
     warmup_epochs: float,
     balance_weight: float,
@@ -57,6 +59,7 @@ def objective(
       network: with ``encode`` and, where ``decoder``, ``decode``.
       clusters: the current centroids [k, p].
       batch: examples of this device.
+      reconstruction_weight: ρ.
       centroid_weight: λ.
       warmup_epochs: T; 0 for no warm-up.
       balance_weight: β.
@@ -72,7 +75,8 @@ def objective(
     terms = {}
     if decoder:
         error = (batch.x - network.decode(z)).reshape(z.shape[0], -1)
-        terms["reconstruction"] = jnp.mean(error * error, axis=-1)
+        weight = reconstruction_weight if batch.clustering else 1.0
+        terms["reconstruction"] = weight * jnp.mean(error * error, axis=-1)
     if batch.clustering:
         weight = centroid_weight * warmup(batch.progress, warmup_epochs)
         if assignment == "nearest":
@@ -119,6 +123,7 @@ def joint(config, axis_name: str | None) -> Method:
     if chosen is objective:
         chosen = functools.partial(
             objective,
+            reconstruction_weight=config.objective.reconstruction_weight,
             centroid_weight=config.objective.centroid_weight,
             warmup_epochs=config.objective.warmup_epochs,
             balance_weight=config.objective.balance_weight,
