@@ -35,31 +35,31 @@ def get_config() -> Config:
     config.network.embedding_dim = 10
     config.network.widths = (500, 500, 2000)
     config.network.decoder = True
-    config.network.normalize = False
+    config.network.normalize = True
 
     config.objective = ConfigDict()
     config.objective.name = "joint"
-    config.objective.assignment = "nearest"
+    config.objective.assignment = "stored"
     config.objective.reconstruction_weight = 1.0
     config.objective.centroid_weight = 0.1
-    config.objective.warmup_epochs = 10.0
+    config.objective.warmup_epochs = 1.0
     config.objective.balance_weight = 0.0
     config.objective.temperature = 1.0
 
     config.centroids = ConfigDict()
     config.centroids.init = "k-means++"
-    config.centroids.n_init = 20
+    config.centroids.n_init = 5
     config.centroids.init_max_iter = 300
     config.centroids.n_iterations = 10
     config.centroids.every = 1
-    config.centroids.bank = "stored"
+    config.centroids.bank = "refreshed"
     config.centroids.empty = "farthest"
     config.centroids.final_max_iter = 300
 
     config.training = ConfigDict()
     config.training.batch_size = 256
-    config.training.n_pretrain_epochs = 50
-    config.training.n_epochs = 50
+    config.training.n_pretrain_epochs = 20
+    config.training.n_epochs = 15
     config.training.optimizer = "adam"
     config.training.learning_rate = 1e-3
     config.training.clustering_learning_rate = 1e-3

@@ -321,7 +321,10 @@ def make_programs(
     def finish(state: TrainState, rows: Rows, *, clustering: bool):
         """Re-clusters the bank, counts the epoch, turns totals into means."""
         weight = jnp.maximum(state.totals["weight"], 1.0)
-        terms = {k: v / weight for k, v in state.totals.items() if k != "weight"}
+        names = _term_names(
+            objective, state.parameters, state.clusters, example_shape, clustering
+        )
+        terms = {name: state.totals[name] / weight for name in sorted(names)}
         means = {f"loss/{name}": value for name, value in terms.items()}
         means["loss"] = sum(terms.values(), jnp.float32(0))
         if clustering:

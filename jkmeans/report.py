@@ -453,7 +453,8 @@ def _mosaic(clusters: _Clusters, shown: np.ndarray, columns: int) -> np.ndarray:
     flat = [tile for row in tiles for tile in row]
     height, width = flat[0].shape[:2]
     channels = flat[0].shape[2] if flat[0].ndim == 3 else 1
-    if clusters.examples.dtype == np.uint8:
+    # Grey images are stretched: not every set of bytes uses all 256 (digits have 17).
+    if clusters.examples.dtype == np.uint8 and channels > 1:
         low, high = 0.0, 255.0
     else:
         values = np.stack(flat)

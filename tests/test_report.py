@@ -222,7 +222,7 @@ def test_nearest_are_in_order_of_distance():
 
 def test_mosaic_puts_each_example_in_its_place():
     arguments = run(n=6, k=3, shape=(2, 3), dtype=np.uint8)
-    # Example i is all 40 i; cluster 1 is empty.
+    # Example i is all 40 i; cluster 1 is empty. Grey values are stretched from 40…160 to 0…1.
     arguments["examples"][:] = 40 * np.arange(6).reshape(6, 1, 1)
     arguments["labels"] = np.array([0, 0, 0, 2, 2, 2])
     arguments["distances"] = np.array([3.0, 2.0, 1.0, 1.0, 2.0, 3.0])
@@ -231,9 +231,9 @@ def test_mosaic_puts_each_example_in_its_place():
     centres = mosaic[[int(height * (row + 0.5)) for row in range(3)],][
         :, [int(width * (column + 0.5)) for column in range(2)]
     ]
-    assert np.allclose(centres[0, :, 0], np.array([80, 40]) / 255)
+    assert np.allclose(centres[0, :, 0], [1 / 3, 0])
     assert np.allclose(centres[1], 1.0)  # white
-    assert np.allclose(centres[2, :, 0], np.array([120, 160]) / 255)
+    assert np.allclose(centres[2, :, 0], [2 / 3, 1])
 
 
 def test_mosaic_blends_transparent_images_with_white():
