@@ -106,6 +106,16 @@ def jkmeans_contestants(problem: Problem) -> tuple[list[Contestant], dict[str, n
             "training.n_pretrain_epochs": 0,
             # The first centroids are not part of an epoch, so one start will do.
             "centroids.n_init": 1,
+            # The plain autoencoder and the plain objective, which is what PyTorch runs here.
+            "network.normalize": False,
+            "augmentation.shift": 0.0,
+            "augmentation.rotation": 0.0,
+            "augmentation.zoom": 0.0,
+            "centroids.bank": "stored",
+            "objective.assignment": "nearest",
+            "objective.reconstruction_weight": 1.0,
+            "objective.centroid_weight": 0.1,
+            "objective.balance_weight": 0.0,
         }
     )
     config = configuration.validate(config)

@@ -5,6 +5,7 @@ Exit status: 0 done, 2 the user gave something that cannot be used, 3 training c
 traceback.
 """
 
+import errno
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -14,7 +15,7 @@ from collections.abc import Callable, Sequence
 if "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
     os.environ.setdefault("NPROC", "16")
 
-from absl import flags
+from absl import app, flags
 
 FLAGS = flags.FLAGS
 
@@ -30,7 +31,7 @@ def launch(
       argv: the command line; ``sys.argv`` if None.
     """
     argv = list(sys.argv if argv is None else argv)
-    # Imported here, so that a wrong flag is answered at once.
+    app.define_help_flags()
     try:
         rest = FLAGS(argv, known_only=False)
         missing = [f"--{name}" for name in required if not FLAGS[name].present]
@@ -38,10 +39,13 @@ def launch(
             raise flags.Error(f"{' and '.join(missing)} must be given")
         if len(rest) > 1:
             raise flags.Error(f"unexpected argument {rest[1]!r}; accepted: flags, see --help")
+        if "config" in FLAGS:
+            FLAGS.config.keys()  # A file that could not be loaded says so when it is first used.
     except SystemExit:
-        raise
+        sys.exit(0)  # Help was asked for and printed.
     except Exception as error:  # Config files are the user's programs: they may raise anything.
         fail(_one_line(error), 2)
+    # Imported here, so that a wrong flag is answered at once.
     from jkmeans.errors import CollapseError, UserError
     from jkmeans.interruption import Interrupted
 
@@ -51,6 +55,11 @@ def launch(
         fail(str(error), error.exit_status)
     except KeyboardInterrupt:
         fail("stopped by Ctrl-C", 130)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM):
+            raise
+        where = error.filename or "a file of the run"
+        fail(f"cannot write {where}: {error.strerror}; what was saved before is whole", 2)
     sys.exit(0)
 
 

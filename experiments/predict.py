@@ -2,8 +2,8 @@
 
     python -m experiments.predict --workdir runs/digits --input new.npy --output clusters.npz
 
-The output holds labels [n] int32, distances [n] float32 (squared, in the embedding) and, with
---embeddings, embeddings [n, p] float32.
+The output holds labels [n] int32, distances [n] float32 (squared, in the embedding), centroids
+[k, p] and, with --embeddings, embeddings [n, p] float32.
 """
 
 from absl import flags

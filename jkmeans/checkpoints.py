@@ -112,9 +112,6 @@ class Checkpoints:
         n_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(trees))
         with _disk_errors(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
-            free = shutil.disk_usage(self.folder).free
-            if free < n_bytes + 2**20:
-                raise OSError(f"No space left: {free / 2**20:.0f} MiB free")
             record = record | {
                 "fingerprints": _fingerprints(trees),
                 "structures": _structures(trees),
@@ -128,6 +125,9 @@ class Checkpoints:
                     preservation_policy=self._policy,  # type: ignore[arg-type]
                     cleanup_tmp_directories=True,
                 )
+            free = shutil.disk_usage(self.folder).free
+            if free < n_bytes + 2**20:
+                raise OSError(f"No space left: {free / 2**20:.0f} MiB free")
             self._pending = self._open.save_checkpointables_async(
                 position,
                 trees,
@@ -248,6 +248,9 @@ def _refuse_other_arrays(folder: Path, saved: dict[str, Any], wanted: dict[str, 
 def _damage(folder: Path) -> Iterator[None]:
     try:
         yield
+    except (MemoryError, PermissionError) as error:
+        # Not the checkpoint's fault, and no reason to go back to an older one.
+        raise UserError(f"cannot read checkpoint {folder}: {error or 'out of memory'}") from error
     except Exception as error:
         # Orbax drops tasks that it never awaited; their complaints say nothing to a user.
         logging.getLogger("asyncio").setLevel(logging.CRITICAL)

@@ -151,7 +151,15 @@ FIELDS: dict[str, Field] = {
     "report.pictures": _boolean("whether to draw them at the end"),
 }
 
-_RUNTIME = ("n_devices", "data.placement", "data.chunk_mebibytes", "checkpoint.", "report.")
+_RUNTIME = (
+    "n_devices",
+    "data.path",  # The data itself is compared with what a checkpoint remembers of it.
+    "data.labels_path",
+    "data.placement",
+    "data.chunk_mebibytes",
+    "checkpoint.",
+    "report.",
+)
 """Fields that may differ when a run is resumed: the same run, on another machine."""
 
 
@@ -199,6 +207,11 @@ def _refuse_contradictions(values: dict[str, Any]) -> None:
         )
     if values["data.name"] == "npy" and not values["data.path"]:
         raise UserError("config.data.path is '', but data.name is 'npy'; accepted: an .npy file")
+    if values["training.collapse_ratio"] >= 1:
+        raise UserError(
+            f"config.training.collapse_ratio is {values['training.collapse_ratio']}; accepted: "
+            "0 to below 1"
+        )
     if values["augmentation.zoom"] >= 1:
         raise UserError(
             f"config.augmentation.zoom is {values['augmentation.zoom']}; accepted: 0 to below 1"

@@ -2,7 +2,7 @@
 
 `make_programs` builds them for a mesh. Data, bank and labels are sharded along the mesh axis,
 parameters and clusters are replicated. A step has one all-reduce (of all gradients, all loss terms
-and the number of examples at once; `Batch.mean` adds two for a method that uses it), a Lloyd
+and the number of examples at once; `Batch.mean` adds one or two for a method that uses it), a Lloyd
 iteration one (of K·(p+1)+1 numbers), and the diagnostics of an epoch two.
 
 Two ways of feeding share the same step. *Resident*: all examples are on the devices and
@@ -33,6 +33,8 @@ from jkmeans.sharding import (
     data_parallel,
     to_varying,
 )
+
+_COUNT = "#examples"  # Among the totals, which otherwise go by the names of loss terms.
 
 
 class Rows(NamedTuple):
@@ -97,12 +99,12 @@ class Programs:
         steps: order [c, r] and examples [c, r, *example_shape]. Donates state.
       finish: ``(state, rows, clustering) -> (state, metrics)``, the end of an epoch whose steps
         were fed by the host. Donates state.
-      embed: ``(parameters, examples [r, *example_shape]) -> [r, p]``; rows sharded.
       refresh: ``(state, rows) -> state`` with the bank embedded anew from resident rows.
         Donates state.
       fill: ``(state, order, examples) -> state``, the same for a chunk that the host feeds.
         Donates state.
       initialize: ``(state, rows) -> (state, metrics)``, the first clusters from the bank.
+        Donates state.
       assign: ``(state, rows, n_iterations) -> (state, metrics)``, Lloyd iterations on the bank.
         Donates state.
       shardings: how each field of the state lies on the mesh.
@@ -113,7 +115,6 @@ class Programs:
     order: Callable
     steps: Callable
     finish: Callable
-    embed: Callable
     refresh: Callable
     fill: Callable
     initialize: Callable
@@ -203,7 +204,7 @@ def make_programs(
             weights=weights,
             labels=labels,
             index=index,
-            key=step_key,
+            key=jax.random.fold_in(_epoch_key(state, 4), state.step),
             progress=(epoch + state.step / layout.n_steps).astype(jnp.float32),
             clustering=clustering,
             axis_name=axis,
@@ -213,9 +214,9 @@ def make_programs(
             local, state.clusters, batch
         )
         # Everything that devices must agree on in a step crosses the mesh here, at once.
-        sums = to_varying(sums | {"weight": jnp.sum(weights)}, axis)
+        sums = to_varying(sums | {_COUNT: jnp.sum(weights)}, axis)
         gradients, sums = all_sum((gradients, sums), axis)
-        n_batch = jnp.maximum(sums["weight"], 1.0)
+        n_batch = jnp.maximum(sums[_COUNT], 1.0)
         gradients = jax.tree.map(lambda g: g / n_batch, gradients)
         updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.parameters)
         rate = learning_rate(options, clustering, epoch, state.step, layout.n_steps)
@@ -320,10 +321,8 @@ def make_programs(
 
     def finish(state: TrainState, rows: Rows, *, clustering: bool):
         """Re-clusters the bank, counts the epoch, turns totals into means."""
-        weight = jnp.maximum(state.totals["weight"], 1.0)
-        names = _term_names(
-            objective, state.parameters, state.clusters, example_shape, clustering
-        )
+        weight = jnp.maximum(state.totals[_COUNT], 1.0)
+        names = _term_names(objective, state.parameters, state.clusters, example_shape, clustering)
         terms = {name: state.totals[name] / weight for name in sorted(names)}
         means = {f"loss/{name}": value for name, value in terms.items()}
         means["loss"] = sum(terms.values(), jnp.float32(0))
@@ -363,7 +362,7 @@ def make_programs(
             clusters=clusters,
             bank=jnp.zeros((layout.n_rows, p), jnp.float32),
             labels=jnp.full((layout.n_rows,), -1, jnp.int32),
-            totals=dict.fromkeys(sorted(names | {"weight"}), zero),
+            totals=dict.fromkeys(sorted(names | {_COUNT}), zero),
             reference_variance=zero,
             epoch=jnp.zeros((), jnp.int32),
             step=jnp.zeros((), jnp.int32),
@@ -394,7 +393,6 @@ def make_programs(
         order=parallel(order_of, (states,), by_step, donate=False),
         steps=parallel(run_steps, (states, SHARDED, by_step, by_step), states),
         finish=parallel(finish, (states, SHARDED), (states, REPLICATED)),
-        embed=parallel(embed_local, (REPLICATED, SHARDED), SHARDED, donate=False),
         refresh=parallel(refresh, (states, SHARDED), states),
         fill=parallel(fill, (states, by_step, by_step), states),
         initialize=parallel(initialize, (states, SHARDED), (states, REPLICATED)),
@@ -404,7 +402,7 @@ def make_programs(
 
 
 def _epoch_key(state: TrainState, purpose: int) -> jax.Array:
-    """A key of this epoch; purposes: 0 order, 1 steps, 2 first clusters, 3 re-clustering."""
+    """A key of this epoch; purposes: 0 order, 1 views, 2 clusters, 3 re-clustering, 4 Batch."""
     root = jax.random.wrap_key_data(state.key)
     return jax.random.fold_in(jax.random.fold_in(root, purpose), state.epoch)
 
@@ -441,6 +439,8 @@ def _term_names(objective, parameters, clusters, example_shape, clustering: bool
             f"{list(wanted)}"
         )
     for name, values in terms.items():
+        if not isinstance(name, str) or name == _COUNT:
+            raise UserError(f"{where} a term named {name!r}; accepted: any other text")
         if getattr(values, "shape", None) != (rows,):
             raise UserError(
                 f"{where} the term {name!r} of shape {list(getattr(values, 'shape', ()))}; "

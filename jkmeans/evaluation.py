@@ -128,6 +128,14 @@ def _candidates(checkpoints: Checkpoints, wanted: str) -> list[int]:
 def _restore(checkpoints: Checkpoints, position: int, mesh) -> TrainedModel:
     record = checkpoints.record(position)
     config = configuration.from_json(record["config"])
+    n_pretrain = config.training.n_pretrain_epochs
+    begun = record["epoch"] > n_pretrain or (record["epoch"] == n_pretrain and record["step"] > 0)
+    if not begun and not record["results"]:
+        raise UserError(
+            f"checkpoint {position} was saved in epoch {record['epoch']} of {n_pretrain} of "
+            "pretraining and has no centroids yet; accepted: a later one (the command that trains "
+            "goes on where it stopped)"
+        )
     shape, scale = tuple(record["data"]["example_shape"]), record["data"]["scale"]
     network = make_network(config.network, shape, jax.random.key(0))
     graphdef, parameters = split(network)
@@ -262,8 +270,12 @@ def evaluate(
     }
     if dataset.labels is not None:
         results |= metrics.summarize(dataset.labels, found.labels)
-    write_json(Path(workdir) / EVALUATION_FILE, results)
     results_table(results, f"Evaluation of {workdir}")
+    try:
+        write_json(Path(workdir) / EVALUATION_FILE, results)
+    except OSError as error:
+        # The folder may be somebody else's; the numbers are on the screen.
+        print(f"warning: {EVALUATION_FILE} was not written: {error.strerror}")
     return results
 
 
@@ -334,6 +346,9 @@ def progress_bar(name: str, n_examples: int) -> Iterator[Callable[[int], object]
         TextColumn("examples"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    console = Console(stderr=True)
+    with Progress(
+        *columns, console=console, transient=True, disable=not console.is_terminal
+    ) as bar:
         task = bar.add_task(name, total=n_examples)
         yield lambda n_done: bar.update(task, completed=n_done)

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 
 
 class Interrupted(Exception):
@@ -46,6 +47,8 @@ class Interruption:
     def _hear(self, number: int, frame) -> None:
         del frame
         if self.requested:
+            if sys.stderr.isatty():
+                os.write(2, b"\x1b[?25h\n")  # The cursor, which a progress bar hides.
             # Checkpoints appear under their names only when complete, so nothing breaks.
             os._exit(128 + number)
         self.requested = True

@@ -41,7 +41,7 @@ class Recorder:
 
     Epochs are numbered from 1 to `n_epochs` over the whole run, pretraining included. With
     `resumed`, the records of epochs after `position` are dropped, since these epochs run again;
-    without it the records start anew. Where a run has several processes, one of them records.
+    without it the records start anew. One process records.
 
     Args:
         workdir: folder of the run, made if missing.

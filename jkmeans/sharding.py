@@ -133,7 +133,9 @@ class Layout:
         return rows
 
     def read(self, examples: np.ndarray, start: int, stop: int) -> np.ndarray:
-        """Rows ``start`` to ``stop`` of the padded array, of which padding rows are zero.
+        """Rows ``start`` to ``stop`` of the padded array, of which padding rows are example 0.
+
+        An example and not zeros, which a network that divides by a norm would turn into NaN.
 
         Args:
           examples: [n, *example_shape]; only the rows asked for are read, so it may be a memory
@@ -141,7 +143,8 @@ class Layout:
           start: first padded row; a multiple of rows_per_shard.
           stop: one past the last padded row; a multiple of rows_per_shard.
         """
-        rows = np.zeros((stop - start, *examples.shape[1:]), device_dtype(examples.dtype))
+        rows = np.empty((stop - start, *examples.shape[1:]), device_dtype(examples.dtype))
+        rows[:] = examples[0]
         for shard in range(start // self.rows_per_shard, stop // self.rows_per_shard):
             first, last = self.shard_bounds(shard)
             offset = shard * self.rows_per_shard - start
@@ -158,7 +161,7 @@ def device_dtype(dtype: np.dtype) -> np.dtype:
 
 
 def place_rows(examples: np.ndarray, layout: Layout, mesh: Mesh) -> jax.Array:
-    """Puts examples on the devices: [n_rows, *example_shape], sharded, padding rows zero.
+    """Puts examples on the devices: [n_rows, *example_shape], sharded.
 
     Each process reads the rows of its own devices only.
     """
@@ -232,7 +235,7 @@ def fingerprint(tree) -> jax.Array:
     """A checksum of the bits of each leaf: [leaves] uint32, equal on any number of devices.
 
     Bits are weighted by odd numbers that depend on the position and added modulo 2³², which is
-    exact in any order; a changed or swapped element changes the sum.
+    exact in any order; a changed element changes the sum, and so do nearly all swapped ones.
     """
 
     def of_leaf(leaf: jax.Array) -> jax.Array:

@@ -5,6 +5,7 @@ inside one: the epoch is a compiled program (`jkmeans.epoch`), the objective is 
 (`jkmeans.methods`).
 """
 
+import contextlib
 import functools
 import json
 import os
@@ -13,7 +14,7 @@ import resource
 import sys
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib import metadata as importlib_metadata
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ from jkmeans.sharding import (
     DATA_AXIS,
     SHARDED,
     Layout,
+    device_dtype,
     gather_examples,
     make_mesh,
     place,
@@ -49,6 +51,7 @@ RESULTS_FILE = "results.json"
 CHECKPOINT_FOLDER = "checkpoints"
 REPORT_FOLDER = "report"
 SEEDS_FILE = "seeds.json"
+LOCK_FILE = ".lock"
 
 _MODEL = ("parameters", "clusters")
 
@@ -85,7 +88,10 @@ def train_and_evaluate(config: Config, workdir: str | os.PathLike) -> dict[str, 
     mesh = make_mesh(config.n_devices)
     run = _Run(config, workdir, dataset, mesh)
     claim_workdir(workdir, config)
-    with Checkpoints(workdir / CHECKPOINT_FOLDER, keep=config.checkpoint.keep) as checkpoints:
+    with (
+        only_process_in(workdir),
+        Checkpoints(workdir / CHECKPOINT_FOLDER, keep=config.checkpoint.keep) as checkpoints,
+    ):
         return run.execute(checkpoints)
 
 
@@ -130,7 +136,8 @@ class _Run:
         placement = self.config.data.placement
         if placement != "auto":
             return placement == "host"
-        n_bytes = self.layout.n_rows * int(np.prod(self.dataset.example_shape)) * 4
+        value_bytes = device_dtype(self.dataset.examples.dtype).itemsize
+        n_bytes = self.layout.n_rows * int(np.prod(self.dataset.example_shape)) * value_bytes
         return n_bytes / self.mesh.size > _device_room(self.mesh.devices.flat[0], self.mesh.size)
 
     @functools.cached_property
@@ -187,6 +194,9 @@ class _Run:
             state, results = self.finish(state, seconds)
             self.save(checkpoints, state, seconds, None, results=results)
             checkpoints.wait()
+            if interruption.requested:
+                recorder.say("trained and saved; the same command reports it")
+                interruption.leave()
         return self.report(state, results)
 
     def announce(self, epoch: int, resumed: bool) -> None:
@@ -214,6 +224,7 @@ class _Run:
         if epoch == n_pretrain and int(state.step) == 0:
             state = self.initialize(state)
         started, self._compiling = time.perf_counter(), 0.0
+        first_step = int(state.step)
         if self.on_host:
             state, values = self._fed_epoch(state, clustering)
             if values is None:
@@ -221,7 +232,7 @@ class _Run:
         else:
             program = self._program("epoch", state, self.rows, clustering=clustering)
             state, values = program(state, self.rows)
-        self._await(values, 1.0)
+        self._await(values, None)
         seconds = time.perf_counter() - started - self._compiling
         named = {name: float(value) for name, value in values.items()}
         if clustering and self.dataset.labels is not None:
@@ -231,22 +242,24 @@ class _Run:
             "cluster" if clustering else "pretrain",
             epoch + 1,
             named,
-            self.dataset.n_examples,
+            round(self.dataset.n_examples * (1 - first_step / self.n_steps)),
             seconds,
         )
         return state, named
 
     def _fed_epoch(self, state: TrainState, clustering: bool):
         order = to_host(self._program("order", state)(state))
-        first = int(state.step)
+        done = first = int(state.step)
         for rows, examples in self.feeder.chunks(order, first):
             program = self._program(
                 "steps", state, self.rows, rows, examples, clustering=clustering
             )
             state = program(state, self.rows, rows, examples)
             # One chunk at a time: see docs/architecture.md, "Fake devices".
-            self._await(state.step, int(state.step) / self.n_steps)
-            if self.interruption.requested and int(state.step) < self.n_steps:
+            done += len(rows)
+            self._await(state.step, done / self.n_steps)
+            self.recorder.waiting(done / self.n_steps)
+            if self.interruption.requested and done < self.n_steps:
                 return state, None
         if clustering and self.config.centroids.bank == "refreshed":
             state = self.refresh(state)
@@ -335,7 +348,7 @@ class _Run:
 
     def check_collapse(self, values: dict[str, float], state: TrainState, epoch: int) -> None:
         """Raises CollapseError where there is nothing left to cluster."""
-        kept = f"checkpoints of the epochs before are in {self.workdir / CHECKPOINT_FOLDER}"
+        kept = f"what was saved before is in {self.workdir / CHECKPOINT_FOLDER}"
         if not np.isfinite(values["loss"]) or not np.isfinite(values["embedding_variance"]):
             raise CollapseError(
                 f"the loss is {values['loss']} in epoch {epoch}: training diverged; try a smaller "
@@ -382,7 +395,7 @@ class _Run:
             except DamagedError as error:
                 aside = checkpoints.set_aside(position)
                 print(f"warning: {error}; moved to {aside.name}, going back to the one before")
-        if positions:
+        if positions or any(checkpoints.folder.glob("damaged-*")):
             raise UserError(
                 f"no checkpoint in {checkpoints.folder} can be read; accepted: one whole "
                 "checkpoint, or another --workdir"
@@ -436,7 +449,8 @@ class _Run:
         position = epoch * self.n_steps + step + (results is not None)
         since_warmup = epoch - self.config.training.n_pretrain_epochs
         # Before, the weight of the centroids rises, and losses do not compare.
-        comparable = values is not None and since_warmup > self.config.objective.warmup_epochs
+        warm = since_warmup - 1 >= self.config.objective.warmup_epochs
+        comparable = values is not None and since_warmup > 0 and warm
         checkpoints.save(
             position,
             {"model": model, "training": fields},
@@ -466,7 +480,7 @@ class _Run:
             self._compiling = getattr(self, "_compiling", 0.0) + time.perf_counter() - started
         return self._compiled[key]
 
-    def _await(self, values, fraction: float) -> None:
+    def _await(self, values, fraction: float | None) -> None:
         """Waits for the devices with an open ear for signals, which a blocking call has not."""
         leaves = jax.tree.leaves(values)
         pause = 0.0005
@@ -476,8 +490,27 @@ class _Run:
             if pause == 0.05:
                 self.recorder.waiting(fraction)
             if self.interruption.announced():
-                self.recorder.say("stopping at the end of this epoch; once more to stop at once")
+                self.recorder.say("stopping at the next safe place; once more to stop at once")
         jax.block_until_ready(leaves)
+
+
+@contextlib.contextmanager
+def only_process_in(workdir: Path) -> Iterator[None]:
+    """Holds the workdir against a second process, which would clean up the saves of the first.
+
+    Raises:
+      UserError: another process trains in it.
+    """
+    import fcntl
+
+    with open(workdir / LOCK_FILE, "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"another process is training in {workdir}; accepted: another --workdir, or wait"
+            ) from None
+        yield
 
 
 def claim_workdir(workdir: Path, config: Config) -> None:
@@ -559,7 +592,9 @@ def _device_room(device, n_devices: int) -> float:
     statistics = device.memory_stats() or {}
     if "bytes_limit" in statistics:
         return 0.6 * (statistics["bytes_limit"] - statistics.get("bytes_in_use", 0))
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    # macOS does not say how much is free.
+    pages = "SC_AVPHYS_PAGES" if "SC_AVPHYS_PAGES" in os.sysconf_names else "SC_PHYS_PAGES"
+    free = os.sysconf(pages) * os.sysconf("SC_PAGE_SIZE")
     return 0.5 * free / n_devices
 
 

@@ -1,6 +1,7 @@
 """Test set-up: eight fake CPU devices, strict promotion, data where it can be found."""
 
 import os
+import signal
 from pathlib import Path
 
 # Before JAX is imported: see docs/architecture.md, "Fake devices".
@@ -19,6 +20,9 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parent.parent / ".jax_cache"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 
-import jax
+# A shell that starts us in the background has Ctrl-C ignored, and so would every test of it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
+import jax  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")

@@ -331,6 +331,7 @@ def test_all_other_differences_count(name):
         "network.name": "convolutional",
         "network.widths": (3,),
         "objective.name": "mine:f",
+        "objective.assignment": "stored",
         "centroids.init": "sample",
         "centroids.bank": "refreshed",
         "centroids.empty": "keep",

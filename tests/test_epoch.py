@@ -258,14 +258,16 @@ def test_collectives_of_an_epoch():
     none = {"all-gather": 0, "all-to-all": 0, "collective-permute": 0, "reduce-scatter": 0}
     # Pretraining: one in the step, two for the variance.
     assert collectives(compiled_epoch(False)) == none | {"all-reduce": 3}
-    # Clustering: besides, one in the Lloyd iteration and one in its final assignment.
+    # Clustering: besides, one in the Lloyd iteration. The counts of the final assignment need one
+    # too, which XLA combines with that of the mean of the bank.
     keep = compiled_epoch(True, centroids__empty="keep")
-    assert collectives(keep) == none | {"all-reduce": 5}
+    assert collectives(keep) == none | {"all-reduce": 4}
 
 
-def test_a_balance_term_costs_two_collectives_a_step():
+def test_a_balance_term_costs_one_more_collective_a_step():
+    # Its backward sum is of the weights alone, and travels with the forward one.
     changes = {"centroids__empty": "keep", "objective__balance_weight": 0.1}
-    assert collectives(compiled_epoch(True, **changes))["all-reduce"] == 7
+    assert collectives(compiled_epoch(True, **changes))["all-reduce"] == 5
 
 
 def test_one_epoch_is_one_program_without_host_calls():

@@ -259,7 +259,7 @@ def test_gradient_equals_differences_of_the_formula():
         soft = np.exp(-(squared - squared.min(1, keepdims=True)) / 0.5)
         soft /= soft.sum(1, keepdims=True)
         usage = (WEIGHTS[:, None] * soft).sum(0) / WEIGHTS.sum()
-        rows = ((x - z @ w.T) ** 2).mean(1) + 0.7 * 0.25 * squared.min(1) / P
+        rows = 0.6 * ((x - z @ w.T) ** 2).mean(1) + 0.7 * 0.25 * squared.min(1) / P
         balance = 0.3 * (np.log(K) + (usage * np.log(usage)).sum())
         return (WEIGHTS * rows).sum() / WEIGHTS.sum() + balance
 
@@ -351,10 +351,12 @@ def test_a_users_objective_has_its_own_settings():
     ours = joint(training.configuration.validate(tiny.config()), None).objective
     assert ours.func is objective
     assert ours.keywords == {
+        "reconstruction_weight": 1.0,
         "centroid_weight": 0.1,
         "warmup_epochs": 1.0,
         "balance_weight": 0.0,
         "temperature": 1.0,
+        "assignment": "nearest",
         "decoder": True,
     }
 

@@ -251,11 +251,11 @@ def test_more_clusters_than_examples_leaves_no_workdir(tmp_path, files):
 
 def test_collapse_stops_the_run_and_keeps_what_was(tmp_path, files):
     config = tiny.config(
-        objective__centroid_weight=1e4,
+        n_clusters=1,  # Everything is pulled to one point.
+        objective__centroid_weight=1e2,
         objective__warmup_epochs=0.0,
         training__n_epochs=100,
-        training__clustering_learning_rate=1e-2,
-        training__collapse_ratio=1e-3,
+        training__collapse_ratio=1e-2,
         **files,
     )
     with pytest.raises(CollapseError, match=r"collapsed in epoch \d+: their variance is"):
@@ -319,13 +319,18 @@ def test_a_signal_from_outside_loses_at_most_the_work_since_a_checkpoint(tmp_pat
     workdir = tmp_path / "run"
     command = COMMAND + small_flags(files, workdir)
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 120
-    while len(read_metrics(workdir)) < 12:
-        assert process.poll() is None, process.stderr.read()
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    process.send_signal(number)
-    _, errors = process.communicate(timeout=60)
+    try:
+        deadline = time.monotonic() + 240
+        while len(read_metrics(workdir)) < 12:
+            assert process.poll() is None, process.stderr.read()
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        process.send_signal(number)
+        _, errors = process.communicate(timeout=120)
+    finally:
+        process.kill()
+        process.wait()
+        process.stderr.close()
     assert process.returncode == (-9 if number == signal.SIGKILL else 128 + number)
     assert "Traceback" not in errors
     with Checkpoints(workdir / "checkpoints") as checkpoints:

@@ -32,7 +32,8 @@ class Batch:
       view: [b, *example_shape] float32, a random view of each example, for the network to see;
         x itself without augmentation.
       weights: [b] float32; 1 for an example, 0 for padding.
-      labels: [b] int32, the cluster of each example at the last re-computation.
+      labels: [b] int32, the cluster of each example at the last re-computation; −1 before the
+        first.
       index: [b] int32, the number of the example in the data set; −1 for padding.
       key: random key of the step, the same on every device; ``example_keys(key, index)`` makes
         one for each example.
@@ -54,7 +55,7 @@ class Batch:
     def mean(self, values: jax.Array) -> jax.Array:
         """Mean of per-example ``values: [b, …]`` over the examples of all devices; differentiable.
 
-        Costs one all-reduce, and one more in the backward pass.
+        Costs one all-reduce, and one more in the backward pass where the loss is not linear in it.
         """
         weights = jnp.expand_dims(self.weights, tuple(range(1, values.ndim)))
         sums = jnp.sum(weights * values, axis=0), jnp.sum(self.weights)
