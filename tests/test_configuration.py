@@ -305,6 +305,8 @@ def test_what_is_near_to_a_contradiction_but_none(changes):
 # Comparing configs, and with the data.
 
 RUNTIME = {
+    "data.path": "/elsewhere.npy",
+    "data.labels_path": "/labels.npy",
     "n_devices": 4,
     "data.placement": "host",
     "data.chunk_mebibytes": 1,
@@ -337,6 +339,7 @@ def test_all_other_differences_count(name):
         "centroids.empty": "keep",
         "training.optimizer": "sgd",
         "training.schedule": "cosine",
+        "training.collapse_ratio": 0.5,
     }
     if name in chosen:
         new = chosen[name]
