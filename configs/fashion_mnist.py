@@ -1,6 +1,9 @@
 """Fashion-MNIST, all 70,000 images of clothing, K = 10.
 
 python -m experiments.train --config configs/fashion_mnist.py --workdir runs/fashion_mnist
+
+About 8 minutes on two cores. ACC 63.0 ± 3.7, NMI 63.4 ± 4.3 over three seeds (docs/results.md).
+Embeddings have length one; there are no affine views, which lowered ACC here.
 """
 
 from ml_collections import ConfigDict

@@ -1,6 +1,11 @@
 """MNIST, all 70,000 handwritten digits, K = 10.
 
 python -m experiments.train --config configs/mnist.py --workdir runs/mnist
+
+About 10 minutes on two cores. ACC 89.4 ± 5.3, NMI 87.9 ± 2.2 over three seeds (docs/results.md).
+
+Embeddings have length one, and the network sees random affine views: every view of an image is
+pulled to the cluster that the image had at the last re-computation.
 """
 
 from ml_collections import ConfigDict

@@ -26,6 +26,7 @@ from jkmeans.kmeans.collectives import all_sum
 from jkmeans.methods import Assigned, Batch, Clusters, Method, example_keys
 from jkmeans.networks import Parameters, merge
 from jkmeans.sharding import (
+    BY_STEP,
     DATA_AXIS,
     REPLICATED,
     SHARDED,
@@ -375,7 +376,6 @@ def make_programs(
         states,
         is_leaf=lambda leaf: isinstance(leaf, PartitionSpec),
     )
-    by_step = PartitionSpec(None, DATA_AXIS)
 
     def parallel(function, in_specs, out_specs, *, donate: bool = True):
         """Compiles over the mesh; ``clustering``, where there is one, is static."""
@@ -390,11 +390,11 @@ def make_programs(
     return Programs(
         create=jax.jit(create, out_shardings=shardings),
         epoch=parallel(epoch, (states, SHARDED), (states, REPLICATED)),
-        order=parallel(order_of, (states,), by_step, donate=False),
-        steps=parallel(run_steps, (states, SHARDED, by_step, by_step), states),
+        order=parallel(order_of, (states,), BY_STEP, donate=False),
+        steps=parallel(run_steps, (states, SHARDED, BY_STEP, BY_STEP), states),
         finish=parallel(finish, (states, SHARDED), (states, REPLICATED)),
         refresh=parallel(refresh, (states, SHARDED), states),
-        fill=parallel(fill, (states, by_step, by_step), states),
+        fill=parallel(fill, (states, BY_STEP, BY_STEP), states),
         initialize=parallel(initialize, (states, SHARDED), (states, REPLICATED)),
         assign=parallel(assign, (states, SHARDED, REPLICATED), (states, REPLICATED)),
         shardings=shardings,

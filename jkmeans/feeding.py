@@ -6,9 +6,9 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding
 
-from jkmeans.sharding import DATA_AXIS, Layout, device_dtype
+from jkmeans.sharding import BY_STEP, Layout, device_dtype
 
 
 class HostFeeder:
@@ -24,7 +24,7 @@ class HostFeeder:
     def __init__(self, examples: np.ndarray, layout: Layout, mesh: Mesh, chunk_bytes: int):
         self._examples = examples
         self._layout = layout
-        self._sharding = NamedSharding(mesh, PartitionSpec(None, DATA_AXIS))
+        self._sharding = NamedSharding(mesh, BY_STEP)
         self._dtype = device_dtype(examples.dtype)
         rows_per_step = layout.n_rows // layout.n_steps
         row_bytes = int(np.prod(examples.shape[1:])) * self._dtype.itemsize

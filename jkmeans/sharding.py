@@ -26,6 +26,8 @@ from jkmeans.kmeans.collectives import varying_axes
 DATA_AXIS = "data"
 SHARDED = PartitionSpec(DATA_AXIS)
 REPLICATED = PartitionSpec()
+BY_STEP = PartitionSpec(None, DATA_AXIS)
+"""Steps first, then the rows of each step: sharded along the second."""
 
 
 def make_mesh(n_devices: int = 0) -> Mesh:
