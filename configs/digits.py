@@ -1,6 +1,8 @@
 """The 1,797 handwritten digits that ship inside scikit-learn, K = 10.
 
 python -m experiments.train --config configs/digits.py --workdir runs/digits
+
+About a minute on two cores. ACC 85.7 ± 1.4, NMI 83.0 ± 1.9 over five seeds (docs/results.md).
 """
 
 from ml_collections import ConfigDict
