@@ -2,6 +2,9 @@
 
     python -m experiments.train --config configs/fashion_mnist_500x512.py --workdir runs/500x512
 
+11 minutes on two busy cores. Purity 81.9 (the share of the largest class in each cluster; ACC
+means little with 500 clusters of 10 classes), no empty cluster (docs/results.md).
+
 The first centroids are the features of 500 sampled images; after each pass over the data they are
 recomputed from the features of all images, as these were stored during the pass.
 """
