@@ -14,6 +14,9 @@ PyTorch is compared with, its epoch of joint clustering is timed, re-computation
 included. PyTorch is an extra: ``pip install -e .[benchmarks]``.
 """
 
+# PyTorch is an extra, and not there where types are checked.
+# pyright: reportMissingImports=none
+
 import argparse
 import contextlib
 import dataclasses
