@@ -24,7 +24,7 @@ from jkmeans.augmentation import affine_views
 from jkmeans.errors import UserError
 from jkmeans.kmeans.collectives import all_sum
 from jkmeans.methods import Assigned, Batch, Clusters, Method, example_keys
-from jkmeans.networks import Parameters, merge
+from jkmeans.networks import Parameters, merge, network_input
 from jkmeans.sharding import (
     BY_STEP,
     DATA_AXIS,
@@ -168,9 +168,6 @@ def make_programs(
     optimizer = OPTIMIZERS[options.optimizer](options)
     axis = DATA_AXIS
 
-    def scaled(examples: jax.Array) -> jax.Array:
-        return examples.astype(jnp.float32) * jnp.float32(scale)
-
     augmentation = config.augmentation
     augmenting = any((augmentation.shift, augmentation.rotation, augmentation.zoom))
 
@@ -198,7 +195,7 @@ def make_programs(
         """One step on the local examples of a batch; returns embeddings [b, p] too."""
         epoch = state.epoch - options.n_pretrain_epochs if clustering else state.epoch
         step_key = jax.random.fold_in(_epoch_key(state, 1), state.step)
-        x = scaled(examples)
+        x = network_input(examples, scale)
         batch = Batch(
             x=x,
             view=view_of(x, step_key, index),
@@ -275,7 +272,7 @@ def make_programs(
         return rows.transpose(1, 0, 2).reshape(layout.n_steps, -1)
 
     def embed_local(parameters, examples):
-        return merge(graphdef, parameters).encode(scaled(examples))
+        return merge(graphdef, parameters).encode(network_input(examples, scale))
 
     def refresh(state: TrainState, rows: Rows):
         blocks = rows.examples.reshape(layout.n_steps, -1, *rows.examples.shape[1:])

@@ -24,7 +24,7 @@ from jkmeans.checkpoints import Checkpoints, DamagedError
 from jkmeans.configuration import Config
 from jkmeans.errors import UserError
 from jkmeans.methods import Clusters
-from jkmeans.networks import make_network, merge, split
+from jkmeans.networks import make_network, merge, network_input, split
 from jkmeans.recorder import results_table
 from jkmeans.sharding import REPLICATED, SHARDED, data_parallel, device_dtype, make_mesh, to_host
 from jkmeans.training import CHECKPOINT_FOLDER, write_json
@@ -151,8 +151,8 @@ def _restore(checkpoints: Checkpoints, position: int, mesh) -> TrainedModel:
     model = checkpoints.load(position, {"model": abstract}).trees["model"]
 
     def predict_local(model, examples):
-        x = examples.astype(jnp.float32) * jnp.float32(scale)
-        embeddings = merge(graphdef, model["parameters"]).encode(x)
+        network = merge(graphdef, model["parameters"])
+        embeddings = network.encode(network_input(examples, scale))
         found = kmeans.assign(embeddings, model["clusters"].centroids)
         return found.labels, found.distances, embeddings
 

@@ -256,6 +256,11 @@ def _noting(note: str) -> Iterator[None]:
         raise
 
 
+def network_input(examples: jax.Array, scale: float) -> jax.Array:
+    """Stored examples [b, …] of any type as a network sees them: float32, scaled."""
+    return examples.astype(jnp.float32) * jnp.float32(scale)
+
+
 Parameters = dict[str, jax.Array]
 """Parameters by path, such as ``encoder/0/kernel``: what checkpoints and optimizers see."""
 

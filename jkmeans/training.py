@@ -72,7 +72,7 @@ def train_and_evaluate(config: Config, workdir: str | os.PathLike) -> dict[str, 
 
     Raises:
       UserError: the config, the data or the workdir cannot be used.
-      CollapseError: the embeddings shrank to a point, or the loss is not finite.
+      CollapseError: the embeddings shrank to a point or ran away, or the loss is not finite.
       Interrupted: SIGTERM or Ctrl-C came; everything up to the last step is saved.
     """
     config = configuration.validate(config)
@@ -126,6 +126,7 @@ class _Run:
             dataset.scale,
         )
         self._compiled: dict[tuple, Callable] = {}
+        self._compiling = 0.0  # Seconds, within the epoch that runs.
         self.data_record = describe_data(dataset)
 
     # What is where
@@ -235,9 +236,8 @@ class _Run:
         self._await(values, None)
         seconds = time.perf_counter() - started - self._compiling
         named = {name: float(value) for name, value in values.items()}
-        if clustering and self.dataset.labels is not None:
-            labels = gather_examples(state.labels, self.layout)
-            named |= metrics.summarize(self.dataset.labels, labels)
+        if clustering:
+            named |= self.scores(state)
         self.recorder.epoch(
             "cluster" if clustering else "pretrain",
             epoch + 1,
@@ -285,12 +285,16 @@ class _Run:
             f"variance of the embeddings {found['embedding_variance']:.4g}, "
             f"{found['empty_clusters']:.0f} empty"
         )
-        if self.dataset.labels is not None:
-            labels = gather_examples(state.labels, self.layout)
-            scores = metrics.summarize(self.dataset.labels, labels)
+        if scores := self.scores(state):
             text += f", acc {scores['acc']:.3f}, nmi {scores['nmi']:.3f}"
         self.recorder.say(text)
         return state
+
+    def scores(self, state: TrainState) -> dict[str, float]:
+        """ACC, NMI, ARI and purity of the clusters; empty where the data has no labels."""
+        if self.dataset.labels is None:
+            return {}
+        return metrics.summarize(self.dataset.labels, gather_examples(state.labels, self.layout))
 
     def finish(self, state: TrainState, seconds: float) -> tuple[TrainState, dict[str, Any]]:
         """Final centroids and labels: k-means on the embeddings by the final weights."""
@@ -313,9 +317,7 @@ class _Run:
             "embedding_variance": found["embedding_variance"],
             "empty_clusters": int(found["empty_clusters"]),
         }
-        if self.dataset.labels is not None:
-            labels = gather_examples(state.labels, self.layout)
-            results |= metrics.summarize(self.dataset.labels, labels)
+        results |= self.scores(state)
         results["train_seconds"] = round(seconds + time.perf_counter() - started, 1)
         # Linux counts in KiB, macOS in bytes.
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -477,7 +479,7 @@ class _Run:
             started = time.perf_counter()
             lowered = getattr(self.programs, name).lower(*arguments, **static)
             self._compiled[key] = lowered.compile()
-            self._compiling = getattr(self, "_compiling", 0.0) + time.perf_counter() - started
+            self._compiling += time.perf_counter() - started
         return self._compiled[key]
 
     def _await(self, values, fraction: float | None) -> None:
