@@ -8,7 +8,7 @@ from jkmeans.kmeans.initialization import (
     kmeans_plus_plus,
     sample,
 )
-from jkmeans.kmeans.lloyd import EMPTY_POLICIES, MAX_RELOCATIONS, LloydResult, lloyd
+from jkmeans.kmeans.lloyd import EMPTY_POLICIES, MAX_RELOCATIONS, KMeansResult, lloyd
 from jkmeans.kmeans.statistics import (
     ClusterStatistics,
     add,
@@ -23,7 +23,7 @@ __all__ = [
     "MAX_RELOCATIONS",
     "Assignment",
     "ClusterStatistics",
-    "LloydResult",
+    "KMeansResult",
     "add",
     "all_reduce",
     "assign",

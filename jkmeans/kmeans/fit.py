@@ -8,7 +8,7 @@ from jax import lax
 
 from jkmeans.kmeans.collectives import AxisName, vary_like
 from jkmeans.kmeans.initialization import INITIALIZATIONS
-from jkmeans.kmeans.lloyd import LloydResult, lloyd
+from jkmeans.kmeans.lloyd import KMeansResult, lloyd
 
 
 def fit(
@@ -25,7 +25,7 @@ def fit(
     index: jax.Array | None = None,
     axis_name: AxisName = None,
     block_size: int | None = None,
-) -> LloydResult:
+) -> KMeansResult:
     """k-means: the run of lowest inertia among ``n_init`` restarts, all in one program.
 
     Restart r is keyed by ``fold_in(key, r)``; restarts run one after another, so that memory does
@@ -47,14 +47,14 @@ def fit(
       block_size: rows assigned at a time; None for what suits the device.
 
     Returns:
-      LloydResult of the best restart, the first among equals.
+      KMeansResult of the best restart, the first among equals.
 
     Raises:
       ValueError: an unknown ``init`` or ``empty``, centroids of another shape than [k, d],
         ``n_init`` below 1, or fewer than k rows.
     """
 
-    def run(centroids: jax.Array) -> LloydResult:
+    def run(centroids: jax.Array) -> KMeansResult:
         return lloyd(
             x,
             centroids,
@@ -79,7 +79,7 @@ def fit(
         raise ValueError(f"n_init={n_init}: expected at least 1")
     initialize = INITIALIZATIONS[init]
 
-    def restart(r) -> LloydResult:
+    def restart(r) -> KMeansResult:
         restart_key = jax.random.fold_in(key, r)
         return run(
             initialize(
@@ -90,7 +90,7 @@ def fit(
     if n_init == 1:
         return restart(0)
 
-    def keep_better(r, best: LloydResult) -> LloydResult:
+    def keep_better(r, best: KMeansResult) -> KMeansResult:
         result = restart(r)
         # Not `<`: the first result must replace the blank even where its inertia is NaN.
         better = ~(result.inertia >= best.inertia)

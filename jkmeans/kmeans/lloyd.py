@@ -19,7 +19,7 @@ EMPTY_POLICIES = ("farthest", "keep")
 MAX_RELOCATIONS = 1024
 
 
-class LloydResult(NamedTuple):
+class KMeansResult(NamedTuple):
     """Where Lloyd's algorithm stopped. Labels, distances, counts and inertia fit the centroids.
 
     Attributes:
@@ -61,7 +61,7 @@ def lloyd(
     empty: str = "farthest",
     axis_name: AxisName = None,
     block_size: int | None = None,
-) -> LloydResult:
+) -> KMeansResult:
     """Lloyd's algorithm from given centroids.
 
     Each iteration assigns every row to its nearest centroid and moves every centroid to the mean
@@ -84,7 +84,7 @@ def lloyd(
       block_size: rows assigned at a time; None for what suits the device.
 
     Returns:
-      LloydResult.
+      KMeansResult.
 
     Raises:
       ValueError: ``empty`` is not one of EMPTY_POLICIES.
@@ -147,7 +147,7 @@ def lloyd(
     final = cluster_statistics(
         x, labels, k, weights=weights, distances=distances, axis_name=axis_name
     )
-    return LloydResult(
+    return KMeansResult(
         centroids=state.centroids,
         labels=labels,
         distances=distances,

@@ -163,7 +163,7 @@ def joint(config, axis_name: str | None) -> Method:
     return Method(initialize, chosen, update)
 
 
-def _assigned(result: kmeans.LloydResult) -> Assigned:
+def _assigned(result: kmeans.KMeansResult) -> Assigned:
     return Assigned(
         result.labels, result.distances, result.counts, result.inertia, result.n_relocated
     )

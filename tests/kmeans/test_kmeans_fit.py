@@ -7,10 +7,10 @@ import pytest
 from jax.sharding import AxisType, PartitionSpec
 from sklearn.cluster import KMeans
 
-from jkmeans.kmeans import LloydResult, fit
+from jkmeans.kmeans import KMeansResult, fit
 
 ROWS, SAME = PartitionSpec("data"), PartitionSpec()
-RESULT_SPECS = LloydResult(SAME, ROWS, ROWS, SAME, SAME, SAME, SAME, SAME)
+RESULT_SPECS = KMeansResult(SAME, ROWS, ROWS, SAME, SAME, SAME, SAME, SAME)
 
 
 def test_many_restarts_find_what_scikit_learn_finds(blobs):

@@ -12,10 +12,10 @@ from hypothesis.extra import numpy as hnp
 from jax.sharding import PartitionSpec
 from sklearn.cluster import KMeans
 
-from jkmeans.kmeans import LloydResult, lloyd
+from jkmeans.kmeans import KMeansResult, lloyd
 
 ROWS, SAME = PartitionSpec("data"), PartitionSpec()
-RESULT_SPECS = LloydResult(SAME, ROWS, ROWS, SAME, SAME, SAME, SAME, SAME)
+RESULT_SPECS = KMeansResult(SAME, ROWS, ROWS, SAME, SAME, SAME, SAME, SAME)
 
 _program = jax.jit(lloyd, static_argnames=("empty", "block_size"))
 
