@@ -6,7 +6,7 @@ else is, and no code anywhere falls back to a hidden default.
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,7 +34,9 @@ class Field(NamedTuple):
     meaning: str
 
 
-def _integer(least: int, meaning: str, most: int = 2**31 - 1) -> Field:
+def integer(least: int, meaning: str, most: int = 2**31 - 1) -> Field:
+    """A field that holds an integer from ``least`` to ``most``."""
+
     def convert(value):
         if isinstance(value, bool) or not isinstance(value, int):
             raise TypeError
@@ -46,7 +48,9 @@ def _integer(least: int, meaning: str, most: int = 2**31 - 1) -> Field:
     return Field(convert, f"an integer {bound}", meaning)
 
 
-def _number(meaning: str, *, positive: bool = False) -> Field:
+def number(meaning: str, *, positive: bool = False) -> Field:
+    """A field that holds a number of at least 0, or above 0."""
+
     def convert(value):
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise TypeError
@@ -57,7 +61,9 @@ def _number(meaning: str, *, positive: bool = False) -> Field:
     return Field(convert, f"a number {'above' if positive else 'of at least'} 0", meaning)
 
 
-def _boolean(meaning: str) -> Field:
+def boolean(meaning: str) -> Field:
+    """A field that holds True or False."""
+
     def convert(value):
         if not isinstance(value, bool):
             raise TypeError
@@ -66,7 +72,9 @@ def _boolean(meaning: str) -> Field:
     return Field(convert, "True or False", meaning)
 
 
-def _choice(choices, meaning: str, *, or_function: bool = False) -> Field:
+def choice(choices, meaning: str, *, or_function: bool = False) -> Field:
+    """A field that holds one of some words, or the user's ``module:function``."""
+
     def convert(value):
         if not isinstance(value, str):
             raise TypeError
@@ -78,7 +86,9 @@ def _choice(choices, meaning: str, *, or_function: bool = False) -> Field:
     return Field(convert, accepted, meaning)
 
 
-def _text(meaning: str) -> Field:
+def text(meaning: str) -> Field:
+    """A field that holds text."""
+
     def convert(value):
         if not isinstance(value, str):
             raise TypeError
@@ -87,7 +97,9 @@ def _text(meaning: str) -> Field:
     return Field(convert, "text", meaning)
 
 
-def _integers(meaning: str) -> Field:
+def integers(meaning: str) -> Field:
+    """A field that holds a tuple of integers of at least 1."""
+
     def convert(value):
         if not isinstance(value, list | tuple):
             raise TypeError
@@ -101,54 +113,54 @@ def _integers(meaning: str) -> Field:
 
 
 FIELDS: dict[str, Field] = {
-    "seed": _integer(0, "the root of all random keys"),
-    "n_devices": _integer(0, "devices of the mesh; 0 for all"),
-    "n_clusters": _integer(1, "K"),
-    "data.name": _choice(("digits", "mnist", "fashion-mnist", "npy"), "the data set"),
-    "data.split": _choice(("all", "train", "test"), "which part of it"),
-    "data.path": _text("the .npy file of examples, where name is 'npy'"),
-    "data.labels_path": _text("the .npy file of their labels, or '' for none"),
-    "data.n_examples": _integer(0, "only the first so many; 0 for all"),
-    "data.n_shards": _integer(1, "most devices that share the work", most=65536),
-    "data.placement": _choice(("auto", "device", "host"), "where examples live while training"),
-    "data.chunk_mebibytes": _integer(1, "size of what the host feeds at once"),
-    "augmentation.shift": _number("pixels, each direction within ±shift"),
-    "augmentation.rotation": _number("degrees, within ±rotation"),
-    "augmentation.zoom": _number("scale within 1 ± zoom"),
-    "network.name": _choice(tuple(NETWORKS), "the network", or_function=True),
-    "network.embedding_dim": _integer(1, "p, numbers of an embedding"),
-    "network.widths": _integers("widths of hidden layers, or channels of convolutions"),
-    "network.decoder": _boolean("whether there is a reconstruction"),
-    "network.normalize": _boolean("whether embeddings have length one"),
-    "objective.name": _choice(("joint",), "the objective", or_function=True),
-    "objective.assignment": _choice(("nearest", "stored"), "of an example in a step"),
-    "objective.reconstruction_weight": _number("ρ, while clustering"),
-    "objective.centroid_weight": _number("λ"),
-    "objective.warmup_epochs": _number("T, epochs over which λ rises"),
-    "objective.balance_weight": _number("β"),
-    "objective.temperature": _number("τ of the balance term", positive=True),
-    "centroids.init": _choice(tuple(INITIALIZATIONS), "how the first centroids are chosen"),
-    "centroids.n_init": _integer(1, "restarts, of which the one of least inertia is kept"),
-    "centroids.init_max_iter": _integer(0, "Lloyd iterations of each restart, at most"),
-    "centroids.n_iterations": _integer(0, "Lloyd iterations of a re-computation, at most"),
-    "centroids.every": _integer(1, "epochs from one re-computation to the next"),
-    "centroids.bank": _choice(("stored", "refreshed"), "embeddings of the pass, or of its end"),
-    "centroids.empty": _choice(("keep", "farthest"), "what becomes of an empty cluster"),
-    "centroids.final_max_iter": _integer(0, "Lloyd iterations after the last epoch, at most"),
-    "training.batch_size": _integer(1, "B, over all devices"),
-    "training.n_pretrain_epochs": _integer(0, "epochs of the autoencoder alone"),
-    "training.n_epochs": _integer(0, "epochs of clustering"),
-    "training.optimizer": _choice(("adam", "adamw", "sgd"), "sgd has momentum .9"),
-    "training.learning_rate": _number("of pretraining", positive=True),
-    "training.clustering_learning_rate": _number("of clustering", positive=True),
-    "training.schedule": _choice(("constant", "cosine"), "of the rate, in each phase"),
-    "training.weight_decay": _number("of adamw"),
-    "training.collapse_ratio": _number(
+    "seed": integer(0, "the root of all random keys"),
+    "n_devices": integer(0, "devices of the mesh; 0 for all"),
+    "n_clusters": integer(1, "K"),
+    "data.name": choice(("digits", "mnist", "fashion-mnist", "npy"), "the data set"),
+    "data.split": choice(("all", "train", "test"), "which part of it"),
+    "data.path": text("the .npy file of examples, where name is 'npy'"),
+    "data.labels_path": text("the .npy file of their labels, or '' for none"),
+    "data.n_examples": integer(0, "only the first so many; 0 for all"),
+    "data.n_shards": integer(1, "most devices that share the work", most=65536),
+    "data.placement": choice(("auto", "device", "host"), "where examples live while training"),
+    "data.chunk_mebibytes": integer(1, "size of what the host feeds at once"),
+    "augmentation.shift": number("pixels, each direction within ±shift"),
+    "augmentation.rotation": number("degrees, within ±rotation"),
+    "augmentation.zoom": number("scale within 1 ± zoom"),
+    "network.name": choice(tuple(NETWORKS), "the network", or_function=True),
+    "network.embedding_dim": integer(1, "p, numbers of an embedding"),
+    "network.widths": integers("widths of hidden layers, or channels of convolutions"),
+    "network.decoder": boolean("whether there is a reconstruction"),
+    "network.normalize": boolean("whether embeddings have length one"),
+    "objective.name": choice(("joint",), "the objective", or_function=True),
+    "objective.assignment": choice(("nearest", "stored"), "of an example in a step"),
+    "objective.reconstruction_weight": number("ρ, while clustering"),
+    "objective.centroid_weight": number("λ"),
+    "objective.warmup_epochs": number("T, epochs over which λ rises"),
+    "objective.balance_weight": number("β"),
+    "objective.temperature": number("τ of the balance term", positive=True),
+    "centroids.init": choice(tuple(INITIALIZATIONS), "how the first centroids are chosen"),
+    "centroids.n_init": integer(1, "restarts, of which the one of least inertia is kept"),
+    "centroids.init_max_iter": integer(0, "Lloyd iterations of each restart, at most"),
+    "centroids.n_iterations": integer(0, "Lloyd iterations of a re-computation, at most"),
+    "centroids.every": integer(1, "epochs from one re-computation to the next"),
+    "centroids.bank": choice(("stored", "refreshed"), "embeddings of the pass, or of its end"),
+    "centroids.empty": choice(("keep", "farthest"), "what becomes of an empty cluster"),
+    "centroids.final_max_iter": integer(0, "Lloyd iterations after the last epoch, at most"),
+    "training.batch_size": integer(1, "B, over all devices"),
+    "training.n_pretrain_epochs": integer(0, "epochs of the autoencoder alone"),
+    "training.n_epochs": integer(0, "epochs of clustering"),
+    "training.optimizer": choice(("adam", "adamw", "sgd"), "sgd has momentum .9"),
+    "training.learning_rate": number("of pretraining", positive=True),
+    "training.clustering_learning_rate": number("of clustering", positive=True),
+    "training.schedule": choice(("constant", "cosine"), "of the rate, in each phase"),
+    "training.weight_decay": number("of adamw"),
+    "training.collapse_ratio": number(
         "a run stops where the variance falls to this part of the first, or rises to its inverse"
     ),
-    "checkpoint.every": _integer(1, "epochs from one checkpoint to the next"),
-    "checkpoint.keep": _integer(1, "newest checkpoints that are kept, besides the best"),
-    "report.pictures": _boolean("whether to draw them at the end"),
+    "checkpoint.every": integer(1, "epochs from one checkpoint to the next"),
+    "checkpoint.keep": integer(1, "newest checkpoints that are kept, besides the best"),
+    "report.pictures": boolean("whether to draw them at the end"),
 }
 
 _RUNTIME = (
@@ -169,32 +181,47 @@ def validate(config: Config) -> Config:
     Raises:
       UserError: a field is unknown, missing, of a wrong type or value, or contradicts another.
     """
-    given = _flatten(config)
+    values = convert_fields(config, FIELDS)
+    _refuse_contradictions(values)
+    for name in ("data.path", "data.labels_path"):
+        if values[name]:
+            values[name] = str(Path(values[name]).expanduser().absolute())
+    return nest(values)
+
+
+def convert_fields(config: Config, fields: Mapping[str, Field]) -> dict[str, Any]:
+    """The values of a config by their full names, each in its proper type.
+
+    Args:
+      config: complete: every one of ``fields``, and nothing else.
+      fields: what a config of this kind consists of.
+
+    Raises:
+      UserError: a field is unknown, missing, or of a wrong type or value.
+    """
+    given = _flatten(config, fields)
     for name in given:
-        if name not in FIELDS:
-            members = [field for field in FIELDS if field.startswith(f"{name}.")]
+        if name not in fields:
+            members = [field for field in fields if field.startswith(f"{name}.")]
             if members:
                 raise UserError(
                     f"config.{name} is {_shown(given[name])}; accepted: a group of the fields "
                     f"{', '.join(members)}"
                 )
-            raise UserError(f"config has a field {name!r} that is not known{_similar(name)}")
-    for name, field in FIELDS.items():
+            known = _similar(name, fields)
+            raise UserError(f"config has a field {name!r} that is not known{known}")
+    for name, field in fields.items():
         if name not in given:
             raise UserError(f"config lacks the field {name!r} ({field.meaning}): {field.accepted}")
     values = {}
-    for name, field in FIELDS.items():
+    for name, field in fields.items():
         try:
             values[name] = field.convert(given[name])
         except (TypeError, ValueError, OverflowError):
             raise UserError(
                 f"config.{name} is {_shown(given[name])}; accepted: {field.accepted}"
             ) from None
-    _refuse_contradictions(values)
-    for name in ("data.path", "data.labels_path"):
-        if values[name]:
-            values[name] = str(Path(values[name]).expanduser().absolute())
-    return _nest(values)
+    return values
 
 
 def _refuse_contradictions(values: dict[str, Any]) -> None:
@@ -269,23 +296,35 @@ def from_json(values: dict[str, Any]) -> Config:
     return validate(config)
 
 
-def differences(ours: Config, theirs: Config) -> list[str]:
-    """Fields in which two validated configs describe different runs, as ``name: a, not b``."""
-    a, b = _flatten(ours), _flatten(theirs)
+def differences(
+    ours: Config,
+    theirs: Config,
+    fields: Mapping[str, Field] = FIELDS,
+    runtime: tuple[str, ...] = _RUNTIME,
+) -> list[str]:
+    """Fields in which two validated configs describe different runs, as ``name: a, not b``.
+
+    Args:
+      ours: a config.
+      theirs: another of the same kind.
+      fields: what configs of this kind consist of.
+      runtime: starts of the names of fields that may differ.
+    """
+    a, b = _flatten(ours, fields), _flatten(theirs, fields)
     return [
         f"{name} is {a[name]!r} here and {b[name]!r} there"
-        for name in FIELDS
-        if a[name] != b[name] and not name.startswith(_RUNTIME)
+        for name in fields
+        if a[name] != b[name] and not name.startswith(runtime)
     ]
 
 
-def _flatten(config, prefix: str = "") -> dict[str, Any]:
+def _flatten(config, fields: Mapping[str, Field], prefix: str = "") -> dict[str, Any]:
     flat = {}
     for name, value in config.items():
         # A mapping where a value is expected is reported as that value.
-        inside = isinstance(value, ConfigDict | dict) and prefix + name not in FIELDS
+        inside = isinstance(value, ConfigDict | dict) and prefix + name not in fields
         if inside and value:
-            flat |= _flatten(value, f"{prefix}{name}.")
+            flat |= _flatten(value, fields, f"{prefix}{name}.")
         else:
             flat[prefix + name] = value
     return flat
@@ -297,7 +336,8 @@ def _shown(value) -> str:
     return shown if len(shown) <= 100 else f"{shown[:100]}…"
 
 
-def _nest(values: dict[str, Any]) -> Config:
+def nest(values: Mapping[str, Any]) -> Config:
+    """The config that has these values under their full names."""
     config: Config = ConfigDict()
     for name, value in values.items():
         *groups, leaf = name.split(".")
@@ -310,8 +350,8 @@ def _nest(values: dict[str, Any]) -> Config:
     return config
 
 
-def _similar(name: str) -> str:
+def _similar(name: str, fields: Mapping[str, Field]) -> str:
     import difflib
 
-    close = difflib.get_close_matches(name, FIELDS, n=1)
-    return f"; did you mean {close[0]!r}?" if close else f"; accepted: {', '.join(FIELDS)}"
+    close = difflib.get_close_matches(name, fields, n=1)
+    return f"; did you mean {close[0]!r}?" if close else f"; accepted: {', '.join(fields)}"
