@@ -102,7 +102,7 @@ def make_blobs(
     program = _program(n_samples, n_features, k, mesh, pad, dtype)
     noise_key = jax.random.fold_in(key, 1)
     x, labels = program(noise_key, centers, np.broadcast_to(std, (k,)), bounds.astype(np.float32))
-    return Blobs(x, labels, centers.astype(dtype))
+    return Blobs(x, labels, jnp.asarray(centers.astype(dtype)))
 
 
 @functools.lru_cache(maxsize=32)
