@@ -1,0 +1,410 @@
+"""k-means on the devices of a mesh: rows are placed and padded, then one program does the rest.
+
+The core (`jkmeans.kmeans`) does not know the mesh, and `jkmeans.sharding` knows no algorithm; this
+module joins them. `place` brings rows to the devices, `run` compiles a function of the core once
+for each mesh and choice of options, and `fit`, `assign`, `nearest`, `inertia` and `distances` are
+what the estimators call. Rows that the mesh does not divide are filled up with rows of weight zero,
+which never count; results are cut to the rows that came in.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import AxisType, Mesh, NamedSharding
+
+from jkmeans import kmeans, sharding
+from jkmeans.kmeans.collectives import AxisName, all_sum
+
+RESULT_SPECS = kmeans.KMeansResult(
+    **{
+        field: sharding.SHARDED if field in ("labels", "distances") else sharding.REPLICATED
+        for field in kmeans.KMeansResult._fields
+    }
+)
+"""How a KMeansResult lies on the mesh."""
+
+
+class Rows(NamedTuple):
+    """Rows on the devices, padding last.
+
+    Attributes:
+      x: [n_padded, d].
+      weights: [n_padded] float, 0 for padding; None where all rows count once.
+      n_rows: n, the rows that came in.
+      mesh: what they are sharded over; None for one device.
+    """
+
+    x: jax.Array
+    weights: jax.Array | None
+    n_rows: int
+    mesh: Mesh | None
+
+
+def precision(*arrays: Any) -> contextlib.AbstractContextManager:
+    """A context in which JAX computes in float64 if one of the arrays is float64.
+
+    Programs are cached apart for each setting, so entering it twice compiles once.
+    """
+    if any(getattr(array, "dtype", None) == np.float64 for array in arrays):
+        return jax.enable_x64(True)
+    return contextlib.nullcontext()
+
+
+def mesh_of(x: Any) -> Mesh | None:
+    """The mesh that a sharded array's rows already lie on, in the order of the rows.
+
+    Args:
+      x: [n, ...] anything.
+
+    Returns:
+      A mesh of the data axis over all devices of x; None for NumPy and for one device.
+    """
+    if not isinstance(x, jax.Array) or len(x.sharding.device_set) == 1:
+        return None
+    indices = x.sharding.devices_indices_map(x.shape)
+    devices = sorted(indices, key=lambda device: (indices[device][0].start or 0, device.id))
+    return Mesh(np.array(devices), (sharding.DATA_AXIS,), axis_types=(AxisType.Auto,))
+
+
+def place(x: Any, weights: Any = None, *, mesh: Mesh | None = None) -> Rows:
+    """Brings rows to the devices, padded to a multiple of their number.
+
+    NumPy memory that is aligned to 64 bytes and C-contiguous (a memory map of a .npy file is) is
+    shared with a CPU device rather than copied; only the last device's rows are copied, for the
+    padding. Sharded arrays move from device to device, or not at all.
+
+    Args:
+      x: [n, d] NumPy or JAX array, real; float64 stays so inside ``precision`` only, integers of
+        more than two bytes become float32. With several processes, either a global array or the
+        whole of the same NumPy array on each of them.
+      weights: [n], at least 0; None for ones.
+      mesh: with the data axis; None takes the mesh that x lies on already, or else one device.
+
+    Returns:
+      Rows.
+
+    Raises:
+      ValueError: the mesh has no data axis, or x has no rows.
+    """
+    mesh = mesh_of(x) if mesh is None else mesh
+    if not isinstance(x, jax.Array) and x.dtype != np.float64:
+        x = x.astype(sharding.device_dtype(x.dtype), copy=False)
+    n_rows = x.shape[0]
+    if n_rows == 0:
+        raise ValueError(f"x has shape {x.shape}: expected at least one row")
+    if weights is not None:
+        dtype = np.float64 if x.dtype == np.float64 else np.float32
+        weights = weights.astype(dtype, copy=False)
+    if mesh is None:
+        # Weights follow rows that are committed to a device of their own.
+        home = x.sharding if isinstance(x, jax.Array) else None
+        weights = None if weights is None else jax.device_put(weights, home)
+        return Rows(jax.device_put(x), weights, n_rows, None)
+    if sharding.DATA_AXIS not in mesh.shape:
+        raise ValueError(
+            f"the mesh has the axes {mesh.axis_names}: expected one called "
+            f"{sharding.DATA_AXIS!r}, as jkmeans.sharding.make_mesh gives"
+        )
+    n_padded = -(-n_rows // mesh.shape[sharding.DATA_AXIS]) * mesh.shape[sharding.DATA_AXIS]
+    if weights is None and n_padded > n_rows:
+        weights = np.ones(n_rows, np.float64 if x.dtype == np.float64 else np.float32)
+    # Padding is a copy of row 0, of the size of the data; its weight is 0.
+    x = _place(x, n_padded, mesh, lambda: x[:1])
+    if weights is not None:
+        weights = _place(weights, n_padded, mesh, lambda: np.zeros(1, weights.dtype))
+    return Rows(x, weights, n_rows, mesh)
+
+
+def run(function: Callable, rows: Rows, *arguments: Any, out_specs: Any, **options: Any) -> Any:
+    """Runs a function of the core on placed rows, as one program.
+
+    Args:
+      function: ``function(x, weights, *arguments, axis_name=…, **options)``, defined at module
+        level: programs are cached by it, the mesh and the options.
+      rows: from ``place``.
+      *arguments: pytrees of arrays and numbers, traced, the same on all devices.
+      out_specs: PartitionSpecs of the result; a hashable pytree.
+      **options: static and hashable.
+
+    Returns:
+      What the function returns, waited for.
+    """
+    program = _program(function, rows.mesh, out_specs, tuple(sorted(options.items())))
+    home = rows.x.sharding if rows.mesh is None else NamedSharding(rows.mesh, sharding.REPLICATED)
+
+    def bring(argument):
+        return jax.device_put(argument, home) if isinstance(argument, jax.Array) else argument
+
+    arguments = jax.tree.map(bring, arguments)
+    # Waited for: see "Collectives on several CPU devices can hang" in docs/architecture.md; and
+    # NumPy memory that is shared may be written to once we return.
+    return jax.block_until_ready(program(rows.x, rows.weights, *arguments))
+
+
+def cut(result: kmeans.KMeansResult, n_rows: int) -> kmeans.KMeansResult:
+    """The result without the padding's labels and distances."""
+    if result.labels.shape[0] == n_rows:
+        return result
+    return result._replace(labels=result.labels[:n_rows], distances=result.distances[:n_rows])
+
+
+def fit(
+    key: jax.Array,
+    x: Any,
+    n_clusters: int,
+    *,
+    mesh: Mesh | None = None,
+    weights: Any = None,
+    init: Any = "k-means++",
+    n_init: int = 1,
+    max_iter: int = 300,
+    tol: float = 0.0,
+    relative_tol: bool = False,
+    **options: Any,
+) -> kmeans.KMeansResult:
+    """`kmeans.fit` on the devices of a mesh: the whole fit is one program.
+
+    A second fit of the same shapes, mesh and options compiles nothing; ``max_iter``, ``tol``, the
+    key and the values of an array ``init`` may differ.
+
+    Args:
+      key: a JAX random key.
+      x: [n, d], NumPy or JAX array, see ``place``. float64 is computed in float64, all else in
+        float32.
+      n_clusters: k, at most n.
+      mesh: from ``sharding.make_mesh``; None for the devices that x lies on, or else one.
+      weights: [n], at least 0; None for ones.
+      init: the name of an initialisation, or the first centroids [k, d].
+      n_init: restarts; the one of lowest inertia is returned.
+      max_iter: iterations of a restart at most.
+      tol: bound on the squared shift of the centroids that ends a restart.
+      relative_tol: whether ``tol`` is in units of the mean variance of the columns, as in
+        scikit-learn.
+      **options: static keyword arguments of ``kmeans.fit``.
+
+    Returns:
+      KMeansResult of JAX arrays, labels and distances [n] without padding.
+
+    Raises:
+      ValueError: fewer than k rows, or what ``kmeans.fit`` raises.
+    """
+    with precision(x):
+        rows = place(x, weights, mesh=mesh)
+        return fit_rows(
+            key,
+            rows,
+            n_clusters,
+            init=init,
+            n_init=n_init,
+            max_iter=max_iter,
+            tol=tol,
+            relative_tol=relative_tol,
+            **options,
+        )
+
+
+def fit_rows(
+    key: jax.Array,
+    rows: Rows,
+    n_clusters: int,
+    *,
+    init: Any = "k-means++",
+    n_init: int = 1,
+    max_iter: int = 300,
+    tol: float = 0.0,
+    relative_tol: bool = False,
+    **options: Any,
+) -> kmeans.KMeansResult:
+    """`fit` on rows that are placed already; arguments as there."""
+    if n_clusters > rows.n_rows:
+        raise ValueError(f"n_samples={rows.n_rows} should be >= n_clusters={n_clusters}.")
+    by_name = isinstance(init, str)
+    with precision(rows.x):
+        result = run(
+            _fit,
+            rows,
+            key,
+            None if by_name else init,
+            max_iter,
+            tol,
+            rows.n_rows,
+            out_specs=RESULT_SPECS,
+            n_clusters=n_clusters,
+            init=init if by_name else None,
+            n_init=n_init if by_name else 1,
+            relative_tol=relative_tol,
+            **options,
+        )
+        return cut(result, rows.n_rows)
+
+
+def assign(x: Any, centroids: Any, *, mesh: Mesh | None = None) -> kmeans.Assignment:
+    """`kmeans.assign` on the devices of a mesh.
+
+    Args:
+      x: [n, d], see ``place``.
+      centroids: [k, d].
+      mesh: as in ``fit``.
+
+    Returns:
+      Assignment(labels [n] int32, distances [n] float, squared).
+    """
+    specs = kmeans.Assignment(sharding.SHARDED, sharding.SHARDED)
+    with precision(x, centroids):
+        rows = place(x, mesh=mesh)
+        result = run(_assign, rows, centroids, out_specs=specs)
+        return kmeans.Assignment(result.labels[: rows.n_rows], result.distances[: rows.n_rows])
+
+
+def nearest(x: Any, centroids: Any, *, mesh: Mesh | None = None) -> jax.Array:
+    """`kmeans.nearest` on the devices of a mesh: [n] int32; arguments as in ``assign``."""
+    with precision(x, centroids):
+        rows = place(x, mesh=mesh)
+        return run(_nearest, rows, centroids, out_specs=sharding.SHARDED)[: rows.n_rows]
+
+
+def inertia(x: Any, centroids: Any, *, weights: Any = None, mesh: Mesh | None = None) -> jax.Array:
+    """The weighted sum of squared distances to the nearest centroid: [] float.
+
+    Args:
+      x: [n, d], see ``place``.
+      centroids: [k, d].
+      weights: [n], at least 0; None for ones.
+      mesh: as in ``fit``.
+    """
+    with precision(x, centroids):
+        rows = place(x, weights, mesh=mesh)
+        return run(_inertia, rows, centroids, out_specs=sharding.REPLICATED)
+
+
+def distances(x: Any, centroids: Any, *, mesh: Mesh | None = None) -> jax.Array:
+    """The Euclidean distances of all rows to all centroids.
+
+    Computed in float64, as in scikit-learn, because ‖x‖² − 2x·c + ‖c‖² leaves only half of the
+    digits where a row lies near its centroid.
+
+    Args:
+      x: [n, d], see ``place``.
+      centroids: [k, d].
+      mesh: as in ``fit``.
+
+    Returns:
+      [n, k] float32, or float64 if x or the centroids are.
+    """
+    both = np.float64 in (x.dtype, centroids.dtype)
+    with jax.enable_x64(True):
+        rows = place(x, mesh=mesh)
+        dtype = "float64" if both else "float32"
+        result = run(_distances, rows, centroids, out_specs=sharding.SHARDED, dtype=dtype)
+        return result[: rows.n_rows]
+
+
+def row_numbers(x: jax.Array, axis_name: AxisName) -> jax.Array:
+    """The global number of each local row: [n] int32."""
+    first = 0 if axis_name is None else x.shape[0] * lax.axis_index(axis_name)
+    return first + jnp.arange(x.shape[0], dtype=jnp.int32)
+
+
+def mean_variance(x: jax.Array, n_rows: jax.Array | int, axis_name: AxisName) -> jax.Array:
+    """The mean over columns of their variance over the first ``n_rows`` rows: [] float."""
+    dtype = jnp.promote_types(x.dtype, jnp.float32)
+    counts = (row_numbers(x, axis_name) < n_rows)[:, None]
+
+    def mean(values: jax.Array) -> jax.Array:
+        return all_sum(jnp.sum(jnp.where(counts, values, 0), axis=0), axis_name) / n_rows
+
+    center = mean(x.astype(dtype))
+    return jnp.mean(mean((x.astype(dtype) - center[None, :]) ** 2))
+
+
+@functools.lru_cache(maxsize=512)
+def _program(function: Callable, mesh: Mesh | None, out_specs: Any, options: tuple) -> Callable:
+    """The compiled function; jit itself caches by shapes and dtypes."""
+    if mesh is None:
+        return jax.jit(functools.partial(function, axis_name=None, **dict(options)))
+    local = functools.partial(function, axis_name=sharding.DATA_AXIS, **dict(options))
+
+    def over_mesh(x, weights, *arguments):
+        specs = (
+            sharding.SHARDED,
+            sharding.SHARDED,
+            *(sharding.REPLICATED for _ in arguments),
+        )
+        return sharding.data_parallel(local, mesh, specs, out_specs)(x, weights, *arguments)
+
+    return jax.jit(over_mesh)
+
+
+def _place(array: Any, n_padded: int, mesh: Mesh, padding: Callable) -> jax.Array:
+    """[n_padded, ...] sharded over the mesh; ``padding()`` is the row to fill up with, [1, ...]."""
+    layout = NamedSharding(mesh, sharding.SHARDED)
+    n_rows = array.shape[0]
+    if n_rows == n_padded and isinstance(array, jax.Array):
+        return jax.device_put(array, layout)
+    concatenate = jnp.concatenate if isinstance(array, jax.Array) else np.concatenate
+
+    def read(index: Any) -> Any:
+        start, stop, _ = index[0].indices(n_padded)
+        if stop <= n_rows:
+            return array[start:stop]
+        fill = padding().repeat(stop - max(start, n_rows), axis=0)
+        return concatenate([array[start:n_rows], fill]) if start < n_rows else fill
+
+    return jax.make_array_from_callback((n_padded, *array.shape[1:]), layout, read)
+
+
+def _fit(
+    x, weights, key, centroids, max_iter, tol, n_rows, *, init, relative_tol, axis_name, **options
+):
+    if relative_tol:
+        tol = lax.cond(
+            tol > 0,
+            lambda: tol * mean_variance(x, n_rows, axis_name),
+            lambda: jnp.zeros((), jnp.promote_types(x.dtype, jnp.float32)),
+        )
+    return kmeans.fit(
+        key,
+        x,
+        init=centroids if init is None else init,
+        max_iter=max_iter,
+        tol=tol,
+        weights=weights,
+        axis_name=axis_name,
+        **options,
+    )
+
+
+def _assign(x, weights, centroids, *, axis_name):
+    del weights, axis_name
+    return kmeans.assign(x, centroids)
+
+
+def _nearest(x, weights, centroids, *, axis_name):
+    del weights, axis_name
+    return kmeans.nearest(x, centroids)
+
+
+def _inertia(x, weights, centroids, *, axis_name):
+    # No iteration: only the last assignment and its sums.
+    return kmeans.lloyd(x, centroids, weights=weights, max_iter=0, axis_name=axis_name).inertia
+
+
+def _distances(x, weights, centroids, *, axis_name, dtype):
+    del weights, axis_name
+    centroids = jnp.asarray(centroids, jnp.float64)
+    norms = jnp.sum(centroids**2, axis=1)
+
+    def of_row(row):
+        row = row.astype(jnp.float64)
+        products = jnp.matmul(centroids, row, precision=lax.Precision.HIGHEST)
+        return jnp.sqrt(jnp.maximum(jnp.sum(row**2) - 2 * products + norms, 0)).astype(dtype)
+
+    return lax.map(of_row, x, batch_size=min(1024, x.shape[0]))

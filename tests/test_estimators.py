@@ -1,0 +1,350 @@
+"""The scikit-learn interface: scikit-learn's own checks, and equality with its estimators."""
+
+import copy
+import pickle
+import subprocess
+import sys
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import sklearn.cluster
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from jax.sharding import NamedSharding
+from scipy.sparse import csr_array
+from sklearn.base import clone
+from sklearn.datasets import make_blobs
+from sklearn.exceptions import ConvergenceWarning, NotFittedError
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from sklearn.utils.estimator_checks import parametrize_with_checks
+
+import jkmeans
+from jkmeans import KMeans, sharding
+
+ESTIMATORS = [KMeans]
+
+# As scikit-learn expects of its own k-means: other rows draw other random numbers. That weights
+# are repetitions is tested below, from the same start.
+STOCHASTIC = {
+    "check_sample_weight_equivalence_on_dense_data": "initial centroids are drawn from the rows"
+}
+
+
+@parametrize_with_checks(
+    [estimator() for estimator in ESTIMATORS], expected_failed_checks=lambda _: STOCHASTIC
+)
+@pytest.mark.filterwarnings("ignore")
+def test_scikit_learn_checks(estimator, check):
+    check(estimator)
+
+
+@pytest.fixture(scope="module")
+def blobs():
+    x, _ = make_blobs(301, 5, centers=6, cluster_std=3.0, random_state=0)
+    return x.astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    return sharding.make_mesh(8)
+
+
+def check_equal(ours, theirs, rtol=1e-4):
+    np.testing.assert_array_equal(ours.labels_, theirs.labels_)
+    scale = np.abs(theirs.cluster_centers_).max()
+    np.testing.assert_allclose(
+        ours.cluster_centers_, theirs.cluster_centers_, rtol=rtol, atol=rtol * scale
+    )
+    np.testing.assert_allclose(ours.inertia_, theirs.inertia_, rtol=rtol, atol=rtol * scale**2)
+
+
+# KMeans
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("tol", [0.0, 1e-4, 1e-2])
+def test_kmeans_agrees_with_scikit_learn(blobs, dtype, weighted, tol):
+    x = blobs.astype(dtype)
+    weights = np.random.default_rng(0).uniform(0, 2, 301) if weighted else None
+    ours = KMeans(6, init=x[:6], tol=tol).fit(x, sample_weight=weights)
+    theirs = sklearn.cluster.KMeans(6, init=x[:6], tol=tol).fit(x, sample_weight=weights)
+    check_equal(ours, theirs, rtol=1e-4 if dtype == np.float32 else 1e-11)
+    assert ours.n_iter_ == theirs.n_iter_
+    assert ours.cluster_centers_.dtype == ours.transform(x).dtype == dtype
+    assert ours.labels_.dtype == np.int32
+    rtol = 1e-4 if dtype == np.float32 else 1e-9
+    np.testing.assert_allclose(ours.transform(x), theirs.transform(x), rtol=rtol)
+    other = blobs[::-1] + 1
+    np.testing.assert_array_equal(ours.predict(other), theirs.predict(other.astype(dtype)))
+    np.testing.assert_allclose(
+        ours.score(x, sample_weight=weights), theirs.score(x, sample_weight=weights), rtol=1e-5
+    )
+
+
+@pytest.mark.parametrize("max_iter", [1, 2, 5])
+def test_kmeans_stopped_early_agrees_with_scikit_learn(blobs, max_iter):
+    ours = KMeans(6, init=blobs[:6], max_iter=max_iter).fit(blobs)
+    theirs = sklearn.cluster.KMeans(6, init=blobs[:6], max_iter=max_iter).fit(blobs)
+    check_equal(ours, theirs)
+    assert ours.n_iter_ == theirs.n_iter_ == max_iter
+
+
+@pytest.mark.parametrize("init", ["k-means++", "k-means||"])
+def test_kmeans_reaches_what_scikit_learn_reaches(init):
+    x, y = make_blobs(400, 8, centers=8, cluster_std=0.5, random_state=1)
+    ours = KMeans(8, init=init, n_init=10, random_state=0).fit(x.astype(np.float32))
+    theirs = sklearn.cluster.KMeans(8, n_init=10, random_state=0).fit(x)
+    np.testing.assert_allclose(ours.inertia_, theirs.inertia_, rtol=1e-4)
+    assert len(set(zip(ours.labels_, y, strict=True))) == 8
+
+
+def test_kmeans_with_a_callable(blobs):
+    calls = []
+
+    def init(X, n_clusters, random_state):
+        calls.append(random_state.randint(10**6))
+        # A copy, because scikit-learn moves the centroids where they lie, here in X.
+        return X[calls[-1] % 100 :][:n_clusters].copy()
+
+    ours = KMeans(6, init=init, random_state=3).fit(blobs)
+    assert len(calls) == 10
+    assert len(set(calls)) == 10
+    theirs = sklearn.cluster.KMeans(6, init=init, random_state=3).fit(blobs)
+    assert calls[:10] == calls[10:]
+    np.testing.assert_allclose(ours.inertia_, theirs.inertia_, rtol=1e-5)
+
+
+def test_kmeans_n_init_with_an_array(blobs):
+    with pytest.warns(RuntimeWarning, match="performing only one init in KMeans instead of n_init"):
+        KMeans(6, init=blobs[:6], n_init=3).fit(blobs)
+
+
+def test_random_state(blobs):
+    def labels(random_state):
+        return KMeans(6, init="random", n_init=1, random_state=random_state).fit(blobs).labels_
+
+    np.testing.assert_array_equal(labels(5), labels(5))
+    np.testing.assert_array_equal(labels(np.random.RandomState(5)), labels(5))
+    state = np.random.RandomState(5)
+    assert (labels(state) != labels(state)).any()
+
+
+def test_fewer_distinct_rows_than_clusters():
+    x = np.repeat([[1.0, 2.0], [3.0, 4.0]], 10, axis=0)
+    with pytest.warns(ConvergenceWarning, match=r"distinct clusters \(2\) found smaller than n_cl"):
+        model = KMeans(3, random_state=0).fit(x)
+    assert model.inertia_ == 0
+    assert len(set(zip(model.labels_, x[:, 0], strict=True))) == 2
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.data())
+def test_kmeans_on_degenerate_data(data):
+    """Duplicates, constants, one feature, K=1 and K=n: a right partition, as scikit-learn's."""
+    n, d = data.draw(st.sampled_from([(1, 1), (6, 1), (6, 3)]))
+    k = data.draw(st.sampled_from(sorted({1, min(2, n), n})))
+    values = st.integers(-2, 2) if data.draw(st.booleans()) else st.just(7)
+    x = data.draw(hnp.arrays(np.float64, (n, d), elements=values))
+    start = x[:k] + data.draw(hnp.arrays(np.float64, (k, d), elements=st.sampled_from([0.0, 0.25])))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        ours = KMeans(k, init=start, tol=0).fit(x)
+        theirs = sklearn.cluster.KMeans(k, init=start, tol=0).fit(x)
+    squared = ((x[:, None] - ours.cluster_centers_[None]) ** 2).sum(axis=2)
+    chosen = squared[np.arange(n), ours.labels_]
+    np.testing.assert_allclose(chosen, squared.min(axis=1), atol=1e-12)
+    np.testing.assert_allclose(ours.inertia_, chosen.sum(), atol=1e-12)
+    if k == 1:
+        np.testing.assert_allclose(ours.cluster_centers_, theirs.cluster_centers_, atol=1e-12)
+    if k in (1, n):
+        np.testing.assert_allclose(ours.inertia_, theirs.inertia_, atol=1e-12)
+
+
+def test_weights_are_repetitions(blobs, mesh):
+    weights = np.random.default_rng(0).integers(0, 4, 301)
+    for where in (None, mesh):
+        model = KMeans(6, init=blobs[:6], mesh=where, tol=0)
+        weighted = clone(model).fit(blobs, sample_weight=weights)
+        repeated = clone(model).fit(np.repeat(blobs, weights, axis=0))
+        np.testing.assert_array_equal(np.repeat(weighted.labels_, weights), repeated.labels_)
+        np.testing.assert_allclose(weighted.cluster_centers_, repeated.cluster_centers_, rtol=1e-4)
+        np.testing.assert_allclose(weighted.inertia_, repeated.inertia_, rtol=1e-5)
+
+
+# All estimators
+
+
+@pytest.fixture(params=ESTIMATORS, ids=lambda kind: kind.__name__)
+def make(request):
+    """Makes an estimator of three clusters."""
+
+    def make(**options):
+        return request.param(n_clusters=3, random_state=0, **options)
+
+    return make
+
+
+def test_one_device_and_eight(make, blobs, mesh):
+    one, eight = make().fit(blobs), make(mesh=mesh).fit(blobs)
+    check_equal(eight, one)
+    np.testing.assert_array_equal(eight.predict(blobs), one.predict(blobs))
+    np.testing.assert_allclose(eight.transform(blobs), one.transform(blobs), rtol=1e-3, atol=1e-5)
+    np.testing.assert_allclose(eight.score(blobs), one.score(blobs), rtol=1e-4)
+
+
+class Exchanged:
+    """Memory that is known by the DLPack protocol only."""
+
+    def __init__(self, array):
+        self._array = array
+
+    def __dlpack__(self, **options):
+        return self._array.__dlpack__(**options)
+
+    def __dlpack_device__(self):
+        return self._array.__dlpack_device__()
+
+
+class Convertible:
+    def __init__(self, array):
+        self._array = array
+
+    def __array__(self, dtype=None, copy=None):
+        return np.array(self._array, dtype=dtype)
+
+
+def test_kinds_of_arrays(make, blobs, mesh):
+    plain = make().fit(blobs)
+    sharded = jax.device_put(blobs[:296], NamedSharding(mesh, sharding.SHARDED))
+    for x in (
+        jnp.asarray(blobs),
+        jax.device_put(blobs, jax.devices()[3]),
+        Exchanged(blobs),
+        Convertible(blobs),
+        np.asfortranarray(blobs),
+    ):
+        model = make().fit(x)
+        check_equal(model, plain)
+        np.testing.assert_array_equal(model.predict(x), plain.labels_)
+        assert type(model.labels_) is type(model.cluster_centers_) is np.ndarray
+        assert type(model.inertia_) is float
+    model = make().fit(sharded)
+    check_equal(model, make().fit(blobs[:296]))
+    assert type(model.predict(sharded)) is type(model.transform(sharded)) is np.ndarray
+
+
+@pytest.mark.parametrize("dtype", [np.float16, jnp.bfloat16, np.int8, np.uint8, np.int64])
+def test_other_dtypes(make, dtype):
+    x = np.random.default_rng(0).integers(0, 100, (61, 4)).astype(dtype)
+    wide = np.float64 if dtype == np.int64 else np.float32
+    model, expected = make().fit(x), make().fit(x.astype(wide))
+    assert model.cluster_centers_.dtype == wide
+    check_equal(model, expected)
+    np.testing.assert_array_equal(model.predict(x), expected.labels_)
+
+
+def test_pickle_clone_copy(make, blobs, mesh):
+    model = make(mesh=mesh).fit(blobs)
+    assert clone(model).mesh == mesh
+    for other in (pickle.loads(pickle.dumps(model)), copy.deepcopy(model)):
+        assert other.mesh is None
+        np.testing.assert_array_equal(other.predict(blobs), model.labels_)
+
+
+def test_pipeline_and_output(make, blobs):
+    pipeline = make_pipeline(StandardScaler(), make())
+    labels = pipeline.fit_predict(blobs)
+    np.testing.assert_array_equal(pipeline.predict(blobs), labels)
+    model = pipeline[-1]
+    names = model.get_feature_names_out()
+    assert names[0] == type(model).__name__.lower() + "0"
+    assert pipeline.transform(blobs).shape == (len(blobs), len(names))
+    assert model.set_output(transform="default") is model
+    assert model.set_params(n_clusters=4).n_clusters == 4
+
+
+def test_results_may_be_written_to(make, blobs):
+    model = make().fit(blobs)
+    model.labels_[0] = 1
+    model.cluster_centers_[0] = 0
+
+
+@pytest.mark.parametrize("as_jax", [False, True])
+def test_rows_that_are_not_finite_are_named(make, blobs, as_jax):
+    x = blobs.copy()
+    x[17, 2], x[40, 0] = np.nan, np.inf
+    message = r"NaN or infinity \(inf\) in 2 of 301 rows, the first is row 17 "
+    with pytest.raises(ValueError, match=message):
+        make().fit(jnp.asarray(x) if as_jax else x)
+
+
+def test_bad_input(make, blobs):
+    with pytest.raises(ValueError, match=r"n_samples=2 should be >= n_clusters=3"):
+        make().fit(blobs[:2])
+    with pytest.raises(ValueError, match=r"Negative values in data passed .* first is -1 in row 7"):
+        make().fit(blobs, sample_weight=np.where(np.arange(301) == 7, -1, 1))
+    with pytest.raises(ValueError, match="zero for all samples"):
+        make().fit(blobs, sample_weight=np.zeros(301))
+    with pytest.raises(ValueError, match=r"sample_weight.shape == \(3,\), expected \(301,\)"):
+        make().fit(blobs, sample_weight=np.ones(3))
+    with pytest.raises(TypeError, match=r"Sparse data was passed for X.*toarray\(\)"):
+        make().fit(csr_array(np.eye(5)))
+    with pytest.raises(ValueError, match=r"Expected 2D array"):
+        make().fit(jnp.zeros(3))
+    with pytest.raises(ValueError, match=r"minimum of 1 is required"):
+        make().fit(jnp.zeros((0, 3)))
+    with pytest.raises(ValueError, match=r"Complex data not supported"):
+        make().fit(jnp.zeros((5, 3), jnp.complex64))
+    with pytest.raises(NotFittedError):
+        make().predict(blobs)
+    model = make().fit(blobs)
+    for x in (blobs[:, :2], jnp.asarray(blobs[:, :2])):
+        with pytest.raises(ValueError, match=r"X has 2 features, but \w+ is expecting 5 features"):
+            model.predict(x)
+    with pytest.raises(ValueError, match=r"'mesh' parameter of \w+ must be an instance of"):
+        make(mesh=8).fit(blobs)
+
+
+def test_kmeans_bad_centroids(blobs):
+    with pytest.raises(
+        ValueError, match=r"initial centers \(5, 5\) does not match the number of cl"
+    ):
+        KMeans(6, init=blobs[:5]).fit(blobs)
+    with pytest.raises(
+        ValueError, match=r"initial centers \(6, 2\) does not match the number of fe"
+    ):
+        KMeans(6, init=blobs[:6, :2]).fit(blobs)
+
+
+def test_a_second_fit_compiles_nothing(make, blobs):
+    events = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda event, duration, **_: events.append(event) if "compile" in event else None
+    )
+    x = np.tile(blobs[:100], (1, 2))
+    make().fit(x)
+    assert events
+    events.clear()
+    make().set_params(random_state=1).fit(x + 1)
+    assert not events
+
+
+def test_import_stays_light():
+    program = (
+        "import jkmeans, sys; jkmeans.KMeans if len(sys.argv) > 1 else 0;"
+        "print(sorted({'jax', 'sklearn', 'matplotlib', 'pyarrow', 'zarr', 'torch'}"
+        " & set(sys.modules)))"
+    )
+    run = [sys.executable, "-c", program]
+    assert subprocess.run(run, capture_output=True, text=True, check=True).stdout == "[]\n"
+    found = subprocess.run([*run, "x"], capture_output=True, text=True, check=True).stdout
+    assert found == "['jax', 'sklearn']\n"
+    with pytest.raises(AttributeError, match="module 'jkmeans' has no attribute 'Kmeans'"):
+        _ = jkmeans.Kmeans
+    assert set(jkmeans.__all__) <= set(dir(jkmeans))
