@@ -1,0 +1,294 @@
+"""Labels, distances and scores of data larger than memory, written as they are computed."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+from collections import deque
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import Mesh
+
+from jkmeans import kmeans
+from jkmeans.errors import UserError
+from jkmeans.kmeans.assignment import map_rows
+from jkmeans.sharding import DATA_AXIS, REPLICATED, SHARDED, data_parallel, make_mesh, place
+from jkmeans.sources import open_source, open_weights
+from jkmeans.streaming import passes
+from jkmeans.streaming.pipeline import (
+    Chunk,
+    Feeder,
+    computed_dtype,
+    default_budget,
+    refuse_not_finite,
+    rows_per_chunk,
+)
+from jkmeans.streaming.progress import Reporter, StreamProgress
+
+Progress = bool | Callable[[StreamProgress], object]
+
+
+class StreamPrediction(NamedTuple):
+    """What the labels of a stream add up to.
+
+    Attributes:
+      counts: [k] int64, the rows of each cluster.
+      inertia: the sum of the squared distances.
+    """
+
+    counts: np.ndarray
+    inertia: float
+
+
+def predict_stream(
+    source: Any,
+    centroids: Any,
+    output_path: str | Path,
+    *,
+    distances_path: str | Path | None = None,
+    mesh: Mesh | None = None,
+    memory_budget: int | None = None,
+    chunk_rows: int | None = None,
+    progress: Progress = False,
+) -> StreamPrediction:
+    """Writes the nearest centroid of each row to a .npy file.
+
+    Args:
+      source: anything that `jkmeans.sources.open_source` takes, [n, d].
+      centroids: [k, d].
+      output_path: labels, [n] int32. The file appears under its name when it is complete.
+      distances_path: squared distances to the nearest centroid, [n] float32; None for none.
+      mesh: devices to use; None for all of them.
+      memory_budget: see `fit_stream`.
+      chunk_rows: see `fit_stream`.
+      progress: see `fit_stream`.
+
+    Returns:
+      StreamPrediction.
+
+    Raises:
+      UserError: the source cannot be used, a file cannot be written, or the centroids do not fit.
+    """
+    feeder, centroids = _prepare(source, centroids, mesh, memory_budget, chunk_rows, 8)
+    n = feeder.source.n_rows
+    counts, inertia = np.zeros(len(centroids), np.int64), 0.0
+    with contextlib.ExitStack() as stack:
+        write_labels = stack.enter_context(_npy(output_path, (n,), np.dtype(np.int32)))
+        write_distances = None
+        if distances_path is not None:
+            write_distances = stack.enter_context(_npy(distances_path, (n,), centroids.dtype))
+        for chunk, found in _map(feeder, _assign, centroids, "labels", progress):
+            labels, distances = found
+            total = float(np.sum(distances, dtype=np.float64))
+            if not np.isfinite(total):
+                refuse_not_finite(chunk.rows, None, chunk.start, feeder.source.name)
+            write_labels(labels)
+            if write_distances is not None:
+                write_distances(distances)
+            counts += np.bincount(labels, minlength=len(counts))
+            inertia += total
+    return StreamPrediction(counts, inertia)
+
+
+def transform_stream(
+    source: Any,
+    centroids: Any,
+    output_path: str | Path,
+    *,
+    mesh: Mesh | None = None,
+    memory_budget: int | None = None,
+    chunk_rows: int | None = None,
+    progress: Progress = False,
+) -> None:
+    """Writes the Euclidean distance of each row to every centroid to a .npy file.
+
+    Args:
+      source: anything that `jkmeans.sources.open_source` takes, [n, d].
+      centroids: [k, d].
+      output_path: [n, k] float32. The file appears under its name when it is complete.
+      mesh: devices to use; None for all of them.
+      memory_budget: see `fit_stream`.
+      chunk_rows: see `fit_stream`.
+      progress: see `fit_stream`.
+
+    Raises:
+      UserError: the source cannot be used, the file cannot be written, or the centroids do not fit.
+    """
+    extra = 8 * len(centroids)
+    feeder, centroids = _prepare(source, centroids, mesh, memory_budget, chunk_rows, extra)
+    shape = (feeder.source.n_rows, len(centroids))
+    with _npy(output_path, shape, centroids.dtype) as write:
+        for chunk, (distances,) in _map(feeder, _distances, centroids, "distances", progress):
+            if not np.isfinite(distances).all():
+                refuse_not_finite(chunk.rows, None, chunk.start, feeder.source.name)
+            write(distances)
+
+
+def score_stream(
+    source: Any,
+    centroids: Any,
+    *,
+    weights: Any = None,
+    mesh: Mesh | None = None,
+    memory_budget: int | None = None,
+    chunk_rows: int | None = None,
+    progress: Progress = False,
+) -> float:
+    """Minus the inertia, as scikit-learn's ``KMeans.score``: more is better.
+
+    Args:
+      source: anything that `jkmeans.sources.open_source` takes, [n, d].
+      centroids: [k, d].
+      weights: see `fit_stream`.
+      mesh: devices to use; None for all of them.
+      memory_budget: see `fit_stream`.
+      chunk_rows: see `fit_stream`.
+      progress: see `fit_stream`.
+
+    Raises:
+      UserError: the source cannot be used, or the centroids do not fit.
+    """
+    feeder, centroids = _prepare(source, centroids, mesh, memory_budget, chunk_rows, 0, weights)
+    with Reporter(progress, *_sizes(feeder)) as reporter:
+        reporter.start("score")
+        numbers, _ = passes.run_pass(
+            feeder,
+            passes.statistics,
+            (centroids,),
+            on_chunk=lambda done, snapshot: reporter.advance(done),
+        )
+    return -float(numbers[-1])
+
+
+def _prepare(
+    source: Any,
+    centroids: Any,
+    mesh: Mesh | None,
+    memory_budget: int | None,
+    chunk_rows: int | None,
+    row_extra_bytes: int,
+    weights: Any = None,
+) -> tuple[Feeder, np.ndarray]:
+    source = open_source(source)
+    mesh = make_mesh() if mesh is None else mesh
+    budget = default_budget() if memory_budget is None else memory_budget
+    if chunk_rows is None:
+        chunk_rows = rows_per_chunk(source, mesh, budget, row_extra_bytes)
+    n_devices = mesh.shape[DATA_AXIS]
+    weight_source = None if weights is None else open_weights(weights, source.n_rows)
+    feeder = Feeder(source, mesh, -(-chunk_rows // n_devices) * n_devices, weight_source)
+    centroids = np.asarray(centroids)
+    if centroids.ndim != 2 or centroids.shape[1] != source.n_features or not len(centroids):
+        raise UserError(
+            f"the centroids are of shape {[*centroids.shape]}: accepted is [clusters, "
+            f"{source.n_features}], the features of {source.name}."
+        )
+    return feeder, centroids.astype(computed_dtype(source))
+
+
+def _sizes(feeder: Feeder) -> tuple[int, int]:
+    return feeder.source.n_rows, feeder.source.n_features * feeder.dtype.itemsize
+
+
+def _map(
+    feeder: Feeder, function: Callable, centroids: np.ndarray, stage: str, progress: Progress
+) -> Iterator[tuple[Chunk, list[np.ndarray]]]:
+    """Yields each chunk with the results of its rows, in order."""
+    placed = place(centroids, feeder.mesh, REPLICATED)
+    in_flight: deque[tuple[Chunk, Any]] = deque()
+    with Reporter(progress, *_sizes(feeder)) as reporter, feeder.chunks() as chunks:
+        reporter.start(stage)
+
+        def finish_oldest() -> tuple[Chunk, list[np.ndarray]]:
+            chunk, found = in_flight.popleft()
+            return chunk, [np.asarray(array)[: chunk.count] for array in found]
+
+        for chunk in chunks:
+            in_flight.append((chunk, _apply(chunk.x, placed, function=function, mesh=feeder.mesh)))
+            if len(in_flight) == passes.IN_FLIGHT:
+                done = finish_oldest()
+                yield done
+                reporter.advance(done[0].start + done[0].count)
+                chunks.release(done[0])
+        while in_flight:
+            done = finish_oldest()
+            yield done
+            reporter.advance(done[0].start + done[0].count)
+
+
+@functools.partial(jax.jit, static_argnames=("function", "mesh"))
+def _apply(x, centroids, *, function, mesh):
+    return data_parallel(function, mesh, (SHARDED, REPLICATED), SHARDED)(x, centroids)
+
+
+def _assign(x: jax.Array, centroids: jax.Array) -> tuple[jax.Array, ...]:
+    found = kmeans.assign(x, centroids)
+    return found.labels, found.distances
+
+
+def _distances(x: jax.Array, centroids: jax.Array) -> tuple[jax.Array, ...]:
+    """[n, k], from ‖x‖² − 2x·c + ‖c‖² around the centroids' mean."""
+    mean = jnp.mean(centroids, axis=0, keepdims=True)
+    shifted_kd = centroids - mean
+    norms_k = jnp.sum(shifted_kd**2, axis=1)
+
+    def of_rows(x_bd: jax.Array) -> jax.Array:
+        x_bd = x_bd.astype(centroids.dtype) - mean
+        products_bk = jnp.matmul(x_bd, shifted_kd.T, precision=lax.Precision.HIGHEST)
+        norms_b = jnp.sum(x_bd**2, axis=1)
+        squares_bk = norms_b[:, None] - 2 * products_bk + norms_k[None, :]
+        # Not maximum(…, 0) alone, which would make 0 of NaN on some devices.
+        return jnp.sqrt(jnp.where(squares_bk < 0, 0, squares_bk))
+
+    return (map_rows(of_rows, x, None),)
+
+
+@contextlib.contextmanager
+def _npy(
+    path: str | Path, shape: tuple[int, ...], dtype: np.dtype
+) -> Iterator[Callable[[np.ndarray], None]]:
+    """A .npy file that is written from its start to its end, and is there when it is complete.
+
+    Written, not mapped: the pages of a map count as memory until they reach the disk.
+    """
+    path = Path(path).expanduser()
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            header = {
+                "descr": np.lib.format.dtype_to_descr(dtype),
+                "fortran_order": False,
+                "shape": shape,
+            }
+            np.lib.format.write_array_header_1_0(file, header)
+
+            def write(array: np.ndarray) -> None:
+                try:
+                    file.write(np.ascontiguousarray(array, dtype).data)
+                except OSError as error:
+                    raise _cannot_write(path, error) from error
+
+            yield write
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise _cannot_write(path, error) from error
+        raise
+
+
+def _cannot_write(path: Path, error: OSError) -> UserError:
+    return UserError(
+        f"cannot write {path} ({error.strerror or error}): accepted is a file in a folder that "
+        "exists and has room."
+    )

@@ -1,0 +1,279 @@
+"""Chunks of rows on their way from a source to the devices, read ahead by a thread of their own."""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import os
+import queue
+import threading
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+
+from jkmeans.errors import UserError
+from jkmeans.sharding import DATA_AXIS, SHARDED, device_dtype
+from jkmeans.sources import Source
+
+# One is being read, one waits, two are with the devices.
+N_BUFFERS = 4
+# A chunk larger than this reads no faster.
+_CHUNK_BYTES = 2**25
+# float32 counts the rows of a chunk exactly up to 2²⁴.
+_ROWS_PER_DEVICE = 2**20
+# Labels, distances and the like that a chunk's computation leaves in memory.
+_ROW_OVERHEAD_BYTES = 64
+_DEFAULT_BUDGET = 2**30
+# XLA takes memory over without a copy where it starts at a multiple of 64 bytes.
+_ALIGNED_ROWS = 64
+
+
+class Chunk(NamedTuple):
+    """Rows ``start`` … ``start + count - 1`` of the source, on the host and on the devices.
+
+    Attributes:
+      start: the global number of the first row.
+      count: how many rows count; the rest is padding.
+      rows: [count, d] on the host; valid until the chunk is released.
+      x: [c, d], sharded over the data axis; padded with zeros.
+      host_weights: [count] float32 or None.
+      weights: [c] float32, sharded, 0 for padding; None if all rows weigh the same.
+      buffer: which buffer it occupies.
+    """
+
+    start: int
+    count: int
+    rows: np.ndarray
+    x: jax.Array
+    host_weights: np.ndarray | None
+    weights: jax.Array | None
+    buffer: int
+
+
+def default_budget() -> int:
+    """Bytes of host memory used where nothing is said: 1 GiB, or a quarter of what there is."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return min(_DEFAULT_BUDGET, memory // 4)
+
+
+def streamed_dtype(source: Source) -> np.dtype:
+    """The type that rows have on the devices; float64 stays what it is where JAX allows it."""
+    if source.dtype == np.float64 and jax.config.jax_enable_x64:  # type: ignore[attr-defined]
+        return source.dtype
+    return device_dtype(source.dtype)
+
+
+def computed_dtype(source: Source) -> np.dtype:
+    """The type that sums and centroids have: float32, or float64 if the rows have it."""
+    return np.dtype(np.float64 if streamed_dtype(source) == np.float64 else np.float32)
+
+
+def rows_per_chunk(source: Source, mesh: Mesh, memory_budget: int, row_extra_bytes: int = 0) -> int:
+    """How many rows a chunk has, so that all that is in memory fits the budget.
+
+    Args:
+      source: of the rows.
+      mesh: they are sharded over its data axis.
+      memory_budget: bytes of host memory.
+      row_extra_bytes: what the results of a row take.
+
+    Raises:
+      UserError: not even a few rows for each device fit.
+    """
+    n_devices = mesh.shape[DATA_AXIS]
+    on_cpu = mesh.devices.flat[0].platform == "cpu"
+    row_bytes = source.n_features * streamed_dtype(source).itemsize
+    # On a CPU the memory of the devices is that of the host: a chunk's intermediate results, two
+    # chunks at a time. Half precision is computed with as float32, block by block.
+    computed = 2 * max(row_bytes, 4 * source.n_features) if on_cpu else 0
+    cost = N_BUFFERS * row_bytes + computed + 2 * (_ROW_OVERHEAD_BYTES + row_extra_bytes)
+    largest = min(
+        _CHUNK_BYTES * (1 if on_cpu else n_devices) // row_bytes, _ROWS_PER_DEVICE * n_devices
+    )
+    rows = min(largest, (memory_budget - source.overhead_bytes) // cost, source.n_rows)
+    if rows < min(n_devices, source.n_rows):
+        raise UserError(
+            f"memory_budget={memory_budget:,} bytes does not hold a row for each of {n_devices} "
+            f"devices: with {source.name} (rows of {row_bytes:,} bytes, "
+            f"{source.overhead_bytes:,} bytes to read any) accepted is at least "
+            f"{source.overhead_bytes + n_devices * cost:,}."
+        )
+    unit = n_devices * _ALIGNED_ROWS
+    return rows // unit * unit if rows >= unit else -(-rows // n_devices) * n_devices
+
+
+class Feeder:
+    """Feeds a source to the devices, chunk by chunk, one pass at a time.
+
+    Args:
+      source: of the rows.
+      mesh: chunks are sharded over its data axis.
+      chunk_rows: rows of a chunk, a multiple of the devices.
+      weights: [n_rows, 1], or None.
+    """
+
+    def __init__(self, source: Source, mesh: Mesh, chunk_rows: int, weights: Source | None = None):
+        if chunk_rows % mesh.shape[DATA_AXIS]:
+            raise ValueError(
+                f"chunk_rows={chunk_rows} is no multiple of {mesh.shape[DATA_AXIS]} devices"
+            )
+        if jax.process_count() > 1:
+            raise UserError("streaming works in one process, of any number of devices, for now.")
+        self.source = source
+        self.weights = weights
+        self.mesh = mesh
+        self.chunk_rows = chunk_rows
+        self.dtype = streamed_dtype(source)
+        self._sharding = NamedSharding(mesh, SHARDED)
+
+    @contextlib.contextmanager
+    def chunks(self, first_row: int = 0) -> Iterator[_Pass]:
+        """A pass over the rows from ``first_row`` on: an iterable of `Chunk`.
+
+        At most N_BUFFERS chunks exist at a time: whoever iterates gives each one back with
+        ``release`` when the devices are done with it.
+
+        Raises:
+          UserError: the source cannot be read, changed, or holds weights that are none.
+        """
+        self.source.check_unchanged()
+        run = _Pass(self, first_row)
+        try:
+            yield run
+        finally:
+            run.close()
+        self.source.check_unchanged()
+
+    def place(self, host: np.ndarray) -> jax.Array:
+        """Puts [c, …] on the devices; the host's memory may be used as it is, without a copy."""
+        shards = [
+            jax.device_put(host[index], device)
+            for device, index in self._sharding.addressable_devices_indices_map(host.shape).items()
+        ]
+        return jax.make_array_from_single_device_arrays(host.shape, self._sharding, shards)
+
+
+class _Pass:
+    def __init__(self, feeder: Feeder, first_row: int):
+        self._feeder = feeder
+        shape = (feeder.chunk_rows, feeder.source.n_features)
+        n_chunks = max(1, -(-(feeder.source.n_rows - first_row) // feeder.chunk_rows))
+        n_buffers = min(N_BUFFERS, n_chunks)
+        # New ones for every pass: what the devices may still read is never written to.
+        self._buffers = [_page_aligned(shape, feeder.dtype) for _ in range(n_buffers)]
+        self._weights = [
+            _page_aligned(shape[:1], np.dtype(np.float32)) if feeder.weights else None
+            for _ in range(n_buffers)
+        ]
+        self._free: queue.SimpleQueue[int | None] = queue.SimpleQueue()
+        for i in range(n_buffers):
+            self._free.put(i)
+        self._ready: queue.SimpleQueue = queue.SimpleQueue()
+        self._closed = False
+        self._reader = threading.Thread(target=self._read, args=(first_row,), daemon=True)
+        self._reader.start()
+
+    def __iter__(self) -> Iterator[Chunk]:
+        while True:
+            item = self._ready.get()
+            if item is None:
+                return
+            if isinstance(item, BaseException):
+                raise item
+            i, start, count = item
+            rows, weights = self._buffers[i], self._weights[i]
+            yield Chunk(
+                start=start,
+                count=count,
+                rows=rows[:count],
+                x=self._feeder.place(rows),
+                host_weights=None if weights is None else weights[:count],
+                weights=None if weights is None else self._feeder.place(weights),
+                buffer=i,
+            )
+
+    def release(self, chunk: Chunk) -> None:
+        """Lets the buffer of a chunk be read into again."""
+        self._free.put(chunk.buffer)
+
+    def close(self) -> None:
+        """Stops reading."""
+        self._closed = True
+        self._free.put(None)
+        self._reader.join()
+
+    def _read(self, first_row: int) -> None:
+        feeder = self._feeder
+        n_rows = feeder.source.n_rows
+        try:
+            for start in range(first_row, n_rows, feeder.chunk_rows):
+                i = self._free.get()
+                if i is None or self._closed:
+                    return
+                count = min(feeder.chunk_rows, n_rows - start)
+                rows, weights = self._buffers[i], self._weights[i]
+                feeder.source.read_into(start, rows[:count])
+                rows[count:] = 0
+                if weights is not None and feeder.weights is not None:
+                    feeder.weights.read_into(start, weights[:count, None])
+                    weights[count:] = 0
+                    check_weights(weights, start, feeder.weights.name)
+                self._ready.put((i, start, count))
+            self._ready.put(None)
+        except BaseException as error:
+            self._ready.put(error)
+
+
+def _page_aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    n = int(np.prod(shape))
+    return np.frombuffer(mmap.mmap(-1, n * dtype.itemsize), dtype, n).reshape(shape)
+
+
+def check_weights(weights: np.ndarray, start: int, name: str) -> None:
+    """Raises a UserError unless weights [n], the first of row ``start``, are weights."""
+    good = np.isfinite(weights) & (weights >= 0)
+    if not good.all():
+        row = int(good.argmin())
+        raise UserError(
+            f"weight {start + row:,} of {name} is {weights[row]}: accepted are finite numbers of "
+            "at least 0."
+        )
+
+
+def refuse_not_finite(
+    rows: np.ndarray,
+    weights: np.ndarray | None,
+    start: int,
+    name: str,
+    *,
+    only_if_any: bool = False,
+) -> None:
+    """Raises a UserError that says which rows cannot be clustered.
+
+    Args:
+      rows: [n, d], as the devices have them.
+      weights: [n] or None; rows of weight 0 may hold anything.
+      start: the global number of the first row.
+      name: of the source.
+      only_if_any: whether the rows may be all right; otherwise the devices found that they are not.
+    """
+    if only_if_any and rows.dtype.kind in "biu":
+        return
+    bad = ~np.isfinite(rows.astype(np.float32, copy=False)).all(axis=1)
+    if weights is not None:
+        bad &= weights > 0
+    last = start + len(rows) - 1
+    if bad.any():
+        raise UserError(
+            f"{name} has NaN, infinity or values that overflow {rows.dtype} in "
+            f"{int(bad.sum()):,} of the rows {start:,} to {last:,}, the first is row "
+            f"{start + int(bad.argmax()):,} (counted from 0): accepted are finite values."
+        )
+    if not only_if_any:
+        raise UserError(
+            f"{name} has values in the rows {start:,} to {last:,} whose squared distances overflow "
+            "float32: accepted are values of magnitude below 1e18; scale the data."
+        )
