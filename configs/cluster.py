@@ -25,7 +25,7 @@ def get_config() -> Config:
     config.memory_mebibytes = 0  # Data above this is streamed; 0: half of what is free.
 
     config.n_clusters = "10"  # A number, or auto.
-    config.init = "k-means++"
+    config.init = "k-means||"  # k-means++ passes 2K times over streamed data.
     config.n_init = 1
     config.max_iter = 300
     config.tol = 1e-4

@@ -58,7 +58,7 @@ def write_report(
       silhouettes: [m] float, NaN where there is one cluster only.
       centroids: [k, d].
       sizes: [k] int, of all rows.
-      history: (restart, iteration, inertia).
+      history: (restart, iteration, inertia); without any there is no such picture.
       sweep: of ``sweep.json``; None without one.
       image_shape: of a row that is an image, [h, w]; None otherwise.
       title: heads the pictures.
@@ -71,8 +71,9 @@ def write_report(
     n = int(sizes.sum())
     figures: dict[str, Callable[[], Figure]] = {
         "sizes": lambda: _sizes(sizes, title),
-        "inertia": lambda: _inertia(history, title),
     }
+    if history:
+        figures["inertia"] = lambda: _inertia(history, title)
     if np.isfinite(silhouettes).all():
         figures["silhouette"] = lambda: _silhouette(labels, silhouettes, len(sizes), n, title)
     figures["map"] = lambda: _map(rows, labels, centroids, sizes, title)
@@ -229,8 +230,12 @@ def _map(
     figure = _figure(6.5, 6.6)
     ax = figure.subplots()
     names = [str(i) for i in range(k)] if k <= SHOWN_CLUSTERS else None
-    _draw_map(ax, plane, labels, _palette(k), names, centroids=True)
-    mark = "×" if len(plane.centroids) <= SHOWN_CLUSTERS else "●"
+    few = len(plane.centroids) <= SHOWN_CLUSTERS
+    _draw_map(ax, plane, labels, _palette(k), names, centroids=few)
+    if not few:
+        places = plane.centroids.T
+        ax.scatter(*places, s=12, c=_INK, edgecolors="white", linewidths=0.6, zorder=3)
+    mark = "×" if few else "●"
     _title(ax, f"{_count(k, 'cluster')} ({mark} centroids)")
     n = int(sizes.sum())
     sample = f"{len(rows):,} of {n:,} rows" if len(rows) < n else f"{n:,} rows"
@@ -266,7 +271,7 @@ def _sweep(sweep: Mapping[str, Any], title: str) -> Figure:
         _soften(ax, 8.5)
         _title(ax, heading)
     axes[2].set_ylim(min(0.0, min(sweep["stability"])), 1.05)
-    _head(figure, title, f"Sweep over K on {sweep['n_rows']:,} rows: K = {sweep['suggestion']}")
+    _head(figure, title, f"{sweep['n_rows']:,} rows, every K; {sweep['suggestion']} is suggested")
     return figure
 
 
@@ -277,7 +282,7 @@ def _centroids(
     order = np.argsort(-sizes, kind="stable")[:_MOST_IMAGES]
     columns = min(10, len(order))
     lines = -(-len(order) // columns)
-    figure = _figure(max(0.85 * columns, 5), 1.05 * lines + 0.8)
+    figure = _figure(max(0.85 * columns, 5), 0.98 * lines + 0.7)
     axes = figure.subplots(lines, columns, squeeze=False).ravel()
     for ax in axes:
         ax.set_axis_off()

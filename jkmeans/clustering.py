@@ -2,6 +2,7 @@
 
 `cluster` is the one way in. Data that fits into memory lies on the devices and Lloyd's algorithm
 runs in programs of some iterations each, between which the job reports, can stop, and is saved.
+Larger data is streamed by `jkmeans.streaming`, which does the same between its chunks.
 """
 
 from __future__ import annotations
@@ -40,7 +41,15 @@ from jkmeans.interruption import Interruption
 from jkmeans.recorder import format_duration, results_table
 from jkmeans.sharding import REPLICATED, device_dtype, make_mesh
 from jkmeans.sources import Source, open_source
-from jkmeans.training import CONFIG_FILE, REPORT_FOLDER, only_process_in, write_json
+from jkmeans.streaming import StreamProgress, fit_stream, predict_stream
+from jkmeans.training import (
+    CHECKPOINT_FOLDER,
+    CONFIG_FILE,
+    REPORT_FOLDER,
+    _device_room,
+    only_process_in,
+    write_json,
+)
 
 SUMMARY_FILE = "summary.json"
 SWEEP_FILE = "sweep.json"
@@ -49,6 +58,8 @@ NAMED = tuple(name for name in datasets.NAMES if name != "npy")
 AUTO = "auto"
 
 _SAVE_SECONDS = 30.0
+_LINE_SECONDS = 10.0
+_PIECE_BYTES = 2**25
 _OUTPUTS = ("centroids", "labels", "distances", "sizes")
 
 
@@ -184,7 +195,9 @@ def _open(config: Config) -> _Data:
         )
     dataset = datasets.load(config.input)
     rows = dataset.examples.reshape(dataset.n_examples, -1) * np.float32(dataset.scale)
-    return _Data(dataset.name, open_source(rows), dataset.labels, dataset.example_shape)
+    source = open_source(rows)
+    source.name = dataset.name
+    return _Data(dataset.name, source, dataset.labels, dataset.example_shape)
 
 
 class _State:
@@ -263,6 +276,28 @@ class _State:
         return state
 
 
+class _Found(NamedTuple):
+    """What a fit ends with; labels and distances are in their files already.
+
+    Attributes:
+      centroids: [k, d].
+      sizes: [k] int64.
+      inertia: in float64.
+      n_iter: of the best restart.
+      converged: whether it came to rest.
+      history: (restart, iteration, inertia); empty for streamed data.
+      seconds: of initialisation, iterations and the last assignment.
+    """
+
+    centroids: np.ndarray
+    sizes: np.ndarray
+    inertia: float
+    n_iter: int
+    converged: bool
+    history: list[tuple[int, int, float]]
+    seconds: float
+
+
 class _Job:
     """One job in one process."""
 
@@ -272,10 +307,25 @@ class _Job:
         self.data = data
         self.mesh = mesh
         self.root_key = jax.random.key(config.seed)
-        # Before the workdir is touched: a file that cannot be clustered leaves no trace.
-        self.rows = self._read()
-        self.fingerprint = data.source.fingerprint()
         self.compiled = False
+        # Before the workdir is touched: a file that cannot be clustered leaves no trace.
+        self.rows = self._read() if self._fits_into_memory() else None
+        if self.rows is None and config.empty != "farthest":
+            raise UserError(
+                f"config.empty is {config.empty!r}, but {data.source.name} is streamed; accepted: "
+                "'farthest', or a larger memory_mebibytes"
+            )
+        self.fingerprint = data.source.fingerprint()
+
+    def _fits_into_memory(self) -> bool:
+        source = self.data.source
+        # float32 on the devices, and labels, distances and the like of every row.
+        row_bytes = source.n_features * max(4, source.dtype.itemsize) + 64
+        needed = source.n_rows * row_bytes + source.overhead_bytes
+        if self.config.memory_mebibytes:
+            return needed <= self.config.memory_mebibytes * 2**20
+        devices = self.mesh.devices.flat
+        return needed <= self.mesh.size * _device_room(devices[0], self.mesh.size)
 
     def _read(self) -> np.ndarray:
         """All rows, in memory, checked."""
@@ -295,14 +345,16 @@ class _Job:
             return summary
         with Interruption() as interruption, _Progress() as progress:
             self.interruption, self.progress = interruption, progress
-            state = _State.load(self.workdir / STATE_FILE, self.fingerprint)
-            devices = f"{self.mesh.size} × {self.mesh.devices.flat[0].platform}"
-            n, d = self.rows.shape
-            progress.say(f"{self.data.name}: {n:,} × {d:,} {self.rows.dtype}, on {devices}")
+            source = self.data.source
+            where = "streamed to" if self.rows is None else "on"
+            progress.say(
+                f"{self.data.name}: {source.n_rows:,} × {source.n_features:,} {source.dtype}, "
+                f"{where} {self.mesh.size} × {self.mesh.devices.flat[0].platform}"
+            )
             sweep = self._sweep() if self.config.n_clusters == AUTO else None
             k = int(self.config.n_clusters) if sweep is None else int(sweep["suggestion"])
-            state = self._fit(state, k)
-            summary = self._finish(state, k, sweep)
+            found = self._fit_in_memory(k) if self.rows is not None else self._fit_stream(k)
+            summary = self._finish(found, sweep)
         results_table(_headline(summary), f"Results in {self.workdir}")
         return summary
 
@@ -325,7 +377,7 @@ class _Job:
         """Judges every K that is not judged yet; the sweep as JSON holds it."""
         settings = self.config.sweep
         key = jax.random.fold_in(self.root_key, 1)
-        sample = selection.sample(key, self.rows, settings.sample_size)
+        sample = self._sample(key, settings.sample_size)[1]
         ks = [k for k in sorted(set(settings.n_clusters)) if k < len(sample)]
         if not ks:
             raise UserError(
@@ -376,10 +428,76 @@ class _Job:
             "fingerprint": self.fingerprint,
         }
 
+    def _sample(self, key: jax.Array, size: int) -> tuple[np.ndarray, np.ndarray]:
+        """Numbers of different rows, rising, [s], and these rows in float32 or float64, [s, d]."""
+        source = self.data.source
+        numbers = np.arange(source.n_rows)
+        if 0 < size < source.n_rows:
+            numbers = selection.sample_rows(key, source.n_rows, size)
+        if self.rows is not None:
+            rows = self.rows[numbers]
+        else:
+            self.progress.say(f"reading {len(numbers):,} rows of {source.name}")
+            rows = self._compute(lambda: _rows_of(source, numbers))
+        if rows.dtype != np.float64:
+            rows = rows.astype(np.float32, copy=False)
+        return numbers, datasets.check_examples(rows, name=f"a sample of {source.name}")
+
     # The fit
 
-    def _fit(self, state: _State, k: int) -> _State:
+    def _fit_stream(self, k: int) -> _Found:
+        config, source = self.config, self.data.source
+        budget = config.memory_mebibytes * 2**20 or None
+        started = time.monotonic()
+        result = fit_stream(
+            jax.random.fold_in(self.root_key, 2),
+            source,
+            k,
+            init=config.init,
+            n_init=config.n_init,
+            max_iter=config.max_iter,
+            tol=config.tol,
+            mesh=self.mesh,
+            memory_budget=budget,
+            checkpoint_folder=self.workdir / CHECKPOINT_FOLDER,
+            progress=lambda now: self.progress.update(self._stream_line(now), often=True),
+        )
+        self._stop_if_asked()
+
+        def tell(now: StreamProgress) -> None:
+            self.progress.update(self._stream_line(now), often=True)
+            self._stop_if_asked()
+
+        predicted = predict_stream(
+            source,
+            result.centroids,
+            self.workdir / "labels.npy",
+            distances_path=self.workdir / "distances.npy",
+            mesh=self.mesh,
+            memory_budget=budget,
+            progress=tell,
+        )
+        return _Found(
+            centroids=result.centroids,
+            sizes=predicted.counts,
+            inertia=predicted.inertia,
+            n_iter=result.n_iter,
+            converged=result.n_iter < config.max_iter,
+            history=[],
+            seconds=time.monotonic() - started,
+        )
+
+    def _stream_line(self, now: StreamProgress) -> str:
+        line = str(now)
+        iteration = now.stage.rpartition("iteration ")[2]
+        if iteration.isdigit() and now.rows_per_second:
+            left = (self.config.max_iter - int(iteration)) * now.n_rows / now.rows_per_second
+            line += f" of this pass; at most {format_duration(left)} after it"
+        return line
+
+    def _fit_in_memory(self, k: int) -> _Found:
         config = self.config
+        state = _State.load(self.workdir / STATE_FILE, self.fingerprint)
         if state.restart or state.n_iter:
             self.progress.say(
                 f"going on after iteration {state.n_iter} of restart {state.restart + 1}"
@@ -390,7 +508,7 @@ class _Job:
             rows = sharded.place(self.rows, mesh=self.mesh)
         tol = 0.0
         if config.tol > 0:
-            tol = config.tol * float(self._run(sharded_variance, rows, rows.n_rows))
+            tol = config.tol * float(self._run(_mean_variance, rows, rows.n_rows))
         saved = time.monotonic()
         while state.restart < config.n_init:
             started = time.monotonic()
@@ -427,9 +545,20 @@ class _Job:
         self._stop_if_asked()
         started = time.monotonic()
         final = self._run(_assign, rows, state.best, out_specs=sharded.RESULT_SPECS)
-        self.result = sharded.cut(final, rows.n_rows)
-        state.seconds += time.monotonic() - started
-        return state
+        labels = np.asarray(final.labels)[: rows.n_rows]
+        distances = np.asarray(final.distances)[: rows.n_rows]
+        _write_npy(self.workdir / "labels.npy", labels)
+        _write_npy(self.workdir / "distances.npy", distances)
+        assert state.best is not None
+        return _Found(
+            centroids=state.best,
+            sizes=np.bincount(labels, minlength=k).astype(np.int64),
+            inertia=float(np.sum(distances, dtype=np.float64)),
+            n_iter=state.best_n_iter,
+            converged=state.best_converged,
+            history=state.history,
+            seconds=state.seconds + time.monotonic() - started,
+        )
 
     def _tell(self, state: _State, inertia: float, done: int, seconds: float) -> None:
         """Says where the fit is; of the first program, which was compiled, no speed."""
@@ -439,7 +568,7 @@ class _Job:
         )
         restart = f"restart {state.restart + 1} of {config.n_init}, " if config.n_init > 1 else ""
         speed = (
-            f", {done * len(self.rows) / seconds:,.0f} rows/s, at most "
+            f", {done * self.data.source.n_rows / seconds:,.0f} rows/s, at most "
             f"{format_duration(left * seconds / done)} left"
         )
         self.progress.update(
@@ -450,45 +579,38 @@ class _Job:
 
     # The end
 
-    def _finish(self, state: _State, k: int, sweep: dict[str, Any] | None) -> dict[str, Any]:
-        assert state.best is not None
-        found = self.result
-        labels = np.asarray(found.labels)
-        distances = np.asarray(found.distances)
-        sizes = np.bincount(labels, minlength=k).astype(np.int64)
-        arrays = dict(zip(_OUTPUTS, (state.best, labels, distances, sizes), strict=True))
-        for name, array in arrays.items():
-            _write_npy(self.workdir / f"{name}.npy", array)
-        rows = np.arange(len(labels))
-        if len(rows) > self.config.report.sample_size:
-            key = jax.random.fold_in(self.root_key, 0)
-            rows = selection.sample_rows(key, len(rows), self.config.report.sample_size)
+    def _finish(self, found: _Found, sweep: dict[str, Any] | None) -> dict[str, Any]:
+        k = len(found.sizes)
+        _write_npy(self.workdir / "centroids.npy", found.centroids)
+        _write_npy(self.workdir / "sizes.npy", found.sizes)
+        labels = np.load(self.workdir / "labels.npy", mmap_mode="r")
+        key = jax.random.fold_in(self.root_key, 0)
+        numbers, rows = self._sample(key, self.config.report.sample_size)
+        sample_labels = np.asarray(labels[numbers])
         silhouettes = self._compute(
-            lambda: np.asarray(
-                selection.silhouette_samples(jax.numpy.asarray(self.rows[rows]), labels[rows], k)
-            )
+            lambda: np.asarray(selection.silhouette_samples(rows, sample_labels, k))
         )
         summary: dict[str, Any] = {
             "input": self.data.name,
             "n_rows": len(labels),
-            "n_features": self.rows.shape[1],
+            "n_features": rows.shape[1],
             "n_clusters": k,
-            "inertia": float(np.sum(distances, dtype=np.float64)),
-            "n_iter": state.best_n_iter,
-            "converged": state.best_converged,
-            "n_empty": int((sizes == 0).sum()),
-            "smallest": int(sizes.min()),
-            "largest": int(sizes.max()),
+            "inertia": found.inertia,
+            "n_iter": found.n_iter,
+            "converged": found.converged,
+            "n_empty": int((found.sizes == 0).sum()),
+            "smallest": int(found.sizes.min()),
+            "largest": int(found.sizes.max()),
             "silhouette": _finite(float(np.mean(silhouettes))),
             "silhouette_rows": len(rows),
         }
         if self.data.truth is not None:
-            summary |= metrics.summarize(self.data.truth, labels)
+            summary |= metrics.summarize(self.data.truth, np.asarray(labels))
         if sweep is not None:
             summary |= {"suggestion": sweep["suggestion"], "reason": sweep["reason"]}
-        summary["seconds"] = round(state.seconds, 3)
+        summary["seconds"] = round(found.seconds, 3)
         summary["history"] = [
-            {"restart": r, "iteration": i, "inertia": v} for r, i, v in state.history
+            {"restart": r, "iteration": i, "inertia": v} for r, i, v in found.history
         ]
         summary["fingerprint"] = self.fingerprint
         summary["versions"] = _versions()
@@ -498,12 +620,12 @@ class _Job:
 
             write_report(
                 self.workdir / REPORT_FOLDER,
-                rows=self.rows[rows],
-                labels=labels[rows],
+                rows=rows,
+                labels=sample_labels,
                 silhouettes=silhouettes,
-                centroids=state.best,
-                sizes=sizes,
-                history=state.history,
+                centroids=found.centroids,
+                sizes=found.sizes,
+                history=found.history,
                 sweep=sweep,
                 image_shape=self.data.shape,
                 title=f"{self.data.name}, K = {k:,}",
@@ -551,6 +673,7 @@ class _Progress:
         from rich.console import Console
 
         self._console = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
+        self._line_at = -_LINE_SECONDS
         self._status = None
         if self._console.is_terminal:
             self._status = self._console.status("")
@@ -568,10 +691,13 @@ class _Progress:
         """A line that stays."""
         self._console.print(sentence)
 
-    def update(self, sentence: str) -> None:
-        """Where the job is now."""
+    def update(self, sentence: str, often: bool = False) -> None:
+        """Where the job is now; of what comes ``often``, a log gets a line now and then."""
         if self._status is None:
-            self._console.print(sentence)
+            now = time.monotonic()
+            if not often or now - self._line_at >= _LINE_SECONDS:
+                self._line_at = now
+                self._console.print(sentence)
         else:
             from rich.text import Text
 
@@ -583,7 +709,7 @@ class _Progress:
 _ITERATED = sharded.RESULT_SPECS
 
 
-def sharded_variance(x, weights, n_rows, *, axis_name):
+def _mean_variance(x, weights, n_rows, *, axis_name):
     """The mean variance of the features: [] float."""
     del weights
     return sharded.mean_variance(x, n_rows, axis_name)
@@ -611,6 +737,18 @@ def _assign(x, weights, centroids, *, axis_name):
 
 
 # Files
+
+
+def _rows_of(source: Source, numbers: np.ndarray) -> np.ndarray:
+    """Some rows of a source, read in one pass from its start: [s, d]."""
+    piece_rows = max(1, _PIECE_BYTES // (source.n_features * source.dtype.itemsize))
+    found = []
+    for start in range(0, int(numbers[-1]) + 1, piece_rows):
+        stop = min(start + piece_rows, source.n_rows)
+        first, last = np.searchsorted(numbers, (start, stop))
+        # Every piece, because Parquet and Zarr are quick only in their own order.
+        found.append(source.read(start, stop)[numbers[first:last] - start])
+    return np.concatenate(found)
 
 
 def _claim(workdir: Path, config: Config) -> None:
