@@ -8,7 +8,7 @@ from jkmeans.kmeans.initialization import (
     kmeans_plus_plus,
     sample,
 )
-from jkmeans.kmeans.lloyd import EMPTY_POLICIES, MAX_RELOCATIONS, KMeansResult, lloyd
+from jkmeans.kmeans.lloyd import ALGORITHMS, EMPTY_POLICIES, MAX_RELOCATIONS, KMeansResult, lloyd
 from jkmeans.kmeans.statistics import (
     ClusterStatistics,
     add,
@@ -18,6 +18,7 @@ from jkmeans.kmeans.statistics import (
 )
 
 __all__ = [
+    "ALGORITHMS",
     "EMPTY_POLICIES",
     "INITIALIZATIONS",
     "MAX_RELOCATIONS",

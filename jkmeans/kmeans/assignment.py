@@ -9,6 +9,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+# Differences in memory at a time, should the compiler not fuse them into their sum.
+_DIFFERENCES = 2**18
+
 
 class Assignment(NamedTuple):
     """The nearest centroid of each row.
@@ -43,7 +46,7 @@ def map_rows(
     n = x.shape[0]
     if block_size is None:
         # On a CPU a block's scores stay in the cache; elsewhere a block must fill the device.
-        block_size = 256 if jax.default_backend() == "cpu" else 16384
+        block_size = 512 if jax.default_backend() == "cpu" else 16384
     n_blocks = max(1, -(-n // block_size))
     if n_blocks == 1:
         return function(x)
@@ -77,24 +80,53 @@ def nearest(x: jax.Array, centroids: jax.Array, *, block_size: int | None = None
     k = centroids.shape[0]
     dtype = accumulation_dtype(x, centroids)
     x, centroids = lax.stop_gradient((x, centroids.astype(dtype)))
-    # A centroid rather than the mean itself: differences of integers stay integers, ties stay ties.
-    to_mean = jnp.sum((centroids - jnp.mean(centroids, axis=0, keepdims=True)) ** 2, axis=1)
-    middle = lax.dynamic_slice_in_dim(centroids, jnp.argmin(to_mean), 1)
+    middle = middle_centroid(centroids)
     shifted_kd = centroids - middle
     half_norms = 0.5 * jnp.sum(shifted_kd**2, axis=1)
+    numbers = jnp.arange(k, dtype=jnp.int32)
 
     def label_rows(x_bd: jax.Array) -> jax.Array:
-        products_bk = jnp.matmul(
-            x_bd.astype(dtype) - middle, shifted_kd.T, precision=lax.Precision.HIGHEST
-        )
-        scores_bk = half_norms[None, :] - products_bk
-        # Two vectorised minima: XLA's argmin is scalar code on a CPU.
-        lowest = jnp.min(scores_bk, axis=1, keepdims=True)
-        column = lax.broadcasted_iota(jnp.int32, scores_bk.shape, 1)
-        labels = jnp.min(jnp.where(scores_bk == lowest, column, k), axis=1)
+        scores_kb = score(x_bd.astype(dtype) - middle, shifted_kd, half_norms)
+        labels = lowest(scores_kb, numbers, k)[1]
         return jnp.where(labels < k, labels, 0)  # no score equals NaN
 
     return map_rows(label_rows, x, block_size)
+
+
+def middle_centroid(centroids: jax.Array) -> jax.Array:
+    """The centroid nearest to the mean of all: [1, d].
+
+    A centroid rather than the mean itself: differences of integers stay integers, ties stay ties.
+    """
+    to_mean = jnp.sum((centroids - jnp.mean(centroids, axis=0, keepdims=True)) ** 2, axis=1)
+    return lax.dynamic_slice_in_dim(centroids, jnp.argmin(to_mean), 1)
+
+
+def score(x_bd: jax.Array, centroids_kd: jax.Array, half_norms: jax.Array) -> jax.Array:
+    """½‖c‖² − x·c, which orders centroids as the distance does: [k, b].
+
+    Centroids come first, so that a minimum over them runs across rows, in vector instructions.
+    """
+    products_kb = jnp.matmul(centroids_kd, x_bd.T, precision=lax.Precision.HIGHEST)
+    return half_norms[:, None] - products_kb
+
+
+def lowest(scores_kb: jax.Array, numbers: jax.Array, none: int) -> tuple[jax.Array, jax.Array]:
+    """The lowest score of each column and whose it is.
+
+    Two vectorised minima: XLA's argmin is scalar code on a CPU.
+
+    Args:
+      scores_kb: [k, b].
+      numbers: [k] int32, what each row of scores is called; ties go to the lowest number.
+      none: the number given where no score equals the lowest, which is then NaN.
+
+    Returns:
+      scores [b] and numbers [b].
+    """
+    best = jnp.min(scores_kb, axis=0)
+    named = jnp.where(scores_kb == best[None, :], numbers[:, None], none)
+    return best, jnp.min(named, axis=0)
 
 
 def squared_distances(x: jax.Array, centroids: jax.Array, labels: jax.Array) -> jax.Array:
@@ -109,7 +141,21 @@ def squared_distances(x: jax.Array, centroids: jax.Array, labels: jax.Array) -> 
       [n] float; differentiable with respect to x and centroids.
     """
     dtype = accumulation_dtype(x, centroids)
-    return jnp.sum((jnp.asarray(x, dtype) - jnp.asarray(centroids, dtype)[labels]) ** 2, axis=1)
+    x, centroids = jnp.asarray(x), jnp.asarray(centroids, dtype)
+    n, d = x.shape
+    rows = min(n, max(1, _DIFFERENCES // max(d, 1)))
+
+    def of_rows(start) -> jax.Array:
+        x_bd = lax.dynamic_slice_in_dim(x, start, rows).astype(dtype)
+        labels_b = lax.dynamic_slice_in_dim(labels, start, rows)
+        return jnp.sum((x_bd - centroids[labels_b]) ** 2, axis=1)
+
+    if n <= rows:
+        return jnp.sum((x.astype(dtype) - centroids[labels]) ** 2, axis=1)
+    n_blocks = n // rows
+    blocks = lax.map(of_rows, jnp.arange(n_blocks) * rows).reshape(-1)
+    rest = n - n_blocks * rows
+    return jnp.concatenate([blocks, of_rows(n - rows)[rows - rest :]]) if rest else blocks
 
 
 def assign(x: jax.Array, centroids: jax.Array, *, block_size: int | None = None) -> Assignment:

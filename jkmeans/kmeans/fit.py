@@ -23,6 +23,7 @@ def fit(
     empty: str = "farthest",
     weights: jax.Array | None = None,
     index: jax.Array | None = None,
+    algorithm: str = "auto",
     axis_name: AxisName = None,
     block_size: int | None = None,
 ) -> KMeansResult:
@@ -43,6 +44,7 @@ def fit(
       empty: what happens to empty clusters, see ``lloyd``.
       weights: [n] float, at least 0; None for ones.
       index: [n] int32, the global number of each row, see ``sample``.
+      algorithm: how nearest centroids are found, see ``lloyd``.
       axis_name: the mesh axis that rows are sharded over, or None.
       block_size: rows assigned at a time; None for what suits the device.
 
@@ -62,6 +64,7 @@ def fit(
             max_iter=max_iter,
             tol=tol,
             empty=empty,
+            algorithm=algorithm,
             axis_name=axis_name,
             block_size=block_size,
         )

@@ -8,15 +8,33 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jkmeans.kmeans.assignment import accumulation_dtype, nearest, squared_distances
+from jkmeans.kmeans import bounds
+from jkmeans.kmeans.assignment import (
+    accumulation_dtype,
+    middle_centroid,
+    nearest,
+    squared_distances,
+)
 from jkmeans.kmeans.collectives import AxisName, n_devices, top_k_rows, vary_like
-from jkmeans.kmeans.statistics import ClusterStatistics, centroids_from, cluster_statistics
+from jkmeans.kmeans.statistics import (
+    ClusterStatistics,
+    all_reduce,
+    centroids_from,
+    cluster_statistics,
+    move_rows,
+)
 
 EMPTY_POLICIES = ("farthest", "keep")
+ALGORITHMS = ("auto", "bounds", "lloyd")
 
 # Clusters moved in one iteration at most; those still empty are moved in the next. It bounds the
 # all-reduce of the candidates, devices × MAX_RELOCATIONS numbers.
 MAX_RELOCATIONS = 1024
+
+# Iterations after which sums that follow the moves of rows are made anew.
+_UPDATES = 16
+# Rows moved from sum to sum at a time.
+_MOVED_ROWS = 2048
 
 
 class KMeansResult(NamedTuple):
@@ -43,12 +61,29 @@ class KMeansResult(NamedTuple):
     n_relocated: jax.Array
 
 
+class _Sums(NamedTuple):
+    """Sums of the local rows that follow the rows which change their cluster.
+
+    Attributes:
+      sums: [k, d].
+      peak: [k], the largest count of each cluster since the sums were last made anew.
+      n_updates: [] int32, the iterations since then.
+    """
+
+    sums: jax.Array
+    peak: jax.Array
+    n_updates: jax.Array
+
+
 class _State(NamedTuple):
     centroids: jax.Array
     previous: jax.Array
     labels: jax.Array
     n_iter: jax.Array
     n_relocated: jax.Array
+    labels_fit: jax.Array
+    known: bounds.Knowledge | None
+    sums: _Sums | None
 
 
 def lloyd(
@@ -59,6 +94,7 @@ def lloyd(
     max_iter: int | jax.Array = 300,
     tol: float | jax.Array = 0.0,
     empty: str = "farthest",
+    algorithm: str = "auto",
     axis_name: AxisName = None,
     block_size: int | None = None,
 ) -> KMeansResult:
@@ -80,6 +116,10 @@ def lloyd(
         it moves to the row farthest from its own centroid, which leaves its old cluster; several
         take the farthest rows in turn (at most MAX_RELOCATIONS in an iteration). Rows that lie
         on their centroid are not taken: with fewer distinct rows than clusters, some stay empty.
+      algorithm: how the nearest centroids are found; labels are the same. "lloyd": every distance
+        in every iteration. "bounds": only those that bounds do not rule out (see ``bounds.py``),
+        which takes n(3 + k/64) numbers of memory; do not ``vmap`` it: its loops would run as long
+        as the longest of the batch needs. "auto": bounds for large data on a CPU, where they pay.
       axis_name: the mesh axis that rows are sharded over, or None.
       block_size: rows assigned at a time; None for what suits the device.
 
@@ -87,33 +127,61 @@ def lloyd(
       KMeansResult.
 
     Raises:
-      ValueError: ``empty`` is not one of EMPTY_POLICIES.
+      ValueError: ``empty`` is not one of EMPTY_POLICIES, ``algorithm`` none of ALGORITHMS.
 
     Source: Lloyd, Least squares quantization in PCM, IEEE Trans. Inf. Theory 28 (1982).
     """
     if empty not in EMPTY_POLICIES:
         raise ValueError(f"empty={empty!r}: expected one of {', '.join(EMPTY_POLICIES)}")
+    if algorithm not in ALGORITHMS:
+        raise ValueError(f"algorithm={algorithm!r}: expected one of {', '.join(ALGORITHMS)}")
     x, centroids = jnp.asarray(x), jnp.asarray(centroids)
     k = centroids.shape[0]
     dtype = accumulation_dtype(x, centroids)
+    bounded = algorithm == "bounds" or (algorithm == "auto" and bounds.pay_off(*x.shape, k))
+
+    def replicated(value) -> jax.Array:
+        return vary_like(value, x, weights, centroids, reduced=axis_name)
+
+    def local(value) -> jax.Array:
+        return vary_like(value, x, weights, centroids)
+
+    centroids = replicated(centroids.astype(dtype))
+    middle = middle_centroid(centroids)
+
+    def assign_rows(state: _State) -> tuple[jax.Array, bounds.Knowledge | None]:
+        if state.known is None:
+            return nearest(x, state.centroids, block_size=block_size), None
+        known = bounds.reassign(x, state.centroids, state.previous, middle, state.known)
+        return known.bounds.labels, known
 
     def step(state: _State) -> _State:
-        labels = nearest(x, state.centroids, block_size=block_size)
-        statistics = cluster_statistics(x, labels, k, weights=weights, axis_name=axis_name)
+        labels, known = assign_rows(state)
+        if state.sums is None:
+            sums = None
+            statistics = cluster_statistics(x, labels, k, weights=weights, axis_name=axis_name)
+        else:
+            sums, statistics = _follow(x, state.labels, labels, state.sums)
+            statistics = all_reduce(statistics, axis_name)
         n_relocated = state.n_relocated
+        last = is_final(state)
         if empty == "farthest":
             statistics, moved = lax.cond(
-                jnp.any(statistics.counts == 0),
+                jnp.any(statistics.counts == 0) & ~last,
                 lambda: _relocate(x, weights, state.centroids, labels, statistics, axis_name),
                 lambda: (statistics, jnp.zeros_like(n_relocated)),
             )
             n_relocated = n_relocated + moved
+        means = centroids_from(statistics, state.centroids)
         return _State(
-            centroids=centroids_from(statistics, state.centroids),
+            centroids=jnp.where(last, state.centroids, means),
             previous=state.centroids,
             labels=labels,
-            n_iter=state.n_iter + 1,
+            n_iter=state.n_iter + jnp.where(last, 0, 1),
             n_relocated=n_relocated,
+            labels_fit=last,
+            known=known,
+            sums=sums,
         )
 
     def shift(state: _State) -> jax.Array:
@@ -122,34 +190,46 @@ def lloyd(
         # at rest seem to move.
         return jnp.sum((state.centroids - state.previous) ** 2)
 
-    def unfinished(state: _State) -> jax.Array:
-        return (state.n_iter < max_iter) & ((state.n_iter == 0) | (shift(state) > tol))
+    def is_final(state: _State) -> jax.Array:
+        """Whether the centroids are final, so that only their labels are wanting."""
+        return (state.n_iter >= max_iter) | ((state.n_iter > 0) & (shift(state) <= tol))
 
-    def replicated(value) -> jax.Array:
-        return vary_like(value, x, weights, centroids, reduced=axis_name)
+    def at_rest(state: _State) -> jax.Array:
+        """Whether the last iteration moved no centroid: its labels fit."""
+        return (state.n_iter > 0) & (shift(state) == 0) & ~state.labels_fit
 
-    centroids = replicated(centroids.astype(dtype))
     state = _State(
         centroids=centroids,
         previous=centroids,
-        labels=vary_like(jnp.zeros(x.shape[0], jnp.int32), x, weights, centroids),
-        n_iter=jnp.zeros((), jnp.int32),
+        labels=local(jnp.zeros(x.shape[0], jnp.int32)),
+        n_iter=replicated(jnp.zeros((), jnp.int32)),
         n_relocated=replicated(jnp.zeros((), jnp.int32)),
+        labels_fit=replicated(jnp.asarray(False)),
+        known=bounds.nothing_known(x, centroids) if bounded else None,
+        sums=_no_sums(local, k, x.shape[1], dtype) if bounded and weights is None else None,
     )
-    state = lax.while_loop(unfinished, step, state)
-    # Centroids that did not move have the labels they were made from.
-    labels = lax.cond(
-        (state.n_iter > 0) & (shift(state) == 0),
-        lambda: state.labels,
-        lambda: vary_like(nearest(x, state.centroids, block_size=block_size), state.labels),
-    )
-    distances = squared_distances(x, state.centroids, labels)
+    # One turn for each iteration and, unless the last one left all centroids where they were, one
+    # more that only assigns: in the loop, so that assignment is compiled once.
+    state = lax.while_loop(lambda state: ~(state.labels_fit | at_rest(state)), step, state)
+    centroids = state.centroids
+    if state.sums is not None:
+        # Means of their rows again, without the rounding that sums gathered on the way.
+        centroids = lax.cond(
+            at_rest(state),
+            lambda: replicated(
+                centroids_from(
+                    cluster_statistics(x, state.labels, k, axis_name=axis_name), centroids
+                )
+            ),
+            lambda: centroids,
+        )
+    distances = squared_distances(x, centroids, state.labels)
     final = cluster_statistics(
-        x, labels, k, weights=weights, distances=distances, axis_name=axis_name
+        x[:, :0], state.labels, k, weights=weights, distances=distances, axis_name=axis_name
     )
     return KMeansResult(
-        centroids=state.centroids,
-        labels=labels,
+        centroids=centroids,
+        labels=state.labels,
         distances=distances,
         counts=final.counts,
         inertia=final.inertia,
@@ -157,6 +237,58 @@ def lloyd(
         n_empty=jnp.sum(final.counts == 0).astype(jnp.int32),
         n_relocated=state.n_relocated,
     )
+
+
+def _no_sums(local, k: int, d: int, dtype) -> _Sums:
+    """Sums that have to be made anew before they are used."""
+    return _Sums(
+        local(jnp.zeros((k, d), dtype)),
+        local(jnp.full(k, jnp.inf, dtype)),
+        local(jnp.zeros((), jnp.int32)),
+    )
+
+
+def _follow(
+    x: jax.Array, before: jax.Array, after: jax.Array, old: _Sums
+) -> tuple[_Sums, ClusterStatistics]:
+    """The statistics of the local rows for the labels ``after``, from the sums for ``before``.
+
+    Few rows change their cluster after the first iterations; only those are added and subtracted.
+    Sums are made anew where many rows moved, every _UPDATES iterations, and when a cluster has
+    lost most of its rows, whose rounding errors would stay behind in a small sum.
+    """
+    n, k = x.shape[0], old.sums.shape[0]
+    # Only counts are wanted, so rows without features are summed.
+    counts = cluster_statistics(x[:, :0], after, k).counts
+    every = bounds.Rows(vary_like(jnp.arange(n, dtype=jnp.int32), x), jnp.asarray(n, jnp.int32))
+    moved = bounds.select(every, before != after)
+    anew = (moved.count > n // 4) | (old.n_updates >= _UPDATES) | jnp.any(8 * counts < old.peak)
+
+    def sum_anew() -> _Sums:
+        return _Sums(cluster_statistics(x, after, k).sums, counts, jnp.zeros_like(old.n_updates))
+
+    def move() -> _Sums:
+        size = min(n, _MOVED_ROWS)
+
+        def step(i, sums):
+            start = jnp.minimum(i * size, n - size)
+            position = start + jnp.arange(size)
+            rows = lax.dynamic_slice_in_dim(moved.rows, start, size)
+            # A block that reaches back must not move rows twice.
+            rows = jnp.where((position >= i * size) & (position < moved.count), rows, n)
+            return move_rows(
+                sums,
+                x,
+                rows,
+                before.at[rows].get(mode="clip"),
+                after.at[rows].get(mode="clip"),
+            )
+
+        sums = lax.fori_loop(0, -(-moved.count // size), step, old.sums)
+        return _Sums(sums, jnp.maximum(old.peak, counts), old.n_updates + 1)
+
+    new = lax.cond(anew, sum_anew, move)
+    return new, ClusterStatistics(new.sums, counts, vary_like(jnp.zeros((), x.dtype), x))
 
 
 def _relocate(

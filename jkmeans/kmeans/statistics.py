@@ -65,11 +65,79 @@ def cluster_statistics(
     counts = jax.ops.segment_sum(ones, labels, n_clusters, bucket_size=_COUNT_ROWS)
     inertia = jnp.zeros((), dtype)
     if distances is not None:
-        inertia = jnp.sum(jnp.where(ones > 0, distances * ones, 0))
+        inertia = exact_sum(jnp.where(ones > 0, distances * ones, 0))
     zeros = vary_like(jnp.zeros((n_clusters, x.shape[1]), dtype), x, labels, weights)
     operands = (zeros, x, labels) if weights is None else (zeros, x, labels, weights)
     sums = lax.platform_dependent(*operands, cpu=_scattered_sums, default=_one_hot_sums)
     return all_reduce(ClusterStatistics(sums, counts, inertia), axis_name)
+
+
+def exact_sum(values: jax.Array) -> jax.Array:
+    """The sum of many numbers, right to a rounding or two however many there are.
+
+    Halves are added pairwise, and the rounding error of every addition is added up beside.
+
+    Args:
+      values: [n] float.
+
+    Returns:
+      [] of the same dtype.
+
+    Source: Ogita, Rump and Oishi, Accurate sum and dot product, SIAM J. Sci. Comput. 26 (2005).
+    """
+    # First down to a few thousand numbers, each the compensated sum of a strided set.
+    width = 4096
+    if values.shape[0] > width:
+        n_blocks = values.shape[0] // width
+
+        def add_block(i, carry):
+            block = lax.dynamic_slice_in_dim(values, i * width, width)
+            return _two_sum(*carry, block)
+
+        zeros = vary_like(jnp.zeros(width, values.dtype), values)
+        total, error = lax.fori_loop(0, n_blocks, add_block, (zeros, zeros))
+        rest = values[n_blocks * width :]
+        values = jnp.concatenate([total, rest])
+        errors = jnp.concatenate([error, jnp.zeros_like(rest)])
+    else:
+        errors = jnp.zeros_like(values)
+    while values.shape[0] > 1:
+        if values.shape[0] % 2:
+            values, errors = jnp.append(values, 0), jnp.append(errors, 0)
+        half = values.shape[0] // 2
+        values, new = _two_sum(values[:half], jnp.zeros(half, values.dtype), values[half:])
+        errors = errors[:half] + errors[half:] + new
+    return jnp.sum(values + errors)
+
+
+def _two_sum(total: jax.Array, error: jax.Array, value: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Total + value, and error plus what rounding took from it (Knuth)."""
+    new = total + value
+    virtual = new - total
+    return new, error + ((total - (new - virtual)) + (value - virtual))
+
+
+def move_rows(
+    sums: jax.Array, x: jax.Array, rows: jax.Array, before: jax.Array, after: jax.Array
+) -> jax.Array:
+    """Sums of clusters after some rows of weight 1 have changed their cluster.
+
+    Args:
+      sums: [k, d], of the labels before.
+      x: [n, d], any real dtype.
+      rows: [b] int32, the rows that move; those outside 0 … n-1 do not count.
+      before: [b] int32, their old labels.
+      after: [b] int32, their new ones.
+
+    Returns:
+      [k, d]. Each move leaves a rounding error behind; whoever calls this often sums anew from
+      time to time.
+    """
+    k, n = sums.shape[0], x.shape[0]
+    x_bd = x.at[rows].get(mode="clip").astype(sums.dtype)
+    counted = (rows >= 0) & (rows < n)
+    sums = sums.at[jnp.where(counted, after, k)].add(x_bd, mode="drop")
+    return sums.at[jnp.where(counted, before, k)].add(-x_bd, mode="drop")
 
 
 def add(a: ClusterStatistics, b: ClusterStatistics) -> ClusterStatistics:
