@@ -23,12 +23,18 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jkmeans import kmeans, sharding
 from jkmeans.kmeans.collectives import AxisName, all_sum
 
-RESULT_SPECS = kmeans.KMeansResult(
-    **{
-        field: sharding.SHARDED if field in ("labels", "distances") else sharding.REPLICATED
-        for field in kmeans.KMeansResult._fields
-    }
-)
+
+def result_specs(kind: type, by_row: tuple[str, ...] = ("labels", "distances")) -> Any:
+    """Where the fields of a NamedTuple of results lie: those named by row, others everywhere."""
+    return kind(
+        *(
+            sharding.SHARDED if field in by_row else sharding.REPLICATED
+            for field in getattr(kind, "_fields")  # noqa: B009, which no type checker knows
+        )
+    )
+
+
+RESULT_SPECS = result_specs(kmeans.KMeansResult)
 """How a KMeansResult lies on the mesh."""
 
 
@@ -74,7 +80,7 @@ def mesh_of(x: Any) -> Mesh | None:
     return Mesh(np.array(devices), (sharding.DATA_AXIS,), axis_types=(AxisType.Auto,))
 
 
-def place(x: Any, weights: Any = None, *, mesh: Mesh | None = None) -> Rows:
+def place(x: Any, weights: Any = None, *, mesh: Mesh | None = None, at_least: int = 0) -> Rows:
     """Brings rows to the devices, padded to a multiple of their number.
 
     NumPy memory that is aligned to 64 bytes and C-contiguous (a memory map of a .npy file is) is
@@ -87,6 +93,7 @@ def place(x: Any, weights: Any = None, *, mesh: Mesh | None = None) -> Rows:
         whole of the same NumPy array on each of them.
       weights: [n], at least 0; None for ones.
       mesh: with the data axis; None takes the mesh that x lies on already, or else one device.
+      at_least: rows to pad to, so that inputs of several sizes share a program.
 
     Returns:
       Rows.
@@ -103,23 +110,27 @@ def place(x: Any, weights: Any = None, *, mesh: Mesh | None = None) -> Rows:
     if weights is not None:
         dtype = np.float64 if x.dtype == np.float64 else np.float32
         weights = weights.astype(dtype, copy=False)
-    if mesh is None:
-        # Weights follow rows that are committed to a device of their own.
-        home = x.sharding if isinstance(x, jax.Array) else None
-        weights = None if weights is None else jax.device_put(weights, home)
-        return Rows(jax.device_put(x), weights, n_rows, None)
-    if sharding.DATA_AXIS not in mesh.shape:
+    if mesh is not None and sharding.DATA_AXIS not in mesh.shape:
         raise ValueError(
             f"the mesh has the axes {mesh.axis_names}: expected one called "
             f"{sharding.DATA_AXIS!r}, as jkmeans.sharding.make_mesh gives"
         )
-    n_padded = -(-n_rows // mesh.shape[sharding.DATA_AXIS]) * mesh.shape[sharding.DATA_AXIS]
+    n_devices = 1 if mesh is None else mesh.shape[sharding.DATA_AXIS]
+    n_padded = -(-max(n_rows, at_least) // n_devices) * n_devices
     if weights is None and n_padded > n_rows:
         weights = np.ones(n_rows, np.float64 if x.dtype == np.float64 else np.float32)
+    if mesh is None:
+        if n_padded > n_rows:
+            x = _fill(x, n_padded, x[:1])
+            weights = _fill(weights, n_padded, np.zeros(1, weights.dtype))
+        # Weights follow rows that are committed to a device of their own.
+        home = x.sharding if isinstance(x, jax.Array) else None
+        weights = None if weights is None else jax.device_put(weights, home)
+        return Rows(jax.device_put(x), weights, n_rows, None)
     # Padding is a copy of row 0, of the size of the data; its weight is 0.
-    x = _place(x, n_padded, mesh, lambda: x[:1])
+    x = _place(x, n_padded, mesh, x[:1])
     if weights is not None:
-        weights = _place(weights, n_padded, mesh, lambda: np.zeros(1, weights.dtype))
+        weights = _place(weights, n_padded, mesh, np.zeros(1, weights.dtype))
     return Rows(x, weights, n_rows, mesh)
 
 
@@ -257,7 +268,7 @@ def assign(x: Any, centroids: Any, *, mesh: Mesh | None = None) -> kmeans.Assign
     Returns:
       Assignment(labels [n] int32, distances [n] float, squared).
     """
-    specs = kmeans.Assignment(sharding.SHARDED, sharding.SHARDED)
+    specs = result_specs(kmeans.Assignment)
     with precision(x, centroids):
         rows = place(x, mesh=mesh)
         result = run(_assign, rows, centroids, out_specs=specs)
@@ -281,8 +292,22 @@ def inertia(x: Any, centroids: Any, *, weights: Any = None, mesh: Mesh | None = 
       mesh: as in ``fit``.
     """
     with precision(x, centroids):
-        rows = place(x, weights, mesh=mesh)
-        return run(_inertia, rows, centroids, out_specs=sharding.REPLICATED)
+        return evaluate_rows(place(x, weights, mesh=mesh), centroids).inertia
+
+
+def evaluate_rows(rows: Rows, centroids: Any) -> kmeans.KMeansResult:
+    """Labels, distances, counts and inertia of placed rows under given centroids.
+
+    Args:
+      rows: from ``place``.
+      centroids: [k, d].
+
+    Returns:
+      KMeansResult of no iteration.
+    """
+    with precision(rows.x, centroids):
+        result = run(_evaluate, rows, centroids, out_specs=RESULT_SPECS)
+        return cut(result, rows.n_rows)
 
 
 def distances(x: Any, centroids: Any, *, mesh: Mesh | None = None) -> jax.Array:
@@ -325,6 +350,15 @@ def mean_variance(x: jax.Array, n_rows: jax.Array | int, axis_name: AxisName) ->
     return jnp.mean(mean((x.astype(dtype) - center[None, :]) ** 2))
 
 
+def scaled_tol(tol: Any, x: jax.Array, n_rows: Any, axis_name: AxisName) -> jax.Array:
+    """``tol`` times the mean variance of the columns, which takes no pass where it is 0."""
+    return lax.cond(
+        tol > 0,
+        lambda: tol * mean_variance(x, n_rows, axis_name),
+        lambda: jnp.zeros((), jnp.promote_types(x.dtype, jnp.float32)),
+    )
+
+
 @functools.lru_cache(maxsize=512)
 def _program(function: Callable, mesh: Mesh | None, out_specs: Any, options: tuple) -> Callable:
     """The compiled function; jit itself caches by shapes and dtypes."""
@@ -343,33 +377,32 @@ def _program(function: Callable, mesh: Mesh | None, out_specs: Any, options: tup
     return jax.jit(over_mesh)
 
 
-def _place(array: Any, n_padded: int, mesh: Mesh, padding: Callable) -> jax.Array:
-    """[n_padded, ...] sharded over the mesh; ``padding()`` is the row to fill up with, [1, ...]."""
+def _place(array: Any, n_padded: int, mesh: Mesh, padding: Any) -> jax.Array:
+    """[n_padded, ...] sharded over the mesh; ``padding`` is the row to fill up with, [1, ...]."""
     layout = NamedSharding(mesh, sharding.SHARDED)
     n_rows = array.shape[0]
     if n_rows == n_padded and isinstance(array, jax.Array):
         return jax.device_put(array, layout)
-    concatenate = jnp.concatenate if isinstance(array, jax.Array) else np.concatenate
 
     def read(index: Any) -> Any:
         start, stop, _ = index[0].indices(n_padded)
-        if stop <= n_rows:
-            return array[start:stop]
-        fill = padding().repeat(stop - max(start, n_rows), axis=0)
-        return concatenate([array[start:n_rows], fill]) if start < n_rows else fill
+        part = array[start : min(stop, n_rows)]
+        return _fill(part, stop - start, padding) if stop > n_rows else part
 
     return jax.make_array_from_callback((n_padded, *array.shape[1:]), layout, read)
+
+
+def _fill(array: Any, n_padded: int, padding: Any) -> Any:
+    """Rows of an array followed by copies of the padding."""
+    concatenate = jnp.concatenate if isinstance(array, jax.Array) else np.concatenate
+    return concatenate([array, padding.repeat(n_padded - array.shape[0], axis=0)])
 
 
 def _fit(
     x, weights, key, centroids, max_iter, tol, n_rows, *, init, relative_tol, axis_name, **options
 ):
     if relative_tol:
-        tol = lax.cond(
-            tol > 0,
-            lambda: tol * mean_variance(x, n_rows, axis_name),
-            lambda: jnp.zeros((), jnp.promote_types(x.dtype, jnp.float32)),
-        )
+        tol = scaled_tol(tol, x, n_rows, axis_name)
     return kmeans.fit(
         key,
         x,
@@ -392,9 +425,11 @@ def _nearest(x, weights, centroids, *, axis_name):
     return kmeans.nearest(x, centroids)
 
 
-def _inertia(x, weights, centroids, *, axis_name):
+def _evaluate(x, weights, centroids, *, axis_name):
     # No iteration: only the last assignment and its sums.
-    return kmeans.lloyd(x, centroids, weights=weights, max_iter=0, axis_name=axis_name).inertia
+    return kmeans.lloyd(
+        x, centroids, weights=weights, max_iter=0, empty="keep", axis_name=axis_name
+    )
 
 
 def _distances(x, weights, centroids, *, axis_name, dtype):

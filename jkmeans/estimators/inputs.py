@@ -44,6 +44,7 @@ def read_rows(estimator: Any, X: Any, *, reset: bool) -> np.ndarray | jax.Array:
     """
     X = _exchanged(X)
     if isinstance(X, jax.Array):
+        matrix: Any = X
         if X.ndim != 2:
             raise ValueError(f"Expected 2D array, got an array of shape {X.shape} instead.")
         if 0 in X.shape:
@@ -53,7 +54,7 @@ def read_rows(estimator: Any, X: Any, *, reset: bool) -> np.ndarray | jax.Array:
             )
         if jnp.issubdtype(X.dtype, jnp.complexfloating):
             raise ValueError("Complex data not supported")
-        validate_data(estimator, X, reset=reset, skip_check_array=True)
+        validate_data(estimator, matrix, reset=reset, skip_check_array=True)
         if X.dtype not in KEPT_DTYPES:
             X = X.astype(jnp.float32)
     else:
@@ -77,7 +78,7 @@ def read_weights(sample_weight: Any, X: np.ndarray | jax.Array) -> np.ndarray | 
     """
     if sample_weight is None:
         return None
-    dtype = np.float64 if X.dtype == np.float64 else np.float32
+    dtype: Any = np.float64 if X.dtype == np.float64 else np.float32
     if isinstance(sample_weight, Real):
         sample_weight = np.full(X.shape[0], sample_weight)
     weights = check_array(
@@ -105,7 +106,7 @@ def read_centroids(centers: Any, n_clusters: int, X: np.ndarray | jax.Array) -> 
     Raises:
       ValueError: another shape, or not finite.
     """
-    dtype = np.float64 if X.dtype == np.float64 else np.float32
+    dtype: Any = np.float64 if X.dtype == np.float64 else np.float32
     centers = check_array(centers, dtype=dtype, copy=True, order="C", input_name="init")
     if centers.shape[0] != n_clusters:
         raise ValueError(

@@ -125,30 +125,14 @@ class KMeans(CentroidEstimator):
             self.labels_ = to_numpy(result.labels)
             self.inertia_ = float(result.inertia)
             self.n_iter_ = int(result.n_iter)
-        n_found = len(np.unique(self.labels_))
-        if n_found < self.n_clusters:
-            warnings.warn(
-                f"Number of distinct clusters ({n_found}) found smaller than n_clusters "
-                f"({self.n_clusters}). Possibly due to duplicate points in X.",
-                ConvergenceWarning,
-                stacklevel=2,
-            )
+        warn_of_missing_clusters(self)
         if self.verbose:
             print(f"{self.n_iter_} iterations, inertia {self.inertia_}.")
         return self
 
     def _best_of_restarts(self, X: np.ndarray | jax.Array, rows: sharded.Rows) -> KMeansResult:
         def run(init: Any, key: jax.Array, n_init: int = 1) -> KMeansResult:
-            return sharded.fit_rows(
-                key,
-                rows,
-                self.n_clusters,
-                init=init,
-                n_init=n_init,
-                max_iter=self.max_iter,
-                tol=float(self.tol),
-                relative_tol=True,
-            )
+            return self._run(rows, init, key, n_init, self.max_iter)
 
         n_init = resolve_n_init(self, default=10)
         if isinstance(self.init, str):
@@ -164,6 +148,33 @@ class KMeans(CentroidEstimator):
                 best = result
         assert best is not None
         return best
+
+    def _run(
+        self, rows: sharded.Rows, init: Any, key: jax.Array, n_init: int, max_iter: int
+    ) -> KMeansResult:
+        """The restarts from a named initialisation, or the one from an array."""
+        return sharded.fit_rows(
+            key,
+            rows,
+            self.n_clusters,
+            init=init,
+            n_init=n_init,
+            max_iter=max_iter,
+            tol=float(self.tol),
+            relative_tol=True,
+        )
+
+
+def warn_of_missing_clusters(estimator: Any) -> None:
+    """Warns, for the caller of ``fit``, of clusters without rows."""
+    n_found, n_wanted = len(np.unique(estimator.labels_)), len(estimator.cluster_centers_)
+    if n_found < n_wanted:
+        warnings.warn(
+            f"Number of distinct clusters ({n_found}) found smaller than n_clusters ({n_wanted}). "
+            "Possibly due to duplicate points in X.",
+            ConvergenceWarning,
+            stacklevel=3,
+        )
 
 
 def resolve_n_init(estimator: Any, *, default: int) -> int:
