@@ -61,7 +61,7 @@ def test_recall_is_that_of_faiss_training(faiss, vectors, result):
     theirs.train(x)
     theirs.add(x)
     for nprobe in (1, 4, 16):
-        # Six seeds of FAISS itself lie from .505 to .535 with one list, from .897 to .915 with four.
+        # Six seeds of FAISS itself: .505 to .535 with one list, .897 to .915 with four.
         assert recall(ours, nprobe, queries, truth) > recall(theirs, nprobe, queries, truth) - 0.04
     assert recall(ours, K, queries, truth) == 1.0
 
