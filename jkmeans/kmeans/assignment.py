@@ -9,8 +9,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-# Differences in memory at a time, should the compiler not fuse them into their sum.
-_DIFFERENCES = 2**18
+# Features up to which squared differences are added one feature at a time.
+_FEW_FEATURES = 8
+# Numbers in all centroids together up to which they are compared one by one.
+_FEW_NUMBERS = 64
 
 
 class Assignment(NamedTuple):
@@ -84,6 +86,8 @@ def nearest(x: jax.Array, centroids: jax.Array, *, block_size: int | None = None
     shifted_kd = centroids - middle
     half_norms = 0.5 * jnp.sum(shifted_kd**2, axis=1)
     numbers = jnp.arange(k, dtype=jnp.int32)
+    if k * x.shape[1] <= _FEW_NUMBERS:
+        return _nearest_of_few(x, middle, shifted_kd, half_norms)
 
     def label_rows(x_bd: jax.Array) -> jax.Array:
         scores_kb = score(x_bd.astype(dtype) - middle, shifted_kd, half_norms)
@@ -91,6 +95,23 @@ def nearest(x: jax.Array, centroids: jax.Array, *, block_size: int | None = None
         return jnp.where(labels < k, labels, 0)  # no score equals NaN
 
     return map_rows(label_rows, x, block_size)
+
+
+def _nearest_of_few(
+    x: jax.Array, middle: jax.Array, centroids: jax.Array, half_norms: jax.Array
+) -> jax.Array:
+    """The labels [n] for centroids so few and so short that no matrix product is worth it.
+
+    Features one by one, centroids one by one: the compiler makes one pass over the rows of it.
+    """
+    k, d = centroids.shape
+    columns = [x[:, j].astype(centroids.dtype) - middle[0, j] for j in range(d)]
+    best, labels = jnp.full(x.shape[0], jnp.inf, centroids.dtype), jnp.zeros(x.shape[0], jnp.int32)
+    for i in range(k):
+        scores = half_norms[i] - sum(centroids[i, j] * columns[j] for j in range(d))
+        nearer = scores < best
+        best, labels = jnp.where(nearer, scores, best), jnp.where(nearer, i, labels)
+    return labels
 
 
 def middle_centroid(centroids: jax.Array) -> jax.Array:
@@ -143,18 +164,21 @@ def squared_distances(x: jax.Array, centroids: jax.Array, labels: jax.Array) -> 
     dtype = accumulation_dtype(x, centroids)
     x, centroids = jnp.asarray(x), jnp.asarray(centroids, dtype)
     n, d = x.shape
-    rows = min(n, max(1, _DIFFERENCES // max(d, 1)))
+    if d <= _FEW_FEATURES:
+        columns = ((x[:, j].astype(dtype) - centroids[:, j][labels]) ** 2 for j in range(d))
+        return sum(columns, jnp.zeros(n, dtype))
 
     def of_rows(start) -> jax.Array:
         x_bd = lax.dynamic_slice_in_dim(x, start, rows).astype(dtype)
         labels_b = lax.dynamic_slice_in_dim(labels, start, rows)
         return jnp.sum((x_bd - centroids[labels_b]) ** 2, axis=1)
 
+    # The compiler writes centroids[labels] out: in blocks, lest it take as much room as x.
+    rows = 1024 if jax.default_backend() == "cpu" else 16384
     if n <= rows:
         return jnp.sum((x.astype(dtype) - centroids[labels]) ** 2, axis=1)
-    n_blocks = n // rows
+    n_blocks, rest = divmod(n, rows)
     blocks = lax.map(of_rows, jnp.arange(n_blocks) * rows).reshape(-1)
-    rest = n - n_blocks * rows
     return jnp.concatenate([blocks, of_rows(n - rows)[rows - rest :]]) if rest else blocks
 
 

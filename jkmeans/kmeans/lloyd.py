@@ -15,12 +15,13 @@ from jkmeans.kmeans.assignment import (
     nearest,
     squared_distances,
 )
-from jkmeans.kmeans.collectives import AxisName, n_devices, top_k_rows, vary_like
+from jkmeans.kmeans.collectives import AxisName, all_sum, n_devices, top_k_rows, vary_like
 from jkmeans.kmeans.statistics import (
     ClusterStatistics,
     all_reduce,
     centroids_from,
     cluster_statistics,
+    inertia_of,
     move_rows,
 )
 
@@ -81,6 +82,7 @@ class _State(NamedTuple):
     labels: jax.Array
     n_iter: jax.Array
     n_relocated: jax.Array
+    counts: jax.Array
     labels_fit: jax.Array
     known: bounds.Knowledge | None
     sums: _Sums | None
@@ -179,6 +181,7 @@ def lloyd(
             labels=labels,
             n_iter=state.n_iter + jnp.where(last, 0, 1),
             n_relocated=n_relocated,
+            counts=statistics.counts,
             labels_fit=last,
             known=known,
             sums=sums,
@@ -204,6 +207,7 @@ def lloyd(
         labels=local(jnp.zeros(x.shape[0], jnp.int32)),
         n_iter=replicated(jnp.zeros((), jnp.int32)),
         n_relocated=replicated(jnp.zeros((), jnp.int32)),
+        counts=replicated(jnp.zeros(k, dtype)),
         labels_fit=replicated(jnp.asarray(False)),
         known=bounds.nothing_known(x, centroids) if bounded else None,
         sums=_no_sums(local, k, x.shape[1], dtype) if bounded and weights is None else None,
@@ -224,17 +228,14 @@ def lloyd(
             lambda: centroids,
         )
     distances = squared_distances(x, centroids, state.labels)
-    final = cluster_statistics(
-        x[:, :0], state.labels, k, weights=weights, distances=distances, axis_name=axis_name
-    )
     return KMeansResult(
         centroids=centroids,
         labels=state.labels,
         distances=distances,
-        counts=final.counts,
-        inertia=final.inertia,
+        counts=state.counts,
+        inertia=all_sum(inertia_of(distances, weights), axis_name),
         n_iter=state.n_iter,
-        n_empty=jnp.sum(final.counts == 0).astype(jnp.int32),
+        n_empty=jnp.sum(state.counts == 0).astype(jnp.int32),
         n_relocated=state.n_relocated,
     )
 
@@ -288,7 +289,7 @@ def _follow(
         return _Sums(sums, jnp.maximum(old.peak, counts), old.n_updates + 1)
 
     new = lax.cond(anew, sum_anew, move)
-    return new, ClusterStatistics(new.sums, counts, vary_like(jnp.zeros((), x.dtype), x))
+    return new, ClusterStatistics(new.sums, counts, vary_like(jnp.zeros((), counts.dtype), x))
 
 
 def _relocate(

@@ -11,12 +11,17 @@ from jax import lax
 from jkmeans.kmeans.assignment import accumulation_dtype
 from jkmeans.kmeans.collectives import AxisName, vary_like
 
-# Rows summed at a time on a CPU: a block of weighted rows then stays in the cache.
-_SCATTER_ROWS = 1024
+# Rows, and numbers, summed at a time on a CPU: a block, weighted or converted, stays in the cache.
+_SCATTER_ROWS = 4096
+_SCATTER_ENTRIES = 2**21
+# Rows whose sums are made apart from the others': at least so many, and so many for each cluster.
+_PART_ROWS = 2**15
+_PART_PER_CLUSTER = 16
 # Entries of the one-hot matrix in memory at a time elsewhere.
 _ONE_HOT_ENTRIES = 2**24
-# A float32 count stands still at 2²⁴ when ones are added to it one by one.
-_COUNT_ROWS = 2**20
+
+_Sums = tuple[jax.Array, jax.Array]
+"""Sums [k, d] and counts [k]."""
 
 
 class ClusterStatistics(NamedTuple):
@@ -61,15 +66,26 @@ def cluster_statistics(
     dtype = accumulation_dtype(x)
     x, labels = jnp.asarray(x), jnp.asarray(labels)
     weights = None if weights is None else jnp.asarray(weights, dtype)
-    ones = jnp.ones(labels.shape, dtype) if weights is None else weights
-    counts = jax.ops.segment_sum(ones, labels, n_clusters, bucket_size=_COUNT_ROWS)
-    inertia = jnp.zeros((), dtype)
+    inertia = vary_like(jnp.zeros((), dtype), x)
     if distances is not None:
-        inertia = exact_sum(jnp.where(ones > 0, distances * ones, 0))
-    zeros = vary_like(jnp.zeros((n_clusters, x.shape[1]), dtype), x, labels, weights)
+        inertia = inertia_of(distances, weights)
+    zeros = (jnp.zeros((n_clusters, x.shape[1]), dtype), jnp.zeros(n_clusters, dtype))
+    zeros = jax.tree.map(lambda leaf: vary_like(leaf, x, labels, weights), zeros)
     operands = (zeros, x, labels) if weights is None else (zeros, x, labels, weights)
-    sums = lax.platform_dependent(*operands, cpu=_scattered_sums, default=_one_hot_sums)
+    sums, counts = lax.platform_dependent(*operands, cpu=_scattered, default=_one_hot)
     return all_reduce(ClusterStatistics(sums, counts, inertia), axis_name)
+
+
+def inertia_of(distances: jax.Array, weights: jax.Array | None = None) -> jax.Array:
+    """Σ w_i d_i in compensated arithmetic: [].
+
+    Args:
+      distances: [n] float, squared distances.
+      weights: [n] float; a row of weight 0 never counts. None for ones.
+    """
+    if weights is not None:
+        distances = jnp.where(weights > 0, distances * weights.astype(distances.dtype), 0)
+    return exact_sum(distances)
 
 
 def exact_sum(values: jax.Array) -> jax.Array:
@@ -178,44 +194,65 @@ def centroids_from(statistics: ClusterStatistics, previous: jax.Array) -> jax.Ar
     return jnp.where(counts > 0, means.astype(previous.dtype), previous)
 
 
-def _over_blocks(add_rows, sums: jax.Array, arrays: tuple[jax.Array, ...], rows: int) -> jax.Array:
-    """Folds ``add_rows(sums, *block)`` over blocks of rows, the shorter last one included."""
+def _over_blocks(add_rows, zeros: _Sums, arrays, rows: int, n_in_part: int) -> _Sums:
+    """Folds ``add_rows(sums, *block)`` over blocks of rows, the shorter last one included.
+
+    Parts of ``n_in_part`` blocks are summed apart and then together: rows added one by one to a
+    sum that is already large lose digits, and a float32 count stands still at 2²⁴.
+    """
     n_blocks, rest = divmod(arrays[0].shape[0], rows)
 
-    def step(sums, start):
-        block = [lax.dynamic_slice_in_dim(array, start, rows) for array in arrays]
-        return add_rows(sums, *block), None
+    def plus(a: _Sums, b: _Sums) -> _Sums:
+        return jax.tree.map(jnp.add, a, b)
 
-    if n_blocks:
-        sums, _ = lax.scan(step, sums, jnp.arange(n_blocks) * rows)
+    def add_block(i, sums: _Sums) -> _Sums:
+        return add_rows(sums, *(lax.dynamic_slice_in_dim(a, i * rows, rows) for a in arrays))
+
+    def add_part(i, sums: _Sums) -> _Sums:
+        first = i * n_in_part
+        last = jnp.minimum(first + n_in_part, n_blocks)
+        return plus(sums, lax.fori_loop(first, last, add_block, zeros))
+
+    sums = zeros
+    if n_blocks > n_in_part:
+        sums = lax.fori_loop(0, -(-n_blocks // n_in_part), add_part, zeros)
+    elif n_blocks:
+        sums = lax.fori_loop(0, n_blocks, add_block, zeros)
     if rest:
-        sums = add_rows(sums, *(array[n_blocks * rows :] for array in arrays))
+        sums = plus(sums, add_rows(zeros, *(array[n_blocks * rows :] for array in arrays)))
     return sums
 
 
-def _scattered_sums(zeros: jax.Array, *arrays: jax.Array) -> jax.Array:
+def _scattered(zeros: _Sums, *arrays: jax.Array) -> _Sums:
     """Row by row; ``arrays`` are x [n, d], labels [n] and, unless all are 1, weights [n]."""
+    k, d = zeros[0].shape
 
-    def add_rows(sums, x, labels, weights=None):
-        rows = x.astype(sums.dtype)
+    def add_rows(sums: _Sums, x, labels, weights=None) -> _Sums:
+        rows, ones = x.astype(sums[0].dtype), jnp.ones(labels.shape, sums[1].dtype)
         if weights is not None:
-            rows = jnp.where(weights[:, None] > 0, rows * weights[:, None], 0)
+            rows, ones = jnp.where(weights[:, None] > 0, rows * weights[:, None], 0), weights
         # Like segment_sum: a label out of range, negative ones too, is dropped.
-        labels = jnp.where(labels < 0, sums.shape[0], labels)
-        return sums.at[labels].add(rows, mode="drop")
+        labels = jnp.where(labels < 0, k, labels)
+        return (
+            sums[0].at[labels].add(rows, mode="drop"),
+            sums[1].at[labels].add(ones, mode="drop"),
+        )
 
-    return _over_blocks(add_rows, zeros, arrays, _SCATTER_ROWS)
+    rows = max(1, min(_SCATTER_ROWS, _SCATTER_ENTRIES // max(d, 1)))
+    n_in_part = max(1, max(_PART_ROWS, _PART_PER_CLUSTER * k) // rows)
+    return _over_blocks(add_rows, zeros, arrays, rows, n_in_part)
 
 
-def _one_hot_sums(zeros: jax.Array, *arrays: jax.Array) -> jax.Array:
+def _one_hot(zeros: _Sums, *arrays: jax.Array) -> _Sums:
     """The same sums as one-hot matrix products, in an order that never changes."""
-    k = zeros.shape[0]
+    k = zeros[0].shape[0]
 
-    def add_rows(sums, x, labels, weights=None):
-        one_hot = jax.nn.one_hot(labels, k, dtype=sums.dtype)
-        rows = x.astype(sums.dtype)
+    def add_rows(sums: _Sums, x, labels, weights=None) -> _Sums:
+        one_hot = jax.nn.one_hot(labels, k, dtype=sums[0].dtype)
+        rows, ones = x.astype(sums[0].dtype), jnp.ones(labels.shape, sums[1].dtype)
         if weights is not None:
-            rows = jnp.where(weights[:, None] > 0, rows * weights[:, None], 0)
-        return sums + jnp.matmul(one_hot.T, rows, precision=lax.Precision.HIGHEST)
+            rows, ones = jnp.where(weights[:, None] > 0, rows * weights[:, None], 0), weights
+        product = jnp.matmul(one_hot.T, rows, precision=lax.Precision.HIGHEST)
+        return sums[0] + product, sums[1] + jnp.sum(one_hot * ones[:, None], axis=0)
 
-    return _over_blocks(add_rows, zeros, arrays, max(1, _ONE_HOT_ENTRIES // k))
+    return _over_blocks(add_rows, zeros, arrays, max(1, _ONE_HOT_ENTRIES // k), 1)

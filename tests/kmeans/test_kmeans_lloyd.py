@@ -12,18 +12,36 @@ from hypothesis.extra import numpy as hnp
 from jax.sharding import PartitionSpec
 from sklearn.cluster import KMeans
 
-from jkmeans.kmeans import KMeansResult, lloyd
+from jkmeans.kmeans import KMeansResult, bounds, lloyd
 
 ROWS, SAME = PartitionSpec("data"), PartitionSpec()
 RESULT_SPECS = KMeansResult(SAME, ROWS, ROWS, SAME, SAME, SAME, SAME, SAME)
 
-_program = jax.jit(lloyd, static_argnames=("empty", "block_size"))
+_program = jax.jit(lloyd, static_argnames=("algorithm", "empty", "block_size"))
+_algorithm = "lloyd"
+
+
+@pytest.fixture(params=["lloyd", "bounds"], autouse=True, scope="module")
+def algorithm(request):
+    """Every test runs with both; groups and blocks are small enough for there to be several."""
+    global _algorithm
+    _algorithm = request.param
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bounds, "GROUP_SIZE", 2)
+        patch.setattr(bounds, "_BLOCK_ENTRIES", 400)
+        patch.setattr(bounds, "_WORTH_ALL", 0.95)
+        yield request.param
 
 
 def run(x, start, *, weights=None, max_iter=300, tol=0.0, empty="farthest"):
     """One compiled program for each shape and policy."""
-    weights = np.ones(len(x), np.float32) if weights is None else weights.astype(np.float32)
-    return _program(x, start, weights=weights, max_iter=max_iter, tol=tol, empty=empty)
+    if weights is not None:
+        weights = weights.astype(np.float32)
+    elif _algorithm == "lloyd":
+        weights = np.ones(len(x), np.float32)
+    return _program(
+        x, start, weights=weights, max_iter=max_iter, tol=tol, empty=empty, algorithm=_algorithm
+    )
 
 
 def scikit_learn(x, centroids, *, max_iter=300, weights=None):
@@ -247,6 +265,11 @@ def test_bytes_are_clustered_in_float32():
     check_equal(result, scikit_learn(x.astype(np.float32), x[:4].astype(np.float32)))
 
 
+def test_unknown_algorithm():
+    with pytest.raises(ValueError, match=r"algorithm='fast': expected one of auto, bounds, lloyd"):
+        lloyd(jnp.zeros((3, 1)), jnp.zeros((2, 1)), algorithm="fast")
+
+
 def test_unknown_policy():
     with pytest.raises(ValueError, match=r"empty='drop': expected one of farthest, keep"):
         lloyd(jnp.zeros((3, 1)), jnp.zeros((2, 1)), empty="drop")
@@ -260,7 +283,7 @@ def test_eight_devices_agree_with_scikit_learn(on_eight_devices, blobs, empty):
     start = blobs[:6].copy()
     if empty == "farthest":
         start[2:4] += 1000  # two empty clusters, filled from rows of any device
-    f = partial(lloyd, empty=empty, axis_name="data")
+    f = partial(lloyd, empty=empty, axis_name="data", algorithm=_algorithm)
     program = on_eight_devices(
         lambda x, weights, start: f(x, start, weights=weights), RESULT_SPECS, replicated=(2,)
     )
@@ -277,8 +300,8 @@ def test_eight_devices_agree_with_scikit_learn(on_eight_devices, blobs, empty):
         assert result.n_iter == model.n_iter_
 
 
-def test_one_all_reduce_an_iteration(on_eight_devices, blobs):
-    f = partial(lloyd, empty="keep", axis_name="data")
+def test_one_all_reduce_an_iteration(on_eight_devices, blobs, algorithm):
+    f = partial(lloyd, empty="keep", axis_name="data", algorithm=_algorithm)
     program = on_eight_devices(lambda x, start: f(x, start), RESULT_SPECS, replicated=(1,))
     text = program.lower(blobs, blobs[:6]).compile().as_text()
     computations = re.split(r"\n(?=(?:ENTRY )?%)", text)
@@ -287,6 +310,7 @@ def test_one_all_reduce_an_iteration(on_eight_devices, blobs):
         for computation in computations
         for _ in re.findall(r" all-reduce(?:-start)?\(", computation)
     ]
-    # One in the loop; one after it, for the inertia and counts of the final centroids.
-    assert sorted(entry) == [False, True]
+    # One in the loop; after it one for the inertia and, where sums have followed the rows that
+    # moved, one in a branch for sums made anew.
+    assert sorted(entry) == ([False, True] if algorithm == "lloyd" else [False, False, True])
     assert not re.search(r" (all-gather|all-to-all|collective-permute|reduce-scatter)", text)

@@ -16,7 +16,7 @@ N, D, K = 2500, 3, 4
 def path(request, monkeypatch):
     """Both ways of summing, whichever the platform would choose."""
     if request.param == "one-hot":
-        monkeypatch.setattr(statistics, "_scattered_sums", statistics._one_hot_sums)
+        monkeypatch.setattr(statistics, "_scattered", statistics._one_hot)
         monkeypatch.setattr(statistics, "_ONE_HOT_ENTRIES", 1000 * K)
     return request.param
 
@@ -99,8 +99,9 @@ def test_statistics_of_two_sets_add_up(data):
 
 
 def test_counts_beyond_two_to_the_24th(monkeypatch):
-    # Adding ones to a float32 stops at 16,777,216: buckets of rows are counted apart.
-    monkeypatch.setattr(statistics, "_COUNT_ROWS", 64)
+    # Adding ones to a float32 stops at 16,777,216: parts of the rows are counted apart.
+    monkeypatch.setattr(statistics, "_SCATTER_ROWS", 64)
+    monkeypatch.setattr(statistics, "_PART_ROWS", 64)
     weights = np.ones(64 * 11, np.float32)
     weights[:64] = 2**18
     got = cluster_statistics(
