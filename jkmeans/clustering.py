@@ -587,8 +587,10 @@ class _Job:
         key = jax.random.fold_in(self.root_key, 0)
         numbers, rows = self._sample(key, self.config.report.sample_size)
         sample_labels = np.asarray(labels[numbers])
+        # Around their mean, because JAX may take float64 as float32.
+        centered = rows - rows.mean(axis=0, dtype=np.float64).astype(rows.dtype)
         silhouettes = self._compute(
-            lambda: np.asarray(selection.silhouette_samples(rows, sample_labels, k))
+            lambda: np.asarray(selection.silhouette_samples(centered, sample_labels, k))
         )
         summary: dict[str, Any] = {
             "input": self.data.name,

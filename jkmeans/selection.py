@@ -175,7 +175,11 @@ class Sweep:
                 raise ValueError(f"{name} is {value}: accepted is at least {least}")
         self.n_clusters = ks
         self._largest = ks[-1]
-        self._rows = jnp.asarray(rows)
+        # Where float64 is not enabled in JAX, what float32 keeps of it must not be the offset.
+        self._offset = np.zeros(rows.shape[1], rows.dtype)
+        if rows.dtype == np.float64:
+            self._offset = rows.mean(axis=0)
+        self._rows = jnp.asarray(rows - self._offset)
         self._max_iter = max_iter
         self._tol = tol * float(np.var(rows, axis=0, dtype=np.float64).mean())
         start_key, weight_key, self._silhouette_key = jax.random.split(key, 3)
@@ -203,7 +207,7 @@ class Sweep:
             inertia=float(fits.inertia[0]),
             silhouette=self._silhouette(labels[0]),
             stability=float(np.mean(agreement)),
-            centroids=np.asarray(fits.centroids[0, :k]),
+            centroids=np.asarray(fits.centroids[0, :k]) + self._offset,
         )
 
     def result(self, judged: Sequence[Judged]) -> SweepResult:

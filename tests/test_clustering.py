@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 from sklearn.cluster import KMeans
-from sklearn.metrics import adjusted_rand_score
+from sklearn.metrics import adjusted_rand_score, silhouette_score
 
 from jkmeans import clustering, selection
 from jkmeans.clustering import FIELDS, cluster, validate
@@ -117,8 +117,6 @@ def _firsts(found) -> np.ndarray:
 
 
 def test_silhouette_is_scikit_learns(done, blobs):
-    from sklearn.metrics import silhouette_score
-
     workdir, _, summary = done
     expected = silhouette_score(blobs[0], outputs(workdir)["labels"])
     np.testing.assert_allclose(summary["silhouette"], expected, atol=1e-4)
@@ -136,12 +134,10 @@ def test_pictures(done):
         assert image[..., :3].std() > 0.02
 
 
-@pytest.mark.parametrize("n_devices", [1, 3])
-def test_devices_do_not_matter(n_devices, done, files, tmp_path):
+def test_devices_do_not_matter(done, files, tmp_path):
     workdir, _, _ = done
-    cluster(
-        make_config(input=str(files / "x.npy"), n_clusters=4, n_devices=n_devices), tmp_path / "w"
-    )
+    # Neither 3 nor 8 divides the rows.
+    cluster(make_config(input=str(files / "x.npy"), n_clusters=4, n_devices=3), tmp_path / "w")
     there, here = outputs(workdir), outputs(tmp_path / "w")
     np.testing.assert_array_equal(here["labels"], there["labels"])
     np.testing.assert_allclose(here["centroids"], there["centroids"], atol=1e-5)
@@ -179,9 +175,11 @@ def test_zarr(done, blobs, tmp_path):
 def test_float64_stays_float64(blobs, tmp_path):
     x, truth = blobs
     np.save(tmp_path / "x.npy", x.astype(np.float64) + 1e6)
-    cluster(make_config(input=str(tmp_path / "x.npy"), n_clusters="4"), tmp_path / "w")
+    summary = cluster(make_config(input=str(tmp_path / "x.npy"), n_clusters="4"), tmp_path / "w")
     found = outputs(tmp_path / "w")
     assert found["centroids"].dtype == np.float64
+    expected = silhouette_score(x, found["labels"])
+    np.testing.assert_allclose(summary["silhouette"], expected, atol=1e-4)
     assert adjusted_rand_score(truth, found["labels"]) == 1.0
     means = [x[found["labels"] == c].mean(axis=0, dtype=np.float64) for c in range(K)]
     np.testing.assert_allclose(found["centroids"] - 1e6, means, atol=1e-6)

@@ -143,6 +143,19 @@ def test_the_same_key_gives_the_same_sweep_and_another_a_different_one(swept):
     assert (other.stability != result.stability).any()
 
 
+def test_float64_far_from_the_origin(swept):
+    x, result = swept
+    far = x.astype(np.float64) + 1e7
+    found = sweep(jax.random.key(0), far, (2, 3, 4, 5, 6, 9), n_init=3, n_refits=4)
+    assert found.suggestion == 5
+    np.testing.assert_allclose(found.inertia[3], result.inertia[3], rtol=1e-4)
+    np.testing.assert_allclose(found.silhouette[3], result.silhouette[3], atol=1e-4)
+    order, other = (np.lexsort(np.round(c[3]).T) for c in (found.centroids, result.centroids))
+    np.testing.assert_allclose(
+        found.centroids[3][order] - 1e7, result.centroids[3][other], atol=1e-4
+    )
+
+
 def test_samples():
     x = np.arange(2000.0).reshape(1000, 2)
     rows = selection.sample(jax.random.key(0), x, 100)
