@@ -33,7 +33,7 @@ def get_config() -> Config:
     config.iterations_per_program = 20
 
     config.sweep = ConfigDict()  # For n_clusters = auto.
-    config.sweep.n_clusters = (2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32)
+    config.sweep.n_clusters = (2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 16, 20, 24, 32)
     config.sweep.n_init = 4
     config.sweep.n_refits = 10
     config.sweep.sample_size = 10_000

@@ -146,7 +146,7 @@ def _inertia(history: Sequence[tuple[int, int, float]], title: str) -> Figure:
         ax.plot(points[:, 0], points[:, 1], **line)  # pyright: ignore[reportArgumentType]
     last = [(i, v) for r, i, v in history if r == best][-1]
     ax.annotate(
-        f"{last[1]:,.6g}",
+        f"{last[1]:,.0f}" if last[1] >= 1000 else f"{last[1]:.6g}",
         last,
         xytext=(0, 7),
         textcoords="offset points",
@@ -157,6 +157,7 @@ def _inertia(history: Sequence[tuple[int, int, float]], title: str) -> Figure:
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.set_xlabel("iteration", fontsize=9, color=_INK)
     ax.set_ylabel("inertia", fontsize=9, color=_INK)
+    ax.yaxis.set_major_formatter(lambda value, _: f"{value:,.10g}")
     ax.margins(y=0.12)
     _soften(ax, 8.5)
     words = "Inertia by iteration"
@@ -268,6 +269,7 @@ def _sweep(sweep: Mapping[str, Any], title: str) -> Figure:
         if ks.max() >= 10 * ks.min():
             ax.set_xscale("log", base=2)
             ax.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        ax.yaxis.set_major_formatter(lambda value, _: f"{value:,.10g}")
         _soften(ax, 8.5)
         _title(ax, heading)
     axes[2].set_ylim(min(0.0, min(sweep["stability"])), 1.05)

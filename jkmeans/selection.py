@@ -268,6 +268,9 @@ def suggest(
         reason += f"; a silhouette below {WEAK} says that clusters are hardly separated"
     if len(n_clusters) > 1 and best in (0, len(n_clusters) - 1) and n_clusters[best] != 2:
         reason += "; it is at the edge of the sweep: try a wider one"
+    around = n_clusters[max(0, best - 1) : best + 2]
+    if (np.diff(around) > 1).any():
+        reason += f"; between {around[0]} and {around[-1]} the sweep left some K out: try those too"
     return int(n_clusters[best]), reason
 
 

@@ -219,3 +219,9 @@ def test_weak_clusters_and_the_edge():
     assert k == 4
     assert "edge of the sweep" in reason
     assert "edge" not in suggested([0.6, 0.4, 0.5], [1.0, 1.0, 1.0])[1]
+
+
+def test_values_left_out():
+    assert "left some K out" not in suggested([0.3, 0.5, 0.4], [1.0, 1.0, 1.0])[1]
+    reason = suggested([0.3, 0.5, 0.4], [1.0, 1.0, 1.0], ks=(4, 5, 8))[1]
+    assert "between 4 and 8 the sweep left some K out" in reason
