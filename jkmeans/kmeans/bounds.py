@@ -183,18 +183,20 @@ def group_centroids(centroids: jax.Array) -> jax.Array:
     while parts < groups:
         points = centroids[order].reshape(parts, n_slots // parts, -1)
 
-        def farthest_from(origin_pd, points=points):
-            far = jnp.argmax(jnp.sum((points - origin_pd[:, None, :]) ** 2, axis=2), axis=1)
-            return jnp.take_along_axis(points, far[:, None, None], axis=1)[:, 0]
-
-        one = farthest_from(jnp.mean(points, axis=1))
-        other = farthest_from(one)
+        one = _farthest(points, jnp.mean(points, axis=1))
+        other = _farthest(points, one)
         along = jnp.einsum("psd,pd->ps", points, other - one)
         by_projection = jnp.argsort(along, axis=1)
         order = jnp.take_along_axis(order.reshape(parts, -1), by_projection, axis=1).reshape(-1)
         empty = jnp.take_along_axis(empty.reshape(parts, -1), by_projection, axis=1).reshape(-1)
         parts *= 2
     return jnp.sort(jnp.where(empty, k, order).reshape(groups, size), axis=1)
+
+
+def _farthest(points_psd: jax.Array, origin_pd: jax.Array) -> jax.Array:
+    """The point of each part that is farthest from an origin of its own: [p, d]."""
+    far = jnp.argmax(jnp.sum((points_psd - origin_pd[:, None, :]) ** 2, axis=2), axis=1)
+    return jnp.take_along_axis(points_psd, far[:, None, None], axis=1)[:, 0]
 
 
 def geometry(centroids: jax.Array, middle: jax.Array, order: jax.Array) -> Geometry:

@@ -1,9 +1,10 @@
 """First centroids: a random sample, k-means++ and k-means‖.
 
-Random numbers belong to rows, not to devices: the noise of a row is drawn from
-``fold_in(key, its global number)``, and rows are chosen by the largest noisy score (the Gumbel
-top-k trick). The choice therefore does not depend on how rows are spread over devices, except where
-rounding in a sum over devices decides between two near-equal candidates.
+What is chosen does not depend on how rows are spread over devices, except where rounding in a sum
+over devices decides between two near-equal candidates. k-means++ draws single rows by their place
+in the cumulative sum of D² over all rows. `sample` and k-means‖ draw many different rows at once:
+every row has noise of its own, drawn from ``fold_in(key, its global number)``, and rows are chosen
+by the largest noisy score (the Gumbel top-k trick).
 
 Every initialisation has the signature ``(key, x, n_clusters, *, weights, index, axis_name)`` and is
 listed in ``INITIALIZATIONS``.
@@ -18,13 +19,15 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jkmeans.kmeans.assignment import accumulation_dtype, assign, map_rows
+from jkmeans.kmeans.assignment import accumulation_dtype, assign, map_rows, score
 from jkmeans.kmeans.collectives import AxisName, all_sum, n_devices, top_k_rows, vary_like
 from jkmeans.kmeans.statistics import cluster_statistics
 
 # Added to the log-score of a row that repeats a centroid already chosen: below any other row's
 # log-score, and small enough for the noise to keep three digits.
 _LAST_RESORT = -1e4
+# Rows of a block of the cumulative sum.
+_DRAW_ROWS = 1024
 
 
 def sample(
@@ -74,16 +77,14 @@ def kmeans_plus_plus(
 
     With D(x)² the squared distance of x to the nearest centroid so far, each round draws
     ``n_local_trials`` rows with probability proportional to w(x) D(x)² and keeps the one that
-    lowers the potential Σ w D² most. A round takes three small all-reduces. As in scikit-learn,
-    except that the rows of one round are drawn without replacement.
+    lowers the potential Σ w D² most. A round takes three small all-reduces.
 
     Args:
       key: a JAX random key, the same on all devices.
       x: [n, d], any real dtype; the local rows inside ``shard_map``.
       n_clusters: k.
       weights: [n] float, at least 0; rows of weight 0 are never chosen. None for ones.
-      index: [n] int32, the global number of each row; by default rows are numbered in order, over
-        the devices too.
+      index: unused: rows are drawn by their place.
       n_local_trials: rows drawn in a round; by default 2 + ⌊log k⌋. 1 is plain k-means++.
       axis_name: the mesh axis that rows are sharded over, or None.
       block_size: rows compared with the trials at a time; None for what suits the device.
@@ -103,30 +104,22 @@ def kmeans_plus_plus(
     if n_clusters > n_rows:
         raise ValueError(f"{n_clusters} rows are wanted, but x has only {n_rows}")
     trials = 2 + int(math.log(n_clusters)) if n_local_trials is None else n_local_trials
-    trials = min(trials, n_rows)
-
-    def distances_to(centroids: jax.Array) -> jax.Array:
-        # Differences, not ‖x‖² − 2x·c + ‖c‖²: a row chosen before must be at 0 exactly. They are
-        # fused into the sum, never stored; and in blocks, lest the sum be fused into each of its
-        # uses and done again (20 times slower on a CPU).
-        def to_rows(x_bd: jax.Array) -> jax.Array:
-            return jnp.sum((x_bd[:, None, :] - centroids[None, :, :]) ** 2, axis=2)
-
-        return map_rows(to_rows, x, block_size)
+    distances_to = _distances_to(x, weights, axis_name, block_size)
 
     def choose_next(i, carry):
         centroids, closest = carry
-        priority = _priority(jax.random.fold_in(key, i), weights * closest, weights, index)
-        candidates = _choose(priority, x, trials, axis_name)
-        distances = jnp.minimum(closest[:, None], distances_to(candidates))
-        weighted = jnp.where(weights[:, None] > 0, weights[:, None] * distances, 0)
-        potentials = all_sum(jnp.sum(weighted, axis=0), axis_name)
+        row, local = _draw(jax.random.fold_in(key, i), weights, closest, trials, axis_name)
+        candidates = _gather(x, row, local, axis_name)
+        distances = jnp.minimum(closest[None, :], distances_to(candidates, row, local))
+        weighted = jnp.where(weights[None, :] > 0, weights[None, :] * distances, 0)
+        potentials = all_sum(jnp.sum(weighted, axis=1), axis_name)
         best = jnp.argmin(potentials)
-        return centroids.at[i].set(candidates[best]), distances[:, best]
+        return centroids.at[i].set(candidates[best]), distances[best]
 
-    first = _choose(_priority(jax.random.fold_in(key, 0), weights, weights, index), x, 1, axis_name)
+    row, local = _draw(jax.random.fold_in(key, 0), weights, jnp.ones_like(weights), 1, axis_name)
+    first = _gather(x, row, local, axis_name)
     centroids = vary_like(jnp.zeros((n_clusters, x.shape[1]), x.dtype), first).at[0].set(first[0])
-    closest = distances_to(first)[:, 0]
+    closest = distances_to(first, row, local)[0]
     centroids, _ = lax.fori_loop(1, n_clusters, choose_next, (centroids, closest))
     return centroids
 
@@ -219,6 +212,109 @@ INITIALIZATIONS: dict[str, Callable[..., jax.Array]] = {
 }
 
 
+def _distances_to(x: jax.Array, weights: jax.Array, axis_name: AxisName, block_size: int | None):
+    """A function to the squared distances of all rows from some candidates: [t, n].
+
+    Its arguments are the candidates [t, d], the local rows [t] that they are, and which of these
+    are local [t] bool. A row is at 0 from itself and from rows that equal it.
+    """
+    n, d = x.shape
+    if d <= 8:
+
+        def one_by_one(candidates, row, local) -> jax.Array:
+            del row, local
+            columns = ((x[None, :, j] - candidates[:, j, None]) ** 2 for j in range(d))
+            return sum(columns, jnp.zeros((candidates.shape[0], n), x.dtype))
+
+        return one_by_one
+    # As products: ‖x‖² − 2x·c + ‖c‖², around the mean. What is left of x − x by rounding would be
+    # drawn as if it were a distance, so anything that small is 0.
+    counted = jnp.where(weights[:, None] > 0, x, 0)
+    total = all_sum((jnp.sum(counted, axis=0), jnp.sum(weights > 0)), axis_name)
+    mean = (total[0] / jnp.maximum(total[1], 1))[None, :]
+    norms = map_rows(lambda x_bd: jnp.sum((x_bd - mean) ** 2, axis=1), x, block_size)
+    slack = (16 + math.sqrt(d)) * float(jnp.finfo(x.dtype).eps)
+
+    def as_products(candidates, row, local) -> jax.Array:
+        shifted = candidates - mean
+        candidate_norms = jnp.sum(shifted**2, axis=1)
+
+        def to_rows(x_bd: jax.Array) -> jax.Array:
+            return score(x_bd - mean, shifted, 0.5 * candidate_norms).T
+
+        twice = 2 * map_rows(to_rows, x, block_size).T + norms[None, :]
+        reach = jnp.sqrt(candidate_norms)[:, None] + jnp.sqrt(norms)[None, :]
+        distances = jnp.where(twice > slack * reach**2, twice, 0)
+        itself = jnp.where(local, row, n)
+        return distances.at[jnp.arange(len(row)), itself].set(0, mode="drop")
+
+    return as_products
+
+
+def _draw(
+    key: jax.Array, weights: jax.Array, scores: jax.Array, m: int, axis_name: AxisName
+) -> tuple[jax.Array, jax.Array]:
+    """Draws m rows of all devices with probability proportional to weights · scores.
+
+    With replacement; where all products are 0, by the weights alone.
+
+    Returns:
+      row [m] int32, a valid local row; local [m] bool, whether the choice is this device's ``row``
+      (of exactly one device).
+    """
+    n = weights.shape[0]
+    mass = jnp.where(weights > 0, weights * scores, 0)
+    # The cumulative sum in two levels: of blocks of rows, and inside the block that is hit.
+    rows = min(n, _DRAW_ROWS)
+    n_blocks = -(-n // rows)
+
+    def totals_of(mass: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        padded = jnp.pad(mass, (0, n_blocks * rows - n)).reshape(n_blocks, rows)
+        ends = jnp.cumsum(jnp.sum(padded, axis=1))
+        everything = all_sum(ends[-1], axis_name)
+        return padded, ends, everything
+
+    padded, ends, everything = totals_of(mass)
+    nothing = ~(everything > 0)
+    by_weight = totals_of(jnp.where(weights > 0, weights, 0))
+    padded = jnp.where(nothing, by_weight[0], padded)
+    ends = jnp.where(nothing, by_weight[1], ends)
+    first = jnp.zeros((), mass.dtype)
+    everything = jnp.where(nothing, by_weight[2], everything)
+    is_last = jnp.asarray(True)
+    if axis_name is not None:
+        # A psum of disjoint slots: the totals of all devices, the same everywhere.
+        device, devices = lax.axis_index(axis_name), n_devices(axis_name)
+        of_devices = lax.psum(jnp.zeros(devices, mass.dtype).at[device].set(ends[-1]), axis_name)
+        after = jnp.cumsum(of_devices)
+        everything = after[-1]
+        first = jnp.where(device > 0, after[jnp.maximum(device - 1, 0)], 0)
+        last_device = jnp.max(jnp.where(of_devices > 0, jnp.arange(devices), -1))
+        is_last = device == last_device
+        limit = after[device]
+    else:
+        limit = ends[-1]
+    at = jax.random.uniform(key, (m,), mass.dtype) * everything
+    local = (at >= first) & ((at < limit) | is_last) & (ends[-1] > 0)
+    inside = jnp.clip(at - first, 0, ends[-1])
+    block = jnp.searchsorted(ends, inside, side="right")
+    # Rounding may lead past the last block, or into one without mass: the last one that has any.
+    occupied = jnp.max(jnp.where(ends > jnp.append(0, ends[:-1]), jnp.arange(n_blocks), 0))
+    block = jnp.minimum(block, occupied)
+    inside = inside - jnp.where(block > 0, ends[jnp.maximum(block - 1, 0)], 0)
+    of_block = padded[block]
+    hit = (jnp.cumsum(of_block, axis=1) > inside[:, None]) & (of_block > 0)
+    position = jnp.arange(rows)
+    last = jnp.max(jnp.where(of_block > 0, position[None, :], 0), axis=1)
+    place = jnp.where(jnp.any(hit, axis=1), jnp.argmax(hit, axis=1), last)
+    return jnp.minimum(block * rows + place, n - 1).astype(jnp.int32), local
+
+
+def _gather(x: jax.Array, row: jax.Array, local: jax.Array, axis_name: AxisName) -> jax.Array:
+    """Rows of any device on all of them: [m, d]."""
+    return all_sum(jnp.where(local[:, None], x[row], 0), axis_name)
+
+
 def _prepare(x, weights, index, axis_name) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Rows in the dtype to compute in, weights and global row numbers filled in."""
     x = jnp.asarray(x, accumulation_dtype(x))
@@ -254,5 +350,4 @@ def _choose(priority: jax.Array, x: jax.Array, k: int, axis_name: AxisName) -> j
     values, row, local = top_k_rows(priority, k, axis_name)
     n_valid = jnp.maximum(jnp.sum(values > -jnp.inf), 1)
     turn = jnp.arange(k) % n_valid
-    row, local = row[turn], local[turn]
-    return all_sum(jnp.where(local[:, None], x[row], 0), axis_name)
+    return _gather(x, row[turn], local[turn], axis_name)

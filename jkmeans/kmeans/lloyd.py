@@ -140,7 +140,9 @@ def lloyd(
     x, centroids = jnp.asarray(x), jnp.asarray(centroids)
     k = centroids.shape[0]
     dtype = accumulation_dtype(x, centroids)
-    bounded = algorithm == "bounds" or (algorithm == "auto" and bounds.pay_off(*x.shape, k))
+    bounded = algorithm == "bounds" or (
+        algorithm == "auto" and bounds.pay_off(x.shape[0], x.shape[1], k)
+    )
 
     def replicated(value) -> jax.Array:
         return vary_like(value, x, weights, centroids, reduced=axis_name)

@@ -9,6 +9,7 @@ get few rows, and the rules for stopping, as in scikit-learn's ``MiniBatchKMeans
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -174,15 +175,15 @@ def minibatch(
     Raises:
       ValueError: an unknown ``init``, or fewer than k rows in a sample.
     """
-    n_all = x.shape[0] * n_devices(axis_name)
-    n_rows = n_all if n_rows is None else n_rows
+    x = jnp.asarray(x)
+    n_rows = x.shape[0] * n_devices(axis_name) if n_rows is None else n_rows
     draw = _drawer(weights, n_rows, axis_name)
     if isinstance(init, str):
         centroids = _initialize(
             key, x, n_clusters, init, n_init, init_size, weights, n_rows, axis_name
         )
     else:
-        centroids = init
+        centroids = jnp.asarray(init)
     dtype = jnp.promote_types(jnp.result_type(x, centroids), jnp.float32)
     centroids = vary_like(centroids.astype(dtype), x, weights, reduced=axis_name)
     alpha = jnp.minimum(2 * batch_size / (n_rows + 1), 1).astype(dtype)
@@ -242,11 +243,11 @@ def minibatch(
 
 
 def gather_rows(values: jax.Array, rows: jax.Array, axis_name: AxisName) -> jax.Array:
-    """Rows by their global number, from whichever device has them: [r, ...], the same on all.
+    """Rows by their global number, from whichever device has them: [*rows.shape, ...], on all.
 
     Args:
       values: [n, ...], the local rows.
-      rows: [r] int32, the same on all devices.
+      rows: int32 of any shape, the same on all devices.
       axis_name: the mesh axis, or None.
     """
     if axis_name is None:
@@ -254,7 +255,7 @@ def gather_rows(values: jax.Array, rows: jax.Array, axis_name: AxisName) -> jax.
     n_local = values.shape[0]
     local = rows - n_local * lax.axis_index(axis_name)
     here = (local >= 0) & (local < n_local)
-    here = here.reshape(-1, *[1] * (values.ndim - 1))
+    here = here.reshape(here.shape + (1,) * (values.ndim - 1))
     # A sum of zeros and one row, which is exact; small types are not summed by every backend.
     wide = jnp.promote_types(values.dtype, jnp.float32)
     found = values[jnp.clip(local, 0, n_local - 1)].astype(wide)
@@ -277,21 +278,24 @@ def _spread(x, rows, n_padded, axis_name) -> tuple[jax.Array, jax.Array | None]:
     return batch, (first + jnp.arange(batch.shape[0]) < n_batch).astype(wide)
 
 
+def _row_numbers(x: jax.Array, axis_name: AxisName) -> jax.Array:
+    """The global number of each local row: [n] int32."""
+    first = 0 if axis_name is None else x.shape[0] * lax.axis_index(axis_name)
+    return first + jnp.arange(x.shape[0], dtype=jnp.int32)
+
+
 def _drawer(weights, n_rows, axis_name):
     """A function (key, number) -> [number] int32: rows drawn with replacement by weight."""
     if weights is None:
         return lambda key, number: jax.random.randint(key, (number,), 0, n_rows, jnp.int32)
     # The cumulative sum of all weights in one float32 would round the weight of a row away. So
-    # two sums: over blocks of about √n rows, and inside of a block.
-    n_local = weights.shape[0]
-    n_block = max(1, round(n_local**0.5))
-    n_blocks = -(-n_local // n_block)
-    padded = jnp.pad(weights, (0, n_blocks * n_block - n_local)).reshape(n_blocks, n_block)
-    block_sums = jnp.sum(padded, axis=1)
-    if axis_name is not None:
-        device = lax.axis_index(axis_name)
-        slots = jnp.zeros((n_devices(axis_name), n_blocks), block_sums.dtype)
-        block_sums = lax.psum(slots.at[device].set(block_sums), axis_name).reshape(-1)
+    # two sums: over blocks of about √n rows, and inside of a block. Blocks are cut by global row
+    # numbers, and so do not depend on the devices.
+    n_all = weights.shape[0] * n_devices(axis_name)
+    n_block = 2 ** round(math.log2(n_all) / 2)
+    n_blocks = -(-n_all // n_block)
+    block_of_row = _row_numbers(weights, axis_name) // n_block
+    block_sums = all_sum(jax.ops.segment_sum(weights, block_of_row, n_blocks), axis_name)
     bounds = jnp.cumsum(block_sums)
 
     def draw(key: jax.Array, number: int) -> jax.Array:
@@ -299,16 +303,16 @@ def _drawer(weights, n_rows, axis_name):
         target = jax.random.uniform(block_key, (number,), bounds.dtype) * bounds[-1]
         block = jnp.searchsorted(bounds, target, side="right")
         # Rounding may reach the end of the last block, or one that holds nothing.
-        last = jnp.max(jnp.where(block_sums > 0, jnp.arange(block_sums.shape[0]), 0))
+        last = jnp.max(jnp.where(block_sums > 0, jnp.arange(n_blocks), 0))
         block = jnp.minimum(block, last).astype(jnp.int32)
-        inside = gather_rows(padded, block, axis_name)
+        rows = block[:, None] * n_block + jnp.arange(n_block, dtype=jnp.int32)[None, :]
+        inside = gather_rows(weights, jnp.minimum(rows, n_all - 1), axis_name)
+        inside = jnp.where(rows < n_all, inside, 0)
         within = jnp.cumsum(inside, axis=1)
         target = jax.random.uniform(row_key, (number, 1), bounds.dtype) * within[:, -1:]
         offset = jnp.sum(within <= target, axis=1)
         last = jnp.max(jnp.where(inside > 0, jnp.arange(n_block)[None, :], 0), axis=1)
-        offset = jnp.minimum(offset, last).astype(jnp.int32)
-        device, block = block // n_blocks, block % n_blocks
-        return device * n_local + block * n_block + offset
+        return block * n_block + jnp.minimum(offset, last).astype(jnp.int32)
 
     return draw
 
@@ -352,10 +356,7 @@ def _initialize(key, x, n_clusters, init, n_init, init_size, weights, n_rows, ax
 def _reassign(key, x, weights, centroids, counts, low, at_most, axis_name):
     """Moves the centroids marked ``low`` to different random rows of the batch."""
     k = centroids.shape[0]
-    number = jnp.arange(x.shape[0], dtype=jnp.int32)
-    if axis_name is not None:
-        number = number + x.shape[0] * lax.axis_index(axis_name)
-    keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, number)
+    keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, _row_numbers(x, axis_name))
     priority = jax.vmap(jax.random.uniform)(keys)
     if weights is not None:
         priority = jnp.where(weights > 0, priority, -1)

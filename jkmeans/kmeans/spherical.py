@@ -15,7 +15,8 @@ from jkmeans.kmeans.statistics import cluster_statistics
 
 def unit_rows(x: jax.Array) -> jax.Array:
     """x_i / ‖x_i‖: [n, d] in float32 (float64 if x is); rows of zeros stay zeros."""
-    x = jnp.asarray(x, jnp.promote_types(x.dtype, jnp.float32))
+    x = jnp.asarray(x)
+    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     # By the largest entry first, so that no square overflows or vanishes.
     largest = jnp.max(jnp.abs(x), axis=1, keepdims=True)
     x = x / jnp.where(largest > 0, largest, 1)

@@ -108,7 +108,7 @@ def exact_sum(values: jax.Array) -> jax.Array:
 
         def add_block(i, carry):
             block = lax.dynamic_slice_in_dim(values, i * width, width)
-            return _two_sum(*carry, block)
+            return _two_sum(carry[0], carry[1], block)
 
         zeros = vary_like(jnp.zeros(width, values.dtype), values)
         total, error = lax.fori_loop(0, n_blocks, add_block, (zeros, zeros))
