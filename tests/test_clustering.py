@@ -259,6 +259,33 @@ def test_streamed_data(large, tmp_path, capfd):
     assert cluster(config, tmp_path / "w") == summary
 
 
+@pytest.mark.parametrize("stage", ["iteration 2", "labels"])
+def test_a_stopped_stream_goes_on(stage, large, tmp_path, monkeypatch):
+    config = make_config(
+        input=str(large[0]), n_clusters="7", n_devices=2, memory_mebibytes=8, max_iter=4,
+        report__sample_size=500,
+    )  # fmt: skip
+    whole = cluster(config, tmp_path / "whole")
+    line = clustering._Job._stream_line
+
+    def signal_at_stage(self, now):
+        if now.stage == stage:
+            os.kill(os.getpid(), signal.SIGTERM)
+            patch.undo()
+        return line(self, now)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(clustering._Job, "_stream_line", signal_at_stage)
+        with pytest.raises(Interrupted, match="SIGTERM"):
+            cluster(config, tmp_path / "parts")
+    assert not (tmp_path / "parts" / "summary.json").exists()
+    parts = cluster(config, tmp_path / "parts")
+    assert parts["inertia"] == whole["inertia"]
+    there, here = outputs(tmp_path / "whole"), outputs(tmp_path / "parts")
+    for name in OUTPUTS:
+        np.testing.assert_array_equal(here[name], there[name])
+
+
 def test_a_sweep_over_streamed_data(large, tmp_path):
     path, _ = large
     config = make_config(
