@@ -234,27 +234,42 @@ def fit_rows(
     relative_tol: bool = False,
     **options: Any,
 ) -> kmeans.KMeansResult:
-    """`fit` on rows that are placed already; arguments as there."""
+    """`fit` on rows that are placed already; arguments as there.
+
+    ``oversampling_factor`` is an option too, of "k-means||".
+    """
     if n_clusters > rows.n_rows:
         raise ValueError(f"n_samples={rows.n_rows} should be >= n_clusters={n_clusters}.")
     by_name = isinstance(init, str)
-    with precision(rows.x):
-        result = run(
+    static = {"init": init if by_name else None, "n_init": n_init if by_name else 1, **options}
+    # The core draws candidates by its own factor; with another one restarts are run one by one.
+    drawn_here = "oversampling_factor" in options
+    restarts = range(static["n_init"]) if drawn_here else range(1)
+    if drawn_here:
+        static["n_init"] = 1
+
+    def run_once(restart: int) -> kmeans.KMeansResult:
+        return run(
             _fit,
             rows,
             key,
             None if by_name else init,
+            restart,
             max_iter,
             tol,
             rows.n_rows,
             out_specs=RESULT_SPECS,
             n_clusters=n_clusters,
-            init=init if by_name else None,
-            n_init=n_init if by_name else 1,
             relative_tol=relative_tol,
-            **options,
+            **static,
         )
-        return cut(result, rows.n_rows)
+
+    with precision(rows.x):
+        best = run_once(restarts[0])
+        for restart in restarts[1:]:
+            result = run_once(restart)
+            best = result if float(result.inertia) < float(best.inertia) else best
+        return cut(best, rows.n_rows)
 
 
 def assign(x: Any, centroids: Any, *, mesh: Mesh | None = None) -> kmeans.Assignment:
@@ -399,13 +414,38 @@ def _fill(array: Any, n_padded: int, padding: Any) -> Any:
 
 
 def _fit(
-    x, weights, key, centroids, max_iter, tol, n_rows, *, init, relative_tol, axis_name, **options
+    x,
+    weights,
+    key,
+    centroids,
+    restart,
+    max_iter,
+    tol,
+    n_rows,
+    *,
+    n_clusters,
+    init,
+    relative_tol,
+    axis_name,
+    oversampling_factor=None,
+    **options,
 ):
     if relative_tol:
         tol = scaled_tol(tol, x, n_rows, axis_name)
+    if oversampling_factor is not None:
+        centroids = kmeans.kmeans_parallel(
+            jax.random.fold_in(key, restart),
+            x,
+            n_clusters,
+            weights=weights,
+            oversampling_factor=oversampling_factor,
+            axis_name=axis_name,
+        )
+        init = None
     return kmeans.fit(
         key,
         x,
+        n_clusters,
         init=centroids if init is None else init,
         max_iter=max_iter,
         tol=tol,

@@ -24,9 +24,16 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
 import jkmeans
-from jkmeans import KMeans, sharding
+from jkmeans import (
+    BisectingKMeans,
+    HierarchicalKMeans,
+    KMeans,
+    MiniBatchKMeans,
+    SphericalKMeans,
+    sharding,
+)
 
-ESTIMATORS = [KMeans]
+ESTIMATORS = [KMeans, MiniBatchKMeans, SphericalKMeans, BisectingKMeans, HierarchicalKMeans]
 
 # As scikit-learn expects of its own k-means: other rows draw other random numbers. That weights
 # are repetitions is tested below, from the same start.
@@ -177,6 +184,155 @@ def test_weights_are_repetitions(blobs, mesh):
         np.testing.assert_allclose(weighted.inertia_, repeated.inertia_, rtol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["rows.npy", "folder"])
+def test_kmeans_of_files(blobs, tmp_path, name):
+    path = tmp_path / name
+    if name == "folder":
+        path.mkdir()
+        np.save(path / "1.npy", blobs[:100])
+        np.save(path / "2.npy", blobs[100:])
+    else:
+        np.save(path, blobs)
+    theirs = sklearn.cluster.KMeans(6, init=blobs[:6]).fit(blobs)
+    model = KMeans(6, init=blobs[:6]).fit(str(path))
+    check_equal(model, theirs)
+    assert model.n_iter_ == theirs.n_iter_
+    assert model.n_features_in_ == 5
+    np.testing.assert_array_equal(model.predict(path), theirs.labels_)
+    np.testing.assert_allclose(model.transform(path), theirs.transform(blobs), rtol=1e-3)
+    np.testing.assert_allclose(model.score(path), theirs.score(blobs), rtol=1e-5)
+
+
+def test_bad_files(blobs, tmp_path):
+    with pytest.raises(ValueError, match=r"none\.npy does not exist: accepted is"):
+        KMeans(6).fit(tmp_path / "none.npy")
+    np.save(tmp_path / "two.npy", blobs[:, :2])
+    with pytest.raises(ValueError, match="has 2 features, but 5 are expected"):
+        KMeans(3).fit(blobs).predict(tmp_path / "two.npy")
+    with pytest.raises(TypeError, match="SphericalKMeans does not read here"):
+        SphericalKMeans(3).fit(tmp_path / "two.npy")
+
+
+# MiniBatchKMeans
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_partial_fit_agrees_with_scikit_learn(blobs, dtype):
+    x = blobs.astype(dtype)
+    options = {"init": x[:6], "n_init": 1, "reassignment_ratio": 0}
+    ours = MiniBatchKMeans(6, **options)
+    theirs = sklearn.cluster.MiniBatchKMeans(6, **options)
+    rng = np.random.default_rng(0)
+    for _ in range(4):
+        batch, weights = x[rng.choice(301, 64)], rng.uniform(0, 2, 64)
+        for model in (ours, theirs):
+            model.partial_fit(batch, sample_weight=weights)
+        check_equal(ours, theirs, rtol=1e-4 if dtype == np.float32 else 1e-11)
+    assert ours.n_steps_ == theirs.n_steps_ == 4
+    assert ours.cluster_centers_.dtype == dtype
+
+
+def test_partial_fit_goes_on_after_fit_and_pickling(blobs, mesh):
+    model = MiniBatchKMeans(6, random_state=0, batch_size=64).fit(blobs)
+    n_steps = model.n_steps_
+    assert n_steps > 10
+    other = pickle.loads(pickle.dumps(model)).set_params(mesh=mesh)
+    for each in (model, other):
+        each.partial_fit(blobs[:100])
+    assert model.n_steps_ == n_steps + 1
+    np.testing.assert_allclose(other.cluster_centers_, model.cluster_centers_, rtol=1e-5)
+
+
+@pytest.mark.parametrize("init", ["k-means++", "random", "callable"])
+def test_minibatch_reaches_nearly_what_lloyd_reaches(init):
+    x, _ = make_blobs(2000, 8, centers=4, cluster_std=2.0, random_state=1)
+    full = sklearn.cluster.KMeans(4, n_init=10, random_state=0).fit(x)
+    init = sklearn.cluster.kmeans_plusplus if init == "callable" else init
+    if callable(init):
+        init = lambda X, k, random_state: sklearn.cluster.kmeans_plusplus(  # noqa: E731
+            X, k, random_state=random_state
+        )[0]
+    model = MiniBatchKMeans(4, init=init, n_init=5, batch_size=256, random_state=0).fit(x)
+    assert model.inertia_ < 1.05 * full.inertia_
+    assert 1 <= model.n_iter_ <= 100
+    np.testing.assert_allclose(-model.score(x), model.inertia_)
+
+
+def test_minibatch_without_labels(blobs):
+    model = MiniBatchKMeans(6, batch_size=64, compute_labels=False, random_state=0).fit(blobs)
+    assert not hasattr(model, "labels_")
+    # An estimate, from batches.
+    np.testing.assert_allclose(model.inertia_, -model.score(blobs), rtol=0.3)
+    with pytest.warns(RuntimeWarning, match=r"init_size=2 should be larger than n_clusters=6"):
+        MiniBatchKMeans(6, batch_size=64, init_size=2).fit(blobs)
+
+
+# SphericalKMeans
+
+
+def test_spherical_clusters_directions(blobs):
+    lengths = np.random.default_rng(0).uniform(0.1, 10, (301, 1)).astype(np.float32)
+    model = SphericalKMeans(6, init=blobs[:6]).fit(blobs)
+    scaled = SphericalKMeans(6, init=blobs[:6]).fit(blobs * lengths)
+    np.testing.assert_array_equal(model.labels_, scaled.labels_)
+    np.testing.assert_array_equal(model.predict(blobs * lengths), model.labels_)
+    unit = blobs / np.linalg.norm(blobs, axis=1, keepdims=True)
+    cosines = unit @ model.cluster_centers_.T
+    np.testing.assert_array_equal(cosines.argmax(axis=1), model.labels_)
+    np.testing.assert_allclose(model.inertia_, (1 - cosines.max(axis=1)).sum(), rtol=1e-4)
+    np.testing.assert_allclose(model.transform(blobs), 1 - cosines, atol=1e-5)
+    np.testing.assert_allclose(model.score(blobs * lengths), -model.inertia_, rtol=1e-4)
+
+
+# BisectingKMeans
+
+
+@pytest.mark.parametrize("strategy", ["biggest_inertia", "largest_cluster"])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_bisecting_agrees_with_scikit_learn(blobs, strategy, weighted):
+    def init(X, n_clusters, random_state):
+        return X[:n_clusters].copy()
+
+    weights = np.random.default_rng(0).uniform(0, 2, 301) if weighted else None
+    options = {"init": init, "bisecting_strategy": strategy}
+    ours = BisectingKMeans(6, **options).fit(blobs, sample_weight=weights)
+    theirs = sklearn.cluster.BisectingKMeans(6, **options).fit(blobs, sample_weight=weights)
+    check_equal(ours, theirs)
+    other = blobs[::-1] * 1.5
+    np.testing.assert_array_equal(ours.predict(other), theirs.predict(other))
+
+
+# HierarchicalKMeans
+
+
+def test_hierarchy_of_nested_blobs():
+    """Nine fine clusters in three coarse ones, of very different sizes."""
+    rng = np.random.default_rng(0)
+    coarse = np.repeat([0, 1, 2], 3)
+    centers = np.array([[0, 0], [100, 0], [0, 100]])[coarse] + 10 * np.tile(
+        [[0, 0], [1, 0], [0, 1]], (3, 1)
+    )
+    truth = np.repeat(np.arange(9), [80, 20, 10, 40, 10, 10, 10, 10, 10])
+    x = (centers[truth] + rng.normal(size=(200, 2))).astype(np.float32)
+    model = HierarchicalKMeans((9, 3), n_init=5, n_resampling=2, random_state=0).fit(x)
+    for found, expected in zip(model.level_labels_, (truth, coarse[truth]), strict=True):
+        pairs = set(zip(found, expected, strict=True))
+        assert len(pairs) == len(set(expected)) == len(set(found))
+    np.testing.assert_array_equal(model.predict_levels(x), np.stack(model.level_labels_, axis=1))
+    rows = model.sample(27, random_state=0)
+    np.testing.assert_array_equal(np.bincount(truth[rows]), np.full(9, 3))
+    with pytest.raises(ValueError, match=r"n_clusters=\(3, 9\): expected a number of clusters"):
+        HierarchicalKMeans((3, 9)).fit(x)
+
+
+def test_without_resampling_the_first_level_is_kmeans(blobs):
+    model = HierarchicalKMeans(6, n_resampling=0, random_state=0).fit(blobs)
+    assert len(model.level_centers_) == 1
+    lloyd = sklearn.cluster.KMeans(6, init=model.cluster_centers_).fit(blobs)
+    assert lloyd.n_iter_ <= 2
+    np.testing.assert_allclose(model.inertia_, lloyd.inertia_, rtol=1e-3)
+
+
 # All estimators
 
 
@@ -185,7 +341,8 @@ def make(request):
     """Makes an estimator of three clusters."""
 
     def make(**options):
-        return request.param(n_clusters=3, random_state=0, **options)
+        few = {"n_resampling": 1} if request.param is HierarchicalKMeans else {}
+        return request.param(n_clusters=3, random_state=0, **few, **options)
 
     return make
 
@@ -312,13 +469,9 @@ def test_bad_input(make, blobs):
 
 
 def test_kmeans_bad_centroids(blobs):
-    with pytest.raises(
-        ValueError, match=r"initial centers \(5, 5\) does not match the number of cl"
-    ):
+    with pytest.raises(ValueError, match=r"\(5, 5\) does not match the number of clus"):
         KMeans(6, init=blobs[:5]).fit(blobs)
-    with pytest.raises(
-        ValueError, match=r"initial centers \(6, 2\) does not match the number of fe"
-    ):
+    with pytest.raises(ValueError, match=r"\(6, 2\) does not match the number of feat"):
         KMeans(6, init=blobs[:6, :2]).fit(blobs)
 
 

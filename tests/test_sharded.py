@@ -83,6 +83,19 @@ def test_initialisation_does_not_depend_on_the_devices(blobs, mesh, init):
     np.testing.assert_allclose(one.centroids, eight.centroids, rtol=1e-4)
 
 
+def test_oversampling_factor(blobs):
+    # One candidate a cluster in each round, all of them drawn before anything is chosen.
+    result = sharded.fit(KEY, blobs, 6, init="k-means||", n_init=3, oversampling_factor=1.0)
+    single = [
+        float(sharded.fit(jax.random.key(0), blobs, 6, init=start).inertia)
+        for start in (
+            kmeans.kmeans_parallel(jax.random.fold_in(KEY, r), blobs, 6, oversampling_factor=1.0)
+            for r in range(3)
+        )
+    ]
+    np.testing.assert_allclose(result.inertia, min(single), rtol=1e-5)
+
+
 def test_assignment_and_distances(blobs, any_mesh):
     model = KMeans(6, init=blobs[:6], n_init=1).fit(blobs)
     centroids = model.cluster_centers_
@@ -163,7 +176,7 @@ def test_no_copy_of_the_rows_beside_the_core():
     options = {"n_clusters": 8, "n_init": 1, "init": "k-means++"}
     static = tuple(sorted({**options, "relative_tol": True}.items()))
     program = sharded._program(sharded._fit, None, sharded.RESULT_SPECS, static)
-    whole = program.lower(x, None, KEY, None, 300, 1e-4, 40_000).compile().memory_analysis()
+    whole = program.lower(x, None, KEY, None, 0, 300, 1e-4, 40_000).compile().memory_analysis()
     core = jax.jit(lambda key, x: kmeans.fit(key, x, **options)).lower(KEY, x).compile()
     extra = whole.temp_size_in_bytes - core.memory_analysis().temp_size_in_bytes
     assert extra < 0.05 * 40_000 * 64 * 4

@@ -17,6 +17,7 @@ from sklearn.utils._param_validation import Interval, StrOptions
 from sklearn.utils.validation import check_is_fitted
 
 from jkmeans import sharded, sharding
+from jkmeans.estimators.files import is_source, opened, written
 from jkmeans.estimators.inputs import read_rows, read_weights
 
 
@@ -52,6 +53,7 @@ class CentroidEstimator(
     cluster_centers_: np.ndarray
     labels_: np.ndarray
     inertia_: float
+    n_features_in_: int
 
     def fit(self, X: Any, y: Any = None, sample_weight: Any = None):
         """Computes the clusters; see the class.
@@ -99,6 +101,8 @@ class CentroidEstimator(
           [n] int32.
         """
         check_is_fitted(self)
+        if is_source(X):
+            return self._predict_source(X)
         X = read_rows(self, X, reset=False)
         return to_numpy(sharded.nearest(X, self.cluster_centers_, mesh=self.mesh))
 
@@ -115,6 +119,13 @@ class CentroidEstimator(
         return self._transform(X)
 
     def _transform(self, X: Any) -> np.ndarray:
+        if is_source(X):
+            with opened(X, self.n_features_in_) as (streaming, source):
+                return written(
+                    lambda path: streaming.transform_stream(
+                        source, self.cluster_centers_, path, mesh=self._stream_mesh
+                    )
+                )
         X = read_rows(self, X, reset=False)
         return to_numpy(sharded.distances(X, self.cluster_centers_, mesh=self.mesh))
 
@@ -127,10 +138,28 @@ class CentroidEstimator(
           sample_weight: [n], at least 0; None for ones.
         """
         check_is_fitted(self)
+        if is_source(X):
+            with opened(X, self.n_features_in_) as (streaming, source):
+                return streaming.score_stream(
+                    source, self.cluster_centers_, weights=sample_weight, mesh=self._stream_mesh
+                )
         X = read_rows(self, X, reset=False)
         weights = read_weights(sample_weight, X)
         centers = self.cluster_centers_
         return -float(sharded.inertia(X, centers, weights=weights, mesh=self.mesh))
+
+    def _predict_source(self, X: Any) -> np.ndarray:
+        with opened(X, self.n_features_in_) as (streaming, source):
+            return written(
+                lambda path: streaming.predict_stream(
+                    source, self.cluster_centers_, path, mesh=self._stream_mesh
+                )
+            )
+
+    @property
+    def _stream_mesh(self) -> Mesh:
+        """Streaming takes all devices where no mesh is given; the estimators take one."""
+        return sharding.make_mesh(1) if self.mesh is None else self.mesh
 
     @property
     def _n_features_out(self) -> int:

@@ -12,6 +12,8 @@ import numpy as np
 from sklearn.utils import check_array, check_random_state
 from sklearn.utils.validation import validate_data
 
+from jkmeans.estimators.files import is_source
+
 # Kept as they are on the devices; whatever else comes becomes float64, as in scikit-learn.
 KEPT_DTYPES = (
     np.float64,
@@ -40,8 +42,13 @@ def read_rows(estimator: Any, X: Any, *, reset: bool) -> np.ndarray | jax.Array:
 
     Raises:
       ValueError: X is not a matrix of finite real numbers, or has other features than in fit.
-      TypeError: X is sparse.
+      TypeError: X is sparse, or the path of a file.
     """
+    if is_source(X):
+        raise TypeError(
+            f"X is a file or a folder ({X}), which {type(estimator).__name__} does not read here: "
+            "accepted is an array; KMeans fits files."
+        )
     X = _exchanged(X)
     if isinstance(X, jax.Array):
         matrix: Any = X

@@ -14,6 +14,7 @@ from sklearn.utils._param_validation import Interval, StrOptions
 
 from jkmeans import sharded
 from jkmeans.estimators.base import COMMON_CONSTRAINTS, CentroidEstimator, to_numpy
+from jkmeans.estimators.files import is_source, opened
 from jkmeans.estimators.inputs import random_key, read_centroids, read_rows, read_weights
 from jkmeans.kmeans import KMeansResult
 
@@ -32,6 +33,10 @@ class KMeans(CentroidEstimator):
     or ``__dlpack__``, or a data frame. float64 is computed in float64; float32, bfloat16, float16
     and integers of one or two bytes are kept as they are and computed in float32; what else comes
     becomes float64. Results are NumPy.
+
+    Data larger than memory: X may also be the path of a .npy, Zarr or Parquet file or folder, or a
+    ``jkmeans.sources.Source``, in every method; it is read in chunks (``jkmeans.streaming``), and
+    only what is returned has to fit into memory.
 
     Args:
       n_clusters: k.
@@ -59,6 +64,7 @@ class KMeans(CentroidEstimator):
       feature_names_in_: [d], if X is a data frame with names.
     """
 
+    _streams: ClassVar[bool] = True
     _parameter_constraints: ClassVar[dict] = {
         **COMMON_CONSTRAINTS,
         "copy_x": ["boolean"],
@@ -114,6 +120,8 @@ class KMeans(CentroidEstimator):
           ConvergenceWarning: fewer clusters than asked for have rows.
         """
         self._validate_params()
+        if self._streams and is_source(X):
+            return self._fit_source(X, sample_weight)
         X = read_rows(self, X, reset=True)
         weights = read_weights(sample_weight, X)
         if X.shape[0] < self.n_clusters:
@@ -128,6 +136,33 @@ class KMeans(CentroidEstimator):
         warn_of_missing_clusters(self)
         if self.verbose:
             print(f"{self.n_iter_} iterations, inertia {self.inertia_}.")
+        return self
+
+    def _fit_source(self, X: Any, sample_weight: Any) -> KMeans:
+        if self.deterministic or not (isinstance(self.init, str) or hasattr(self.init, "shape")):
+            raise ValueError(
+                "init must be a name or an array, and deterministic False, where X is a file"
+            )
+        by_name = isinstance(self.init, str)
+        with opened(X) as (streaming, source):
+            result = streaming.fit_stream(
+                random_key(self.random_state),
+                source,
+                self.n_clusters,
+                init=CORE_NAMES[self.init] if by_name else self.init,
+                n_init=resolve_n_init(self, default=10),
+                max_iter=self.max_iter,
+                tol=float(self.tol),
+                weights=sample_weight,
+                oversampling_factor=float(self.oversampling_factor),
+                mesh=self._stream_mesh,
+                progress=bool(self.verbose),
+            )
+            self.n_features_in_ = source.n_features
+            self.cluster_centers_ = np.array(result.centroids)
+            self.inertia_, self.n_iter_ = float(result.inertia), int(result.n_iter)
+            self.labels_ = self._predict_source(source)
+        warn_of_missing_clusters(self)
         return self
 
     def _best_of_restarts(self, X: np.ndarray | jax.Array, rows: sharded.Rows) -> KMeansResult:
@@ -153,6 +188,10 @@ class KMeans(CentroidEstimator):
         self, rows: sharded.Rows, init: Any, key: jax.Array, n_init: int, max_iter: int
     ) -> KMeansResult:
         """The restarts from a named initialisation, or the one from an array."""
+        # Keywords of the core that are only given where they are not its default.
+        options: dict[str, Any] = {"deterministic": True} if self.deterministic else {}
+        if isinstance(init, str) and init == "k-means||":
+            options["oversampling_factor"] = float(self.oversampling_factor)
         return sharded.fit_rows(
             key,
             rows,
@@ -162,6 +201,7 @@ class KMeans(CentroidEstimator):
             max_iter=max_iter,
             tol=float(self.tol),
             relative_tol=True,
+            **options,
         )
 
 

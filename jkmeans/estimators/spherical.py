@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,8 @@ class SphericalKMeans(KMeans):
     """k-means of directions: minimises Σ_i w_i (1 − cos(x_i, c_{labels_i})).
 
     The lengths of rows do not matter; rows of zeros have cosine distance 1 to every centroid. The
-    parameters are those of ``KMeans``; ``tol`` is relative to the variance of the normalised rows.
+    parameters are those of ``KMeans`` that are listed in the signature; ``tol`` is relative to the
+    variance of the normalised rows. Files are not read.
 
     Attributes:
       cluster_centers_: [k, d] float32 or float64, of norm 1.
@@ -34,6 +35,40 @@ class SphericalKMeans(KMeans):
 
     Source: Dhillon and Modha, Machine Learning 42 (2001).
     """
+
+    _streams = False
+    _parameter_constraints: ClassVar[dict] = {
+        name: constraint
+        for name, constraint in KMeans._parameter_constraints.items()
+        if name not in ("oversampling_factor", "deterministic")
+    }
+
+    def __init__(
+        self,
+        n_clusters=8,
+        *,
+        init="k-means++",
+        n_init="auto",
+        max_iter=300,
+        tol=1e-4,
+        verbose=0,
+        random_state=None,
+        copy_x=True,
+        algorithm="lloyd",
+        mesh=None,
+    ):
+        super().__init__(
+            n_clusters,
+            init=init,
+            n_init=n_init,
+            max_iter=max_iter,
+            tol=tol,
+            verbose=verbose,
+            random_state=random_state,
+            copy_x=copy_x,
+            algorithm=algorithm,
+            mesh=mesh,
+        )
 
     def predict(self, X: Any) -> np.ndarray:
         """The centroid of largest cosine similarity of each row.
