@@ -21,7 +21,7 @@ from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding
 
 from jkmeans import kmeans, sharding
-from jkmeans.kmeans.collectives import AxisName, all_sum
+from jkmeans.kmeans.collectives import AxisName
 
 
 def result_specs(kind: type, by_row: tuple[str, ...] = ("labels", "distances")) -> Any:
@@ -355,14 +355,7 @@ def row_numbers(x: jax.Array, axis_name: AxisName) -> jax.Array:
 
 def mean_variance(x: jax.Array, n_rows: jax.Array | int, axis_name: AxisName) -> jax.Array:
     """The mean over columns of their variance over the first ``n_rows`` rows: [] float."""
-    dtype = jnp.promote_types(x.dtype, jnp.float32)
-    counts = (row_numbers(x, axis_name) < n_rows)[:, None]
-
-    def mean(values: jax.Array) -> jax.Array:
-        return all_sum(jnp.sum(jnp.where(counts, values, 0), axis=0), axis_name) / n_rows
-
-    center = mean(x.astype(dtype))
-    return jnp.mean(mean((x.astype(dtype) - center[None, :]) ** 2))
+    return kmeans.mean_variance(x, row_numbers(x, axis_name) < n_rows, axis_name)
 
 
 def scaled_tol(tol: Any, x: jax.Array, n_rows: Any, axis_name: AxisName) -> jax.Array:

@@ -15,6 +15,7 @@ from jkmeans.kmeans.statistics import (
     all_reduce,
     centroids_from,
     cluster_statistics,
+    mean_variance,
 )
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "kmeans_parallel",
     "kmeans_plus_plus",
     "lloyd",
+    "mean_variance",
     "nearest",
     "sample",
     "squared_distances",

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jkmeans.kmeans.assignment import accumulation_dtype
-from jkmeans.kmeans.collectives import AxisName, vary_like
+from jkmeans.kmeans.collectives import AxisName, all_sum, vary_like
 
 # Rows, and numbers, summed at a time on a CPU: a block, weighted or converted, stays in the cache.
 _SCATTER_ROWS = 4096
@@ -74,6 +74,48 @@ def cluster_statistics(
     operands = (zeros, x, labels) if weights is None else (zeros, x, labels, weights)
     sums, counts = lax.platform_dependent(*operands, cpu=_scattered, default=_one_hot)
     return all_reduce(ClusterStatistics(sums, counts, inertia), axis_name)
+
+
+def mean_variance(
+    x: jax.Array, counted: jax.Array | None = None, axis_name: AxisName = None
+) -> jax.Array:
+    """The mean over the features of their variance over the rows: the unit of relative tolerances.
+
+    Args:
+      x: [n, d], any real dtype; the local rows inside ``shard_map``.
+      counted: [n] bool, which rows count; None for all.
+      axis_name: the mesh axis that rows are sharded over, or None.
+
+    Returns:
+      [] float, the same on all devices: Σ (x − m)² / (n d) with the mean m of each feature.
+    """
+    dtype = accumulation_dtype(x)
+    n, d = x.shape
+    # Around some row, lest squares far from the origin leave no digits for their difference.
+    shift = x[:1].astype(dtype)
+    if axis_name is not None:
+        is_first = lax.axis_index(axis_name) == 0
+        shift = lax.psum(jnp.where(is_first, shift, 0), axis_name)
+
+    def moments(start, rows: int) -> tuple[jax.Array, jax.Array]:
+        x_bd = lax.dynamic_slice_in_dim(x, start, rows).astype(dtype) - shift
+        if counted is not None:
+            counted_b = lax.dynamic_slice_in_dim(counted, start, rows)
+            x_bd = jnp.where(counted_b[:, None], x_bd, 0)
+        return jnp.sum(x_bd, axis=0), jnp.sum(x_bd**2, axis=0)
+
+    def add_block(i, total):
+        return jax.tree.map(jnp.add, total, moments(i * rows, rows))
+
+    rows = min(n, 1024)
+    zeros = vary_like(jnp.zeros(d, dtype), x, counted)
+    total = lax.fori_loop(0, n // rows, add_block, (zeros, zeros))
+    if n % rows:
+        total = jax.tree.map(jnp.add, total, moments(n - n % rows, n % rows))
+    n_rows = jnp.asarray(n, dtype) if counted is None else jnp.sum(counted.astype(dtype))
+    n_rows = vary_like(n_rows, total[0])
+    sums, squares, n_rows = all_sum((*total, n_rows), axis_name)
+    return jnp.mean(squares / n_rows - (sums / n_rows) ** 2)
 
 
 def inertia_of(distances: jax.Array, weights: jax.Array | None = None) -> jax.Array:
