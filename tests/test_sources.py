@@ -172,13 +172,13 @@ def test_what_parquet_cannot_hold(tmp_path):
     with pytest.raises(UserError, match=r"column 'name' .* is of type string"):
         open_source(path)
     write(x=[1.0, 2.0, None], y=[1.0, 2.0, 3.0])
-    with pytest.raises(UserError, match="column 'x' is null in 1 rows .* row 2"):
+    with pytest.raises(UserError, match=r"column 'x' is null in 1 rows .* row 2"):
         open_source(path).read(0, 3)
     write(v=[[1.0, 2.0], [3.0]])
     with pytest.raises(UserError, match=r"another length than the first .* row 1 .* 2 values"):
         open_source(path).read(0, 2)
     write(v=[[1.0, 2.0], [3.0, None]])
-    with pytest.raises(UserError, match="row 1 .* holds null"):
+    with pytest.raises(UserError, match=r"row 1 .* holds null"):
         open_source(path).read(0, 2)
     path.write_bytes(path.read_bytes()[:-20])
     with pytest.raises(UserError, match="not a Parquet file, or is truncated"):
@@ -239,7 +239,7 @@ def test_truncated_and_grown_files(tmp_path, rows):
     source.check_unchanged()
     with open(path, "ab") as file:
         file.write(b"more")
-    with pytest.raises(UserError, match="changed while it was being read .*had 404 bytes"):
+    with pytest.raises(UserError, match=r"changed while it was being read .*had 404 bytes"):
         source.check_unchanged()
     os.truncate(path, len(whole) - 5)
     with pytest.raises(UserError, match="truncated while it was being read"):
@@ -261,7 +261,7 @@ def test_a_file_written_to_or_replaced_is_noticed(tmp_path, rows):
 
 
 def test_parts_must_fit_each_other(rows):
-    with pytest.raises(UserError, match="has 2 features of float32, but .* has 3 of float32"):
+    with pytest.raises(UserError, match=r"has 2 features of float32, but .* has 3 of float32"):
         open_source([rows, rows[:, :2]])
     with pytest.raises(UserError, match="of float64, but"):
         open_source([rows, rows.astype(np.float64)])

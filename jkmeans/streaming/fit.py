@@ -103,11 +103,12 @@ def fit_stream(
     """k-means of a source of any size, in host memory of a stated size.
 
     The rows are read chunk by chunk, sharded over the data axis of the mesh, while the devices
-    compute; a Lloyd iteration is one pass and one all-reduce of k(d+1)+1 numbers. Initialisation
-    chooses the rows that the in-memory functions of the same names choose, whatever the chunks and
-    devices, except where rounding decides between two near-equal candidates. Data that fits the
-    budget is read once, kept on the devices and given to `kmeans.fit`; the result is the same to
-    rounding. (With a checkpoint folder it is streamed nevertheless.)
+    compute; a Lloyd iteration is one pass and one all-reduce of k(d+1)+1 numbers. Which rows an
+    initialisation chooses depends neither on chunks nor on devices, except where rounding decides
+    between two near-equal candidates; "sample" and "k-means||" choose those that the in-memory
+    functions choose, "k-means++" draws others by the same probabilities. Data that fits the
+    budget is read once and kept on the devices; the result is the same to rounding (k-means++
+    aside). With a checkpoint folder it is streamed nevertheless.
 
     Args:
       key: a JAX random key.

@@ -20,7 +20,13 @@ from jax import lax
 from jkmeans import kmeans
 from jkmeans.kmeans.initialization import _priority
 from jkmeans.sharding import DATA_AXIS, REPLICATED, SHARDED, data_parallel, place
-from jkmeans.streaming.pipeline import Chunk, Feeder, computed_dtype, refuse_not_finite
+from jkmeans.streaming.pipeline import (
+    BLOCK_ROWS,
+    Chunk,
+    Feeder,
+    computed_dtype,
+    refuse_not_finite,
+)
 
 # Chunks with the devices at a time: one computes while the next one is on its way.
 IN_FLIGHT = 2
@@ -97,13 +103,13 @@ class Partial(NamedTuple):
 def statistics(rows: Rows, centroids: jax.Array) -> Contribution:
     """Sums [k, d], counts [k] and inertia of the clusters; farthest rows first."""
     k = centroids.shape[0]
-    found = kmeans.assign(rows.x, centroids)
+    nearest = kmeans.nearest(rows.x, centroids)
+    distances = jnp.where(rows.valid, _distances(rows.x, centroids, nearest), 0)
     # Out of range: padding is left out of sums and counts.
-    labels = jnp.where(rows.valid, found.labels, k)
-    distances = jnp.where(rows.valid, found.distances, 0)
+    labels = jnp.where(rows.valid, nearest, k)
     added = kmeans.cluster_statistics(rows.x, labels, k, weights=rows.weights, distances=distances)
     numbers = jnp.concatenate([added.sums.reshape(-1), added.counts, added.inertia[None]])
-    return Contribution(numbers, jnp.where(rows.valid, distances, -jnp.inf), found.labels)
+    return Contribution(numbers, jnp.where(rows.valid, distances, -jnp.inf), nearest)
 
 
 def counts(rows: Rows, candidates: jax.Array) -> Contribution:
@@ -133,7 +139,7 @@ def moments_and_sample(rows: Rows, shift: jax.Array, key: jax.Array) -> Contribu
 
 def draw(rows: Rows, candidates: jax.Array, key: jax.Array) -> Contribution:
     """The potential Σ w D²; rows drawn by w D², D² the squared distance to the candidates."""
-    closest = kmeans.assign(rows.x, candidates).distances
+    closest = _closest(rows.x, candidates)
     weights = _weights(rows, closest.dtype)
     scores = jnp.where(rows.valid, weights * closest, 0)
     return Contribution(jnp.sum(scores)[None], _priority(key, scores, weights, rows.index))
@@ -141,7 +147,7 @@ def draw(rows: Rows, candidates: jax.Array, key: jax.Array) -> Contribution:
 
 def potentials(rows: Rows, candidates: jax.Array, trials: jax.Array) -> Contribution:
     """The potential [t] that each trial would leave if it joined the candidates."""
-    closest = kmeans.assign(rows.x, candidates).distances
+    closest = _closest(rows.x, candidates)
     weights = _weights(rows, closest.dtype)
 
     def potential(trial: jax.Array) -> jax.Array:
@@ -152,28 +158,44 @@ def potentials(rows: Rows, candidates: jax.Array, trials: jax.Array) -> Contribu
     return Contribution(lax.map(potential, trials))
 
 
+def _distances(x: jax.Array, centroids: jax.Array, labels: jax.Array) -> jax.Array:
+    """`kmeans.squared_distances`, [n]; a block at a time on a CPU, where it stays in the cache."""
+    n, d = x.shape
+    if n % BLOCK_ROWS or jax.default_backend() != "cpu":
+        return kmeans.squared_distances(x, centroids, labels)
+
+    def of_block(block: tuple[jax.Array, jax.Array]) -> jax.Array:
+        return kmeans.squared_distances(block[0], centroids, block[1])
+
+    blocks = (x.reshape(-1, BLOCK_ROWS, d), labels.reshape(-1, BLOCK_ROWS))
+    return lax.map(of_block, blocks).reshape(-1)
+
+
+def _closest(x: jax.Array, candidates: jax.Array) -> jax.Array:
+    return _distances(x, candidates, kmeans.nearest(x, candidates))
+
+
 def _weights(rows: Rows, dtype: Any) -> jax.Array:
     return rows.valid.astype(dtype) if rows.weights is None else rows.weights.astype(dtype)
 
 
 class _Found(NamedTuple):
-    """What a chunk tells the host: per device whether all is finite, and its rows picked."""
+    """What a chunk adds, per device: numbers, whether they are finite, and the rows picked."""
 
+    numbers: jax.Array
     finite: jax.Array
     priority: jax.Array | None
     row: jax.Array | None
     labels: jax.Array | None
 
 
-@functools.partial(
-    jax.jit, static_argnames=("program", "mesh", "n_picked"), donate_argnames=("high", "low")
-)
-def step(high, low, x, weights, start, count, parameters, *, program, mesh, n_picked):
-    """Adds one chunk to the sums of each device: no communication.
+@functools.partial(jax.jit, static_argnames=("program", "mesh", "n_picked"))
+def contribute(x, weights, start, count, parameters, *, program, mesh, n_picked):
+    """What one chunk adds on each device: no communication.
+
+    Chunks do not wait for each other's sums, so a CPU computes several at a time.
 
     Args:
-      high: [devices, p], sharded.
-      low: [devices, p], sharded.
       x: [c, d], sharded.
       weights: [c], sharded, or None.
       start: [] uint32, the global number of the chunk's first row.
@@ -184,7 +206,7 @@ def step(high, low, x, weights, start, count, parameters, *, program, mesh, n_pi
       n_picked: rows picked on each device.
     """
 
-    def local(high, low, x, weights, start, count, parameters):
+    def local(x, weights, start, count, parameters):
         n = x.shape[0]
         row = lax.axis_index(DATA_AXIS) * n + jnp.arange(n, dtype=jnp.int32)
         valid = row < count
@@ -192,21 +214,27 @@ def step(high, low, x, weights, start, count, parameters, *, program, mesh, n_pi
             valid = valid & (weights > 0)
         index = start + row.astype(jnp.uint32)
         added = program(Rows(x, weights, valid, index), *parameters)
-        numbers = added.numbers[None].astype(high.dtype)
-        # Knuth's two-sum: total + error is exactly high + numbers.
-        total = high + numbers
-        rest = total - high
-        error = (high - (total - rest)) + (numbers - rest)
-        found = _Found(jnp.isfinite(jnp.sum(numbers))[None], None, None, None)
+        finite = jnp.isfinite(jnp.sum(added.numbers))[None]
+        found = _Found(added.numbers[None], finite, None, None, None)
         if n_picked and added.priority is not None:
             priority, chosen = lax.top_k(added.priority, min(n_picked, n))
             labels = None if added.labels is None else added.labels[chosen]
             found = found._replace(priority=priority, row=row[chosen], labels=labels)
-        return total, low + error, found
+        return found
 
-    in_specs = (SHARDED, SHARDED, SHARDED, SHARDED, REPLICATED, REPLICATED, REPLICATED)
-    run = data_parallel(local, mesh, in_specs, SHARDED)
-    return run(high, low, x, weights, start, count, parameters)
+    in_specs = (SHARDED, SHARDED, REPLICATED, REPLICATED, REPLICATED)
+    return data_parallel(local, mesh, in_specs, SHARDED)(x, weights, start, count, parameters)
+
+
+@functools.partial(jax.jit, donate_argnums=(0, 1))
+def accumulate(high, low, numbers):
+    """Adds to sums, and what rounding leaves out to ``low``: all [devices, p], sharded."""
+    # Knuth's two-sum: total + error is exactly high + numbers.
+    numbers = numbers.astype(high.dtype)
+    total = high + numbers
+    rest = total - high
+    error = (high - (total - rest)) + (numbers - rest)
+    return total, low + error
 
 
 @functools.partial(jax.jit, static_argnames="mesh")
@@ -295,9 +323,7 @@ def run_pass(
             return Partial(position, np.array(high), np.array(low), picked)
 
         for chunk in chunks:
-            high, low, found = step(
-                high,
-                low,
+            found = contribute(
                 chunk.x,
                 chunk.weights,
                 np.uint32(chunk.start),
@@ -307,6 +333,7 @@ def run_pass(
                 mesh=mesh,
                 n_picked=n_picked,
             )
+            high, low = accumulate(high, low, found.numbers)
             in_flight.append((chunk, found))
             if len(in_flight) == IN_FLIGHT:
                 finish_oldest()

@@ -27,8 +27,9 @@ _ROWS_PER_DEVICE = 2**20
 # Labels, distances and the like that a chunk's computation leaves in memory.
 _ROW_OVERHEAD_BYTES = 64
 _DEFAULT_BUDGET = 2**30
-# XLA takes memory over without a copy where it starts at a multiple of 64 bytes.
-_ALIGNED_ROWS = 64
+BLOCK_ROWS = 256
+"""Chunks hold a multiple of this on each device, where they can. XLA takes memory over without a
+copy where it starts at a multiple of 64 bytes."""
 
 
 class Chunk(NamedTuple):
@@ -101,7 +102,7 @@ def rows_per_chunk(source: Source, mesh: Mesh, memory_budget: int, row_extra_byt
             f"{source.overhead_bytes:,} bytes to read any) accepted is at least "
             f"{source.overhead_bytes + n_devices * cost:,}."
         )
-    unit = n_devices * _ALIGNED_ROWS
+    unit = n_devices * BLOCK_ROWS
     return rows // unit * unit if rows >= unit else -(-rows // n_devices) * n_devices
 
 
