@@ -160,11 +160,19 @@ def run(function: Callable, rows: Rows, *arguments: Any, out_specs: Any, **optio
     return jax.block_until_ready(program(rows.x, rows.weights, *arguments))
 
 
+def unpadded(array: jax.Array, n_rows: int) -> Any:
+    """The first rows of an array, on the host where there are others.
+
+    Not a slice on the devices, which would be a program of its own for every number of rows.
+    """
+    return array if array.shape[0] == n_rows else sharding.to_host(array)[:n_rows]
+
+
 def cut(result: kmeans.KMeansResult, n_rows: int) -> kmeans.KMeansResult:
     """The result without the padding's labels and distances."""
-    if result.labels.shape[0] == n_rows:
-        return result
-    return result._replace(labels=result.labels[:n_rows], distances=result.distances[:n_rows])
+    return result._replace(
+        labels=unpadded(result.labels, n_rows), distances=unpadded(result.distances, n_rows)
+    )
 
 
 def fit(
@@ -202,7 +210,8 @@ def fit(
       **options: static keyword arguments of ``kmeans.fit``.
 
     Returns:
-      KMeansResult of JAX arrays, labels and distances [n] without padding.
+      KMeansResult of JAX arrays, labels and distances [n] without padding; those are NumPy where
+      there was some.
 
     Raises:
       ValueError: fewer than k rows, or what ``kmeans.fit`` raises.
@@ -287,14 +296,17 @@ def assign(x: Any, centroids: Any, *, mesh: Mesh | None = None) -> kmeans.Assign
     with precision(x, centroids):
         rows = place(x, mesh=mesh)
         result = run(_assign, rows, centroids, out_specs=specs)
-        return kmeans.Assignment(result.labels[: rows.n_rows], result.distances[: rows.n_rows])
+        return kmeans.Assignment(
+            unpadded(result.labels, rows.n_rows), unpadded(result.distances, rows.n_rows)
+        )
 
 
 def nearest(x: Any, centroids: Any, *, mesh: Mesh | None = None) -> jax.Array:
     """`kmeans.nearest` on the devices of a mesh: [n] int32; arguments as in ``assign``."""
     with precision(x, centroids):
         rows = place(x, mesh=mesh)
-        return run(_nearest, rows, centroids, out_specs=sharding.SHARDED)[: rows.n_rows]
+        labels = run(_nearest, rows, centroids, out_specs=sharding.SHARDED)
+        return unpadded(labels, rows.n_rows)
 
 
 def inertia(x: Any, centroids: Any, *, weights: Any = None, mesh: Mesh | None = None) -> jax.Array:
@@ -344,7 +356,7 @@ def distances(x: Any, centroids: Any, *, mesh: Mesh | None = None) -> jax.Array:
         rows = place(x, mesh=mesh)
         dtype = "float64" if both else "float32"
         result = run(_distances, rows, centroids, out_specs=sharding.SHARDED, dtype=dtype)
-        return result[: rows.n_rows]
+        return unpadded(result, rows.n_rows)
 
 
 def row_numbers(x: jax.Array, axis_name: AxisName) -> jax.Array:

@@ -42,11 +42,18 @@ STOCHASTIC = {
 }
 
 
-@parametrize_with_checks(
-    [estimator() for estimator in ESTIMATORS], expected_failed_checks=lambda _: STOCHASTIC
-)
+@parametrize_with_checks([KMeans()], expected_failed_checks=lambda _: STOCHASTIC)
 @pytest.mark.filterwarnings("ignore")
 def test_scikit_learn_checks(estimator, check):
+    check(estimator)
+
+
+@pytest.mark.slow
+@parametrize_with_checks(
+    [estimator() for estimator in ESTIMATORS[1:]], expected_failed_checks=lambda _: STOCHASTIC
+)
+@pytest.mark.filterwarnings("ignore")
+def test_scikit_learn_checks_of_the_others(estimator, check):
     check(estimator)
 
 
@@ -376,31 +383,43 @@ class Convertible:
         return np.array(self._array, dtype=dtype)
 
 
-def test_kinds_of_arrays(make, blobs, mesh):
-    plain = make().fit(blobs)
-    sharded = jax.device_put(blobs[:296], NamedSharding(mesh, sharding.SHARDED))
+def test_kinds_of_arrays(blobs):
+    plain = KMeans(3, random_state=0).fit(blobs)
     for x in (
-        jnp.asarray(blobs),
         jax.device_put(blobs, jax.devices()[3]),
         Exchanged(blobs),
         Convertible(blobs),
         np.asfortranarray(blobs),
     ):
-        model = make().fit(x)
+        model = KMeans(3, random_state=0).fit(x)
         check_equal(model, plain)
         np.testing.assert_array_equal(model.predict(x), plain.labels_)
-        assert type(model.labels_) is type(model.cluster_centers_) is np.ndarray
+
+
+def test_arrays_of_jax(make, blobs, mesh):
+    rows = blobs[:296]
+    plain = make().fit(rows)
+    for x in (jnp.asarray(rows), jax.device_put(rows, NamedSharding(mesh, sharding.SHARDED))):
+        model = make().fit(x)
+        check_equal(model, plain)
+        for result in (model.predict(x), model.transform(x), model.labels_, model.cluster_centers_):
+            assert type(result) is np.ndarray
         assert type(model.inertia_) is float
-    model = make().fit(sharded)
-    check_equal(model, make().fit(blobs[:296]))
-    assert type(model.predict(sharded)) is type(model.transform(sharded)) is np.ndarray
 
 
-@pytest.mark.parametrize("dtype", [np.float16, jnp.bfloat16, np.int8, np.uint8, np.int64])
-def test_other_dtypes(make, dtype):
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [
+        *((KMeans, dtype) for dtype in (np.float16, np.int8, np.uint8, np.int64)),
+        *((kind, jnp.bfloat16) for kind in ESTIMATORS),
+    ],
+)
+def test_other_dtypes(kind, dtype):
     x = np.random.default_rng(0).integers(0, 100, (61, 4)).astype(dtype)
     wide = np.float64 if dtype == np.int64 else np.float32
-    model, expected = make().fit(x), make().fit(x.astype(wide))
+    options = {"n_resampling": 1} if kind is HierarchicalKMeans else {}
+    model = kind(3, random_state=0, **options).fit(x)
+    expected = kind(3, random_state=0, **options).fit(x.astype(wide))
     assert model.cluster_centers_.dtype == wide
     check_equal(model, expected)
     np.testing.assert_array_equal(model.predict(x), expected.labels_)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from numbers import Integral, Real
 from typing import Any, ClassVar
 
+import jax
 import numpy as np
 from jax.sharding import Mesh
 from sklearn.base import (
@@ -177,4 +178,4 @@ class CentroidEstimator(
 
 def to_numpy(array: Any) -> np.ndarray:
     """A NumPy array of its own, which may be written to."""
-    return np.array(sharding.to_host(array))
+    return np.array(sharding.to_host(array) if isinstance(array, jax.Array) else array)

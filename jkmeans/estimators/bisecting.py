@@ -157,7 +157,7 @@ class BisectingKMeans(CentroidEstimator):
         with sharded.precision(X, self.cluster_centers_):
             rows = sharded.place(X, mesh=self.mesh)
             labels = sharded.run(_descend, rows, self._tree, out_specs=sharding.SHARDED)
-            return to_numpy(labels)[: rows.n_rows]
+            return to_numpy(sharded.unpadded(labels, rows.n_rows))
 
     def _split(
         self,
@@ -185,8 +185,7 @@ class BisectingKMeans(CentroidEstimator):
                 if result is None or float(found.inertia) < float(result.inertia) * (1 - 1e-6):
                     result = found
             assert result is not None
-        labels = sharding.to_host(result.labels)
-        distances = sharding.to_host(result.distances)
+        labels, distances = to_numpy(result.labels), to_numpy(result.distances)
         return Split(
             labels, to_numpy(result.centroids), np.bincount(labels, weights * distances, 2)
         )

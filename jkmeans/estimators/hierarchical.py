@@ -11,8 +11,8 @@ from sklearn.utils import check_random_state
 from sklearn.utils._param_validation import StrOptions
 from sklearn.utils.validation import check_is_fitted
 
-from jkmeans import sharded, sharding
-from jkmeans.estimators.base import COMMON_CONSTRAINTS, CentroidEstimator, at_least
+from jkmeans import sharded
+from jkmeans.estimators.base import COMMON_CONSTRAINTS, CentroidEstimator, at_least, to_numpy
 from jkmeans.estimators.inputs import read_rows, read_weights
 from jkmeans.estimators.kmeans import CORE_NAMES, warn_of_missing_clusters
 from jkmeans.kmeans.hierarchical import balanced_sample, hierarchy
@@ -126,13 +126,12 @@ class HierarchicalKMeans(CentroidEstimator):
                 tol=float(self.tol),
                 relative_tol=True,
             )
-            return sharding.to_host(result.centroids), int(result.n_iter)
+            return to_numpy(result.centroids), int(result.n_iter)
 
         def assign(points, centroids, level):
             rows = sharded.place(points, weights if level == 0 else None, mesh=mesh)
             result = sharded.evaluate_rows(rows, centroids)
-            labels, distances = map(sharding.to_host, (result.labels, result.distances))
-            return np.array(labels), np.asarray(distances), float(result.inertia)
+            return to_numpy(result.labels), to_numpy(result.distances), float(result.inertia)
 
         with sharded.precision(X):
             levels = hierarchy(
@@ -143,7 +142,7 @@ class HierarchicalKMeans(CentroidEstimator):
                 n_resampling=self.n_resampling,
                 resample_size=self.resample_size,
             )
-        self.level_centers_ = [np.array(level.centroids) for level in levels]
+        self.level_centers_ = [level.centroids for level in levels]
         self.level_parents_ = [level.labels for level in levels[1:]]
         self.level_labels_ = self._through_levels(levels[0].labels)
         self.cluster_centers_ = self.level_centers_[0]

@@ -100,7 +100,7 @@ class SphericalKMeans(KMeans):
         with sharded.precision(X, self.cluster_centers_):
             rows = sharded.place(X, mesh=self.mesh)
             result = sharded.run(_cosines, rows, self.cluster_centers_, out_specs=sharding.SHARDED)
-            return to_numpy(result)[: rows.n_rows]
+            return to_numpy(sharded.unpadded(result, rows.n_rows))
 
     def _evaluate(self, X: np.ndarray | jax.Array, weights: np.ndarray | None) -> KMeansResult:
         with sharded.precision(X, self.cluster_centers_):
