@@ -107,9 +107,9 @@ LINES = (
 
 def jkmeans_system(x: np.ndarray, init: np.ndarray, tol: float, max_iter: int) -> Fit:
     """`jkmeans.KMeans`."""
-    from jkmeans import KMeans
+    import jkmeans
 
-    model = KMeans(len(init), init=init, n_init=1, tol=tol, max_iter=max_iter).fit(x)
+    model: Any = jkmeans.KMeans(len(init), init=init, n_init=1, tol=tol, max_iter=max_iter).fit(x)
     return Fit(model.cluster_centers_, model.n_iter_)
 
 
@@ -119,9 +119,8 @@ def scikit_learn(algorithm: str) -> Callable[..., Fit]:
     def fit(x: np.ndarray, init: np.ndarray, tol: float, max_iter: int) -> Fit:
         from sklearn.cluster import KMeans
 
-        model = KMeans(
-            len(init), init=init, n_init=1, tol=tol, max_iter=max_iter, algorithm=algorithm
-        ).fit(x)
+        options: dict[str, Any] = {"init": init, "n_init": 1, "algorithm": algorithm}
+        model = KMeans(len(init), tol=tol, max_iter=max_iter, **options).fit(x)
         return Fit(model.cluster_centers_, model.n_iter_)
 
     return fit
@@ -131,7 +130,8 @@ def intelex(x: np.ndarray, init: np.ndarray, tol: float, max_iter: int) -> Fit:
     """`sklearnex.cluster.KMeans`, Intel's extension."""
     from sklearnex.cluster import KMeans
 
-    model: Any = KMeans(len(init), init=init, n_init=1, tol=tol, max_iter=max_iter)
+    options: dict[str, Any] = {"init": init, "n_init": 1}
+    model: Any = KMeans(len(init), tol=tol, max_iter=max_iter, **options)
     model.fit(x)
     return Fit(model.cluster_centers_, model.n_iter_)
 

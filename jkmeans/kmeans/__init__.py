@@ -8,7 +8,8 @@ from jkmeans.kmeans.initialization import (
     kmeans_plus_plus,
     sample,
 )
-from jkmeans.kmeans.lloyd import ALGORITHMS, EMPTY_POLICIES, MAX_RELOCATIONS, KMeansResult, lloyd
+from jkmeans.kmeans.lloyd import ALGORITHMS, EMPTY_POLICIES, KMeansResult, lloyd
+from jkmeans.kmeans.relocation import MAX_RELOCATIONS
 from jkmeans.kmeans.statistics import (
     ClusterStatistics,
     add,

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+
+from jkmeans.kmeans.collectives import AxisName, all_sum, axis_index, n_devices
 
 # Features up to which squared differences are added one feature at a time.
 _FEW_FEATURES = 8
@@ -32,18 +34,16 @@ def accumulation_dtype(*arrays: jax.Array) -> jnp.dtype:
     return jnp.promote_types(jnp.result_type(*arrays), jnp.float32)
 
 
-def map_rows(
-    function: Callable[[jax.Array], jax.Array], x: jax.Array, block_size: int | None
-) -> jax.Array:
+def map_rows(function: Callable[[jax.Array], Any], x: jax.Array, block_size: int | None) -> Any:
     """``function(x)`` for a function that treats rows apart, on one block of rows at a time.
 
     Args:
-      function: from [b, d] to [b, ...].
+      function: from [b, d] to [b, ...], or a tree of such arrays.
       x: [n, d].
       block_size: the largest b; None for what suits the device.
 
     Returns:
-      [n, ...]
+      [n, ...], or a tree of such arrays.
     """
     n = x.shape[0]
     if block_size is None:
@@ -58,11 +58,21 @@ def map_rows(
     starts = jnp.minimum(jnp.arange(n_blocks) * rows, n - rows)
     blocks = lax.map(lambda start: function(lax.dynamic_slice_in_dim(x, start, rows)), starts)
     last = n - rows * (n_blocks - 1)
-    most = blocks[:-1].reshape(-1, *blocks.shape[2:])
-    return jnp.concatenate([most, blocks[-1, rows - last :]])
+
+    def join(blocks: jax.Array) -> jax.Array:
+        most = blocks[:-1].reshape(-1, *blocks.shape[2:])
+        return jnp.concatenate([most, blocks[-1, rows - last :]])
+
+    return jax.tree.map(join, blocks)
 
 
-def nearest(x: jax.Array, centroids: jax.Array, *, block_size: int | None = None) -> jax.Array:
+def nearest(
+    x: jax.Array,
+    centroids: jax.Array,
+    *,
+    block_size: int | None = None,
+    centroid_axis: AxisName = None,
+) -> jax.Array:
     """The label of each row's nearest centroid, without its distance.
 
     argmin_k ‖x − c_k‖² = argmin_k ½‖c_k‖² − x·c_k, one matrix product per block of rows. Rows and
@@ -74,27 +84,40 @@ def nearest(x: jax.Array, centroids: jax.Array, *, block_size: int | None = None
       centroids: [k, d].
       block_size: the largest number of rows whose scores are in memory at a time; None for what
         suits the device.
+      centroid_axis: the mesh axis that centroids are sharded over, the same number on each of its
+        devices; None if all of them are here.
 
     Returns:
-      [n] int32. Ties go to the lowest index. A row that holds NaN gets label 0.
+      [n] int32, among all centroids. Ties go to the lowest index; a row that holds NaN gets 0.
     """
     x, centroids = jnp.asarray(x), jnp.asarray(centroids)
     k = centroids.shape[0]
     dtype = accumulation_dtype(x, centroids)
     x, centroids = lax.stop_gradient((x, centroids.astype(dtype)))
     middle = middle_centroid(centroids)
+    if centroid_axis is not None:
+        # The same for all: that of the first device.
+        is_first = axis_index(centroid_axis) == 0
+        middle = all_sum(jnp.where(is_first, middle, 0), centroid_axis)
     shifted_kd = centroids - middle
     half_norms = 0.5 * jnp.sum(shifted_kd**2, axis=1)
-    numbers = jnp.arange(k, dtype=jnp.int32)
-    if k * x.shape[1] <= _FEW_NUMBERS:
+    if k * x.shape[1] <= _FEW_NUMBERS and centroid_axis is None:
         return _nearest_of_few(x, middle, shifted_kd, half_norms)
+    numbers = jnp.arange(k, dtype=jnp.int32) + k * axis_index(centroid_axis)
+    n_centroids = k * n_devices(centroid_axis)
 
-    def label_rows(x_bd: jax.Array) -> jax.Array:
-        scores_kb = score(x_bd.astype(dtype) - middle, shifted_kd, half_norms)
-        labels = lowest(scores_kb, numbers, k)[1]
-        return jnp.where(labels < k, labels, 0)  # no score equals NaN
+    def find(x_bd: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return lowest(
+            score(x_bd.astype(dtype) - middle, shifted_kd, half_norms), numbers, n_centroids
+        )
 
-    return map_rows(label_rows, x, block_size)
+    if centroid_axis is None:
+        labels = map_rows(lambda x_bd: find(x_bd)[1], x, block_size)
+    else:
+        scores, labels = map_rows(find, x, block_size)
+        best = lax.pmin(scores, centroid_axis)
+        labels = lax.pmin(jnp.where(scores == best, labels, n_centroids), centroid_axis)
+    return jnp.where(labels < n_centroids, labels, 0)  # no score equals NaN
 
 
 def _nearest_of_few(
@@ -150,13 +173,16 @@ def lowest(scores_kb: jax.Array, numbers: jax.Array, none: int) -> tuple[jax.Arr
     return best, jnp.min(named, axis=0)
 
 
-def squared_distances(x: jax.Array, centroids: jax.Array, labels: jax.Array) -> jax.Array:
+def squared_distances(
+    x: jax.Array, centroids: jax.Array, labels: jax.Array, *, centroid_axis: AxisName = None
+) -> jax.Array:
     """‖x_i − c_{labels_i}‖², from the differences themselves: accurate far from the origin.
 
     Args:
       x: [n, d], any real dtype.
       centroids: [k, d].
-      labels: [n] int.
+      labels: [n] int, among all centroids.
+      centroid_axis: the mesh axis that centroids are sharded over, see ``nearest``.
 
     Returns:
       [n] float; differentiable with respect to x and centroids.
@@ -164,6 +190,12 @@ def squared_distances(x: jax.Array, centroids: jax.Array, labels: jax.Array) -> 
     dtype = accumulation_dtype(x, centroids)
     x, centroids = jnp.asarray(x), jnp.asarray(centroids, dtype)
     n, d = x.shape
+    if centroid_axis is not None:
+        k = centroids.shape[0]
+        labels = labels - k * axis_index(centroid_axis)
+        here = (labels >= 0) & (labels < k)
+        distances = squared_distances(x, centroids, jnp.clip(labels, 0, k - 1))
+        return all_sum(jnp.where(here, distances, 0), centroid_axis)
     if d <= _FEW_FEATURES:
         columns = ((x[:, j].astype(dtype) - centroids[:, j][labels]) ** 2 for j in range(d))
         return sum(columns, jnp.zeros(n, dtype))

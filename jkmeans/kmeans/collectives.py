@@ -2,13 +2,33 @@
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Hashable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-AxisName = Hashable | tuple[Hashable, ...] | None
+
+class Blocks(NamedTuple):
+    """An axis of blocks of rows, a fixed number of them, spread over the devices of a mesh axis.
+
+    Whatever the core does over a mesh axis it can do over blocks, each of which a device computes
+    as if it were a device of its own (``vmap`` over its blocks). Sums over blocks are taken in
+    their order, one after another, so that they have the same bits on any number of devices.
+
+    Attributes:
+      block: the name of the ``vmap`` axis.
+      axis_name: the mesh axis, or None on one device.
+    """
+
+    block: Hashable
+    axis_name: Hashable | None
+
+
+AxisName = Hashable | tuple[Hashable, ...] | Blocks | None
 
 
 def varying_axes(value) -> frozenset:
@@ -32,19 +52,59 @@ def vary_like(value: jax.Array, *others, reduced: AxisName = None) -> jax.Array:
       reduced: axes that the loop sums over, which the carry therefore does not vary along.
     """
     axes = frozenset().union(*(varying_axes(other) for other in others if other is not None))
-    names = reduced if isinstance(reduced, tuple) else (reduced,)
-    missing = tuple(sorted(axes - set(names) - varying_axes(value), key=str))
+    missing = tuple(sorted(axes - set(names_of(reduced)) - varying_axes(value), key=str))
     return lax.pcast(value, missing, to="varying") if missing else value
 
 
+def names_of(axis_name: AxisName) -> tuple[Hashable, ...]:
+    """The names that collectives take for an axis; none without one."""
+    if isinstance(axis_name, Blocks):
+        return (*names_of(axis_name.axis_name), axis_name.block)
+    if axis_name is None:
+        return ()
+    return axis_name if isinstance(axis_name, tuple) else (axis_name,)
+
+
 def all_sum(tree, axis_name: AxisName):
-    """The sum over the devices of ``axis_name``; the identity without an axis."""
-    return tree if axis_name is None else lax.psum(tree, axis_name)
+    """The sum over the devices of ``axis_name``; the identity without an axis.
+
+    Over `Blocks` it is taken in order, at the price of as many times the traffic as there are
+    blocks.
+    """
+    if axis_name is None:
+        return tree
+    if not isinstance(axis_name, Blocks):
+        return lax.psum(tree, names_of(axis_name))
+
+    def in_order(leaf: jax.Array) -> jax.Array:
+        parts = stack_devices(leaf, axis_name)
+        return functools.reduce(lambda total, i: total + parts[i], range(1, len(parts)), parts[0])
+
+    return jax.tree.map(in_order, tree)
 
 
 def n_devices(axis_name: AxisName) -> int:
     """The number of devices along ``axis_name``; 1 without an axis."""
-    return 1 if axis_name is None else lax.axis_size(axis_name)
+    return math.prod(lax.axis_size(name) for name in names_of(axis_name))
+
+
+def axis_index(axis_name: AxisName) -> jax.Array | int:
+    """The number of this device along ``axis_name``; 0 without an axis."""
+    index = 0
+    for name in names_of(axis_name):
+        index = index * lax.axis_size(name) + lax.axis_index(name)
+    return index
+
+
+def stack_devices(value: jax.Array, axis_name: AxisName) -> jax.Array:
+    """The values of all devices, the same on each: [devices, ...].
+
+    A sum of disjoint slots instead of an all-gather: its result is typed as replicated.
+    """
+    if axis_name is None:
+        return value[None]
+    slots = jnp.zeros((n_devices(axis_name), *value.shape), value.dtype)
+    return lax.psum(slots.at[axis_index(axis_name)].set(value), names_of(axis_name))
 
 
 def top_k_rows(priority: jax.Array, k: int, axis_name: AxisName) -> tuple[jax.Array, ...]:
@@ -70,13 +130,8 @@ def top_k_rows(priority: jax.Array, k: int, axis_name: AxisName) -> tuple[jax.Ar
     if k > n_local * devices:
         raise ValueError(f"{k} rows are wanted, but x has only {n_local * devices}")
     values, rows = lax.top_k(priority, n_local)
-    first = 0
-    if axis_name is not None:
-        # A psum of disjoint slots instead of an all_gather: its result is typed as replicated.
-        device = lax.axis_index(axis_name)
-        first = device * n_local
-        slots = jnp.zeros((devices, n_local), values.dtype)
-        values = lax.psum(slots.at[device].set(values), axis_name).reshape(-1)
+    first = axis_index(axis_name) * n_local
+    values = stack_devices(values, axis_name).reshape(-1)
     values, position = lax.top_k(values, k)
     slot = position - first
     local = (slot >= 0) & (slot < n_local)

@@ -49,7 +49,8 @@ def fit(
       block_size: rows assigned at a time; None for what suits the device.
 
     Returns:
-      KMeansResult of the best restart, the first among equals.
+      KMeansResult of the best restart, the first among equals; differentiable like ``lloyd``'s,
+      for ``n_init=1`` also backward.
 
     Raises:
       ValueError: an unknown ``init`` or ``empty``, centroids of another shape than [k, d],
@@ -84,9 +85,16 @@ def fit(
 
     def restart(r) -> KMeansResult:
         restart_key = jax.random.fold_in(key, r)
+        # The first centroids do not enter the derivative, see ``lloyd``.
+        rows, row_weights = lax.stop_gradient((x, weights))
         return run(
             initialize(
-                restart_key, x, n_clusters, weights=weights, index=index, axis_name=axis_name
+                restart_key,
+                rows,
+                n_clusters,
+                weights=row_weights,
+                index=index,
+                axis_name=axis_name,
             )
         )
 

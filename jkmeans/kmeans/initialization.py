@@ -20,7 +20,15 @@ import jax.numpy as jnp
 from jax import lax
 
 from jkmeans.kmeans.assignment import accumulation_dtype, assign, map_rows, score
-from jkmeans.kmeans.collectives import AxisName, all_sum, n_devices, top_k_rows, vary_like
+from jkmeans.kmeans.collectives import (
+    AxisName,
+    all_sum,
+    axis_index,
+    n_devices,
+    stack_devices,
+    top_k_rows,
+    vary_like,
+)
 from jkmeans.kmeans.statistics import cluster_statistics
 
 # Added to the log-score of a row that repeats a centroid already chosen: below any other row's
@@ -283,9 +291,8 @@ def _draw(
     everything = jnp.where(nothing, by_weight[2], everything)
     is_last = jnp.asarray(True)
     if axis_name is not None:
-        # A psum of disjoint slots: the totals of all devices, the same everywhere.
-        device, devices = lax.axis_index(axis_name), n_devices(axis_name)
-        of_devices = lax.psum(jnp.zeros(devices, mass.dtype).at[device].set(ends[-1]), axis_name)
+        device, devices = axis_index(axis_name), n_devices(axis_name)
+        of_devices = stack_devices(ends[-1], axis_name)
         after = jnp.cumsum(of_devices)
         everything = after[-1]
         first = jnp.where(device > 0, after[jnp.maximum(device - 1, 0)], 0)
@@ -322,8 +329,7 @@ def _prepare(x, weights, index, axis_name) -> tuple[jax.Array, jax.Array, jax.Ar
     weights = jnp.ones(n, x.dtype) if weights is None else jnp.asarray(weights, x.dtype)
     if index is None:
         index = jnp.arange(n, dtype=jnp.int32)
-        if axis_name is not None:
-            index = index + n * lax.axis_index(axis_name)
+        index = index + n * axis_index(axis_name)
     # All three varying alike, so that what is made from them has one type in a loop.
     arrays = (x, weights, jnp.asarray(index))
     x, weights, index = (vary_like(array, *arrays) for array in arrays)

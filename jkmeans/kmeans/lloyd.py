@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
+from jax.custom_derivatives import zero_from_primal
 
 from jkmeans.kmeans import bounds
 from jkmeans.kmeans.assignment import (
@@ -15,27 +17,19 @@ from jkmeans.kmeans.assignment import (
     nearest,
     squared_distances,
 )
-from jkmeans.kmeans.collectives import AxisName, all_sum, n_devices, top_k_rows, vary_like
+from jkmeans.kmeans.collectives import AxisName, all_sum, axis_index, names_of, vary_like
+from jkmeans.kmeans.differentiation import tangents
+from jkmeans.kmeans.moving_sums import MovingSums, follow, no_sums
+from jkmeans.kmeans.relocation import relocate
 from jkmeans.kmeans.statistics import (
-    ClusterStatistics,
     all_reduce,
     centroids_from,
     cluster_statistics,
     inertia_of,
-    move_rows,
 )
 
 EMPTY_POLICIES = ("farthest", "keep")
 ALGORITHMS = ("auto", "bounds", "lloyd")
-
-# Clusters moved in one iteration at most; those still empty are moved in the next. It bounds the
-# all-reduce of the candidates, devices × MAX_RELOCATIONS numbers.
-MAX_RELOCATIONS = 1024
-
-# Iterations after which sums that follow the moves of rows are made anew.
-_UPDATES = 16
-# Rows moved from sum to sum at a time.
-_MOVED_ROWS = 2048
 
 
 class KMeansResult(NamedTuple):
@@ -62,20 +56,6 @@ class KMeansResult(NamedTuple):
     n_relocated: jax.Array
 
 
-class _Sums(NamedTuple):
-    """Sums of the local rows that follow the rows which change their cluster.
-
-    Attributes:
-      sums: [k, d].
-      peak: [k], the largest count of each cluster since the sums were last made anew.
-      n_updates: [] int32, the iterations since then.
-    """
-
-    sums: jax.Array
-    peak: jax.Array
-    n_updates: jax.Array
-
-
 class _State(NamedTuple):
     centroids: jax.Array
     previous: jax.Array
@@ -85,7 +65,7 @@ class _State(NamedTuple):
     counts: jax.Array
     labels_fit: jax.Array
     known: bounds.Knowledge | None
-    sums: _Sums | None
+    sums: MovingSums | None
 
 
 def lloyd(
@@ -98,6 +78,7 @@ def lloyd(
     empty: str = "farthest",
     algorithm: str = "auto",
     axis_name: AxisName = None,
+    centroid_axis: AxisName = None,
     block_size: int | None = None,
 ) -> KMeansResult:
     """Lloyd's algorithm from given centroids.
@@ -123,6 +104,10 @@ def lloyd(
         which takes n(3 + k/64) numbers of memory; do not ``vmap`` it: its loops would run as long
         as the longest of the batch needs. "auto": bounds for large data on a CPU, where they pay.
       axis_name: the mesh axis that rows are sharded over, or None.
+      centroid_axis: a second mesh axis, that centroids are sharded over, for more of them than a
+        device can hold: ``centroids``, and the centroids and counts of the result, are then the
+        local ones, the same number on each device, and an iteration takes the nearest of the local
+        nearest by two all-reduces of n numbers. Without derivatives, and with "lloyd" only.
       block_size: rows assigned at a time; None for what suits the device.
 
     Returns:
@@ -131,6 +116,12 @@ def lloyd(
     Raises:
       ValueError: ``empty`` is not one of EMPTY_POLICIES, ``algorithm`` none of ALGORITHMS.
 
+    The result is differentiable with respect to x and weights, forward and backward, at the cost of
+    one pass over the rows whatever the number of iterations: by the implicit function theorem at
+    the fixed point, labels held fixed. It is exact where the iterations have come to rest
+    (``tol=0``) and no row is as near to another centroid as to its own; stopped earlier, it is the
+    derivative of one more iteration. The first centroids get derivative 0.
+
     Source: Lloyd, Least squares quantization in PCM, IEEE Trans. Inf. Theory 28 (1982).
     """
     if empty not in EMPTY_POLICIES:
@@ -138,42 +129,86 @@ def lloyd(
     if algorithm not in ALGORITHMS:
         raise ValueError(f"algorithm={algorithm!r}: expected one of {', '.join(ALGORITHMS)}")
     x, centroids = jnp.asarray(x), jnp.asarray(centroids)
-    k = centroids.shape[0]
-    dtype = accumulation_dtype(x, centroids)
-    bounded = algorithm == "bounds" or (
-        algorithm == "auto" and bounds.pay_off(x.shape[0], x.shape[1], k)
-    )
+    pays_off = centroid_axis is None and bounds.pay_off(x.shape[0], x.shape[1], centroids.shape[0])
+    if algorithm == "auto":
+        algorithm = "bounds" if pays_off else "lloyd"
+    if algorithm == "bounds" and centroid_axis is not None:
+        raise ValueError("algorithm='bounds': expected 'lloyd' where centroids are sharded")
+    options = _Options(algorithm == "bounds", empty, axis_name, centroid_axis, block_size)
+    solve = _solve if centroid_axis is None else _iterate
+    return solve(options, x, weights, centroids, max_iter, tol)
 
-    def replicated(value) -> jax.Array:
+
+class _Options(NamedTuple):
+    bounded: bool
+    empty: str
+    axis_name: AxisName
+    centroid_axis: AxisName
+    block_size: int | None
+
+
+def _iterate(
+    options: _Options,
+    x: jax.Array,
+    weights: jax.Array | None,
+    centroids: jax.Array,
+    max_iter: int | jax.Array,
+    tol: float | jax.Array,
+) -> KMeansResult:
+    """The loop; see `lloyd`."""
+    bounded, empty, axis_name, centroid_axis, block_size = options
+    k, dtype = centroids.shape[0], accumulation_dtype(x, centroids)
+    first = k * axis_index(centroid_axis)
+    # What differs between the devices of each axis: rows along the first, centroids along the
+    # second, the state of the loop along neither.
+    both = (*names_of(axis_name), *names_of(centroid_axis))
+
+    def replicated(value: Any) -> jax.Array:
+        return vary_like(jnp.asarray(value), x, weights, centroids, reduced=both)
+
+    def of_rows(value: jax.Array) -> jax.Array:
+        return vary_like(value, x, weights, centroids, reduced=centroid_axis)
+
+    def of_centroids(value: jax.Array) -> jax.Array:
         return vary_like(value, x, weights, centroids, reduced=axis_name)
 
-    def local(value) -> jax.Array:
-        return vary_like(value, x, weights, centroids)
-
-    centroids = replicated(centroids.astype(dtype))
+    centroids = of_centroids(centroids.astype(dtype))
     middle = middle_centroid(centroids)
 
     def assign_rows(state: _State) -> tuple[jax.Array, bounds.Knowledge | None]:
         if state.known is None:
-            return nearest(x, state.centroids, block_size=block_size), None
+            labels = nearest(x, state.centroids, block_size=block_size, centroid_axis=centroid_axis)
+            return labels, None
         known = bounds.reassign(x, state.centroids, state.previous, middle, state.known)
         return known.bounds.labels, known
+
+    def statistics_of(labels: jax.Array):
+        # Labels of other devices' centroids are out of range, and left out.
+        return cluster_statistics(x, labels - first, k, weights=weights, axis_name=axis_name)
 
     def step(state: _State) -> _State:
         labels, known = assign_rows(state)
         if state.sums is None:
-            sums = None
-            statistics = cluster_statistics(x, labels, k, weights=weights, axis_name=axis_name)
+            sums, statistics = None, statistics_of(labels)
         else:
-            sums, statistics = _follow(x, state.labels, labels, state.sums)
+            sums, statistics = follow(x, state.labels, labels, state.sums)
             statistics = all_reduce(statistics, axis_name)
-        n_relocated = state.n_relocated
-        last = is_final(state)
+        last, n_relocated = is_final(state), state.n_relocated
         if empty == "farthest":
+            n_empty = all_sum(jnp.sum(statistics.counts == 0), centroid_axis)
+
+            def fill():
+                distances = squared_distances(
+                    x, state.centroids, labels, centroid_axis=centroid_axis
+                )
+                filled, moved = relocate(
+                    labels, distances, weights, statistics.counts, axis_name, centroid_axis
+                )
+                # Summed anew: taking a row out of a sum by subtraction leaves rounding behind.
+                return statistics_of(filled), moved
+
             statistics, moved = lax.cond(
-                jnp.any(statistics.counts == 0) & ~last,
-                lambda: _relocate(x, weights, state.centroids, labels, statistics, axis_name),
-                lambda: (statistics, jnp.zeros_like(n_relocated)),
+                (n_empty > 0) & ~last, fill, lambda: (statistics, jnp.zeros_like(n_relocated))
             )
             n_relocated = n_relocated + moved
         means = centroids_from(statistics, state.centroids)
@@ -193,7 +228,7 @@ def lloyd(
         # Between two iterations, of centroids as they are stored: fused into the iteration, the
         # means are not rounded before the difference is taken (a fused multiply-add), and centroids
         # at rest seem to move.
-        return jnp.sum((state.centroids - state.previous) ** 2)
+        return all_sum(jnp.sum((state.centroids - state.previous) ** 2), centroid_axis)
 
     def is_final(state: _State) -> jax.Array:
         """Whether the centroids are final, so that only their labels are wanting."""
@@ -206,13 +241,13 @@ def lloyd(
     state = _State(
         centroids=centroids,
         previous=centroids,
-        labels=local(jnp.zeros(x.shape[0], jnp.int32)),
-        n_iter=replicated(jnp.zeros((), jnp.int32)),
-        n_relocated=replicated(jnp.zeros((), jnp.int32)),
-        counts=replicated(jnp.zeros(k, dtype)),
-        labels_fit=replicated(jnp.asarray(False)),
+        labels=of_rows(jnp.zeros(x.shape[0], jnp.int32)),
+        n_iter=replicated(np.int32(0)),
+        n_relocated=replicated(np.int32(0)),
+        counts=of_centroids(jnp.zeros(k, dtype)),
+        labels_fit=replicated(False),
         known=bounds.nothing_known(x, centroids) if bounded else None,
-        sums=_no_sums(local, k, x.shape[1], dtype) if bounded and weights is None else None,
+        sums=no_sums(x, centroids) if bounded and weights is None else None,
     )
     # One turn for each iteration and, unless the last one left all centroids where they were, one
     # more that only assigns: in the loop, so that assignment is compiled once.
@@ -222,14 +257,10 @@ def lloyd(
         # Means of their rows again, without the rounding that sums gathered on the way.
         centroids = lax.cond(
             at_rest(state),
-            lambda: replicated(
-                centroids_from(
-                    cluster_statistics(x, state.labels, k, axis_name=axis_name), centroids
-                )
-            ),
+            lambda: of_centroids(centroids_from(statistics_of(state.labels), centroids)),
             lambda: centroids,
         )
-    distances = squared_distances(x, centroids, state.labels)
+    distances = squared_distances(x, centroids, state.labels, centroid_axis=centroid_axis)
     return KMeansResult(
         centroids=centroids,
         labels=state.labels,
@@ -237,87 +268,22 @@ def lloyd(
         counts=state.counts,
         inertia=all_sum(inertia_of(distances, weights), axis_name),
         n_iter=state.n_iter,
-        n_empty=jnp.sum(state.counts == 0).astype(jnp.int32),
+        n_empty=all_sum(jnp.sum(state.counts == 0), centroid_axis).astype(jnp.int32),
         n_relocated=state.n_relocated,
     )
 
 
-def _no_sums(local, k: int, d: int, dtype) -> _Sums:
-    """Sums that have to be made anew before they are used."""
-    return _Sums(
-        local(jnp.zeros((k, d), dtype)),
-        local(jnp.full(k, jnp.inf, dtype)),
-        local(jnp.zeros((), jnp.int32)),
-    )
+_solve = jax.custom_jvp(_iterate, nondiff_argnums=(0,))
 
 
-def _follow(
-    x: jax.Array, before: jax.Array, after: jax.Array, old: _Sums
-) -> tuple[_Sums, ClusterStatistics]:
-    """The statistics of the local rows for the labels ``after``, from the sums for ``before``.
-
-    Few rows change their cluster after the first iterations; only those are added and subtracted.
-    Sums are made anew where many rows moved, every _UPDATES iterations, and when a cluster has
-    lost most of its rows, whose rounding errors would stay behind in a small sum.
-    """
-    n, k = x.shape[0], old.sums.shape[0]
-    # Only counts are wanted, so rows without features are summed.
-    counts = cluster_statistics(x[:, :0], after, k).counts
-    every = bounds.Rows(vary_like(jnp.arange(n, dtype=jnp.int32), x), jnp.asarray(n, jnp.int32))
-    moved = bounds.select(every, before != after)
-    anew = (moved.count > n // 4) | (old.n_updates >= _UPDATES) | jnp.any(8 * counts < old.peak)
-
-    def sum_anew() -> _Sums:
-        return _Sums(cluster_statistics(x, after, k).sums, counts, jnp.zeros_like(old.n_updates))
-
-    def move() -> _Sums:
-        size = min(n, _MOVED_ROWS)
-
-        def step(i, sums):
-            start = jnp.minimum(i * size, n - size)
-            position = start + jnp.arange(size)
-            rows = lax.dynamic_slice_in_dim(moved.rows, start, size)
-            # A block that reaches back must not move rows twice.
-            rows = jnp.where((position >= i * size) & (position < moved.count), rows, n)
-            return move_rows(
-                sums,
-                x,
-                rows,
-                before.at[rows].get(mode="clip"),
-                after.at[rows].get(mode="clip"),
-            )
-
-        sums = lax.fori_loop(0, -(-moved.count // size), step, old.sums)
-        return _Sums(sums, jnp.maximum(old.peak, counts), old.n_updates + 1)
-
-    new = lax.cond(anew, sum_anew, move)
-    return new, ClusterStatistics(new.sums, counts, vary_like(jnp.zeros((), counts.dtype), x))
-
-
-def _relocate(
-    x: jax.Array,
-    weights: jax.Array | None,
-    centroids: jax.Array,
-    labels: jax.Array,
-    statistics: ClusterStatistics,
-    axis_name: AxisName,
-) -> tuple[ClusterStatistics, jax.Array]:
-    """Gives each empty cluster one of the rows farthest from their centroids.
-
-    Returns:
-      The statistics with those rows in their new clusters, and how many were moved: [] int32.
-    """
-    k = centroids.shape[0]
-    distances = squared_distances(x, centroids, labels)
-    eligible = distances > 0 if weights is None else (distances > 0) & (weights > 0)
-    at_most = min(k, MAX_RELOCATIONS, x.shape[0] * n_devices(axis_name))
-    farthest, row, local = top_k_rows(jnp.where(eligible, distances, 0), at_most, axis_name)
-    is_empty = statistics.counts == 0
-    (clusters,) = jnp.nonzero(is_empty, size=at_most, fill_value=k)
-    moved = (clusters < k) & (farthest > 0)
-    # Rows of other devices, and those that stay, are written past the end: nowhere.
-    row = jnp.where(moved & local, row, x.shape[0])
-    labels = labels.at[row].set(clusters.astype(labels.dtype), mode="drop")
-    # Summed anew: taking a row out of its old sum by subtraction would leave rounding behind.
-    statistics = cluster_statistics(x, labels, k, weights=weights, axis_name=axis_name)
-    return statistics, jnp.sum(moved).astype(jnp.int32)
+@_solve.defjvp
+def _solve_and_differentiate(options: _Options, primals, directions):
+    x, weights = primals[:2]
+    result = _solve(options, *primals)
+    changes = tangents(x, weights, directions[0], directions[1], result, options.axis_name)
+    none = {
+        name: zero_from_primal(value)
+        for name, value in result._asdict().items()
+        if name not in changes._fields
+    }
+    return result, KMeansResult(**changes._asdict(), **none)

@@ -7,9 +7,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from jkmeans.kmeans.assignment import nearest, squared_distances
-from jkmeans.kmeans.collectives import AxisName, n_devices, top_k_rows, vary_like
+from jkmeans.kmeans.collectives import AxisName, vary_like
 from jkmeans.kmeans.initialization import INITIALIZATIONS
-from jkmeans.kmeans.lloyd import MAX_RELOCATIONS, KMeansResult
+from jkmeans.kmeans.lloyd import KMeansResult
+from jkmeans.kmeans.relocation import relocate
 from jkmeans.kmeans.statistics import cluster_statistics
 
 
@@ -151,16 +152,10 @@ def _iterate(x, centroids, weights, max_iter, tol, axis_name) -> KMeansResult:
 
 def _relocate(x, weights, centroids, labels, found, axis_name) -> tuple[jax.Array, jax.Array]:
     """The sums after each empty cluster took one of the rows of largest cosine distance."""
-    k = centroids.shape[0]
     distances = cosine_distances(x, centroids, labels)
-    eligible = (distances > 0) & jnp.any(x != 0, axis=1)
-    eligible = eligible if weights is None else eligible & (weights > 0)
-    at_most = min(k, MAX_RELOCATIONS, x.shape[0] * n_devices(axis_name))
-    farthest, row, local = top_k_rows(jnp.where(eligible, distances, 0), at_most, axis_name)
-    (clusters,) = jnp.nonzero(found.counts == 0, size=at_most, fill_value=k)
-    moved = (clusters < k) & (farthest > 0)
-    # Rows of other devices, and those that stay, are written past the end: nowhere.
-    row = jnp.where(moved & local, row, x.shape[0])
-    labels = labels.at[row].set(clusters.astype(labels.dtype), mode="drop")
+    # Rows of zeros have no direction to move to.
+    distances = jnp.where(jnp.any(x != 0, axis=1), distances, 0)
+    labels, moved = relocate(labels, distances, weights, found.counts, axis_name)
+    k = centroids.shape[0]
     sums = cluster_statistics(x, labels, k, weights=weights, axis_name=axis_name).sums
-    return sums, jnp.sum(moved).astype(jnp.int32)
+    return sums, moved

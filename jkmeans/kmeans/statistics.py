@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jkmeans.kmeans.assignment import accumulation_dtype
-from jkmeans.kmeans.collectives import AxisName, all_sum, vary_like
+from jkmeans.kmeans.collectives import AxisName, all_sum, axis_index, vary_like
 
 # Rows, and numbers, summed at a time on a CPU: a block, weighted or converted, stays in the cache.
 _SCATTER_ROWS = 4096
@@ -92,10 +92,7 @@ def mean_variance(
     dtype = accumulation_dtype(x)
     n, d = x.shape
     # Around some row, lest squares far from the origin leave no digits for their difference.
-    shift = x[:1].astype(dtype)
-    if axis_name is not None:
-        is_first = lax.axis_index(axis_name) == 0
-        shift = lax.psum(jnp.where(is_first, shift, 0), axis_name)
+    shift = all_sum(jnp.where(axis_index(axis_name) == 0, x[:1].astype(dtype), 0), axis_name)
 
     def moments(start, rows: int) -> tuple[jax.Array, jax.Array]:
         x_bd = lax.dynamic_slice_in_dim(x, start, rows).astype(dtype) - shift
@@ -216,7 +213,7 @@ def all_reduce(statistics: ClusterStatistics, axis_name: AxisName) -> ClusterSta
     packed = jnp.concatenate(
         [statistics.sums.reshape(-1), statistics.counts, statistics.inertia[None]]
     )
-    packed = lax.psum(packed, axis_name)
+    packed = all_sum(packed, axis_name)
     return ClusterStatistics(packed[:size].reshape(shape), packed[size:-1], packed[-1])
 
 

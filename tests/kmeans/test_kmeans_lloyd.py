@@ -1,4 +1,3 @@
-import importlib
 import re
 from functools import partial
 
@@ -12,7 +11,7 @@ from hypothesis.extra import numpy as hnp
 from jax.sharding import PartitionSpec
 from sklearn.cluster import KMeans
 
-from jkmeans.kmeans import KMeansResult, bounds, lloyd
+from jkmeans.kmeans import KMeansResult, bounds, lloyd, relocation
 
 ROWS, SAME = PartitionSpec("data"), PartitionSpec()
 RESULT_SPECS = KMeansResult(SAME, ROWS, ROWS, SAME, SAME, SAME, SAME, SAME)
@@ -187,9 +186,7 @@ def test_several_empty_clusters_take_different_rows_farthest_first():
 
 
 def test_more_clusters_than_moves_in_an_iteration(monkeypatch):
-    # The package's name `lloyd` is the function.
-    module = importlib.import_module("jkmeans.kmeans.lloyd")
-    monkeypatch.setattr(module, "MAX_RELOCATIONS", 1)
+    monkeypatch.setattr(relocation, "MAX_RELOCATIONS", 1)
     x = np.array([[0.0], [0.5], [5.0], [9.0]], np.float32)
     start = np.array([[0.0], [100.0], [-100.0], [-200.0]], np.float32)
     result = jax.jit(lloyd)(x, start)
