@@ -56,7 +56,7 @@ def in_sklearn(x, centroids, weights=None, **options):
     return model.fit(x, sample_weight=weights)
 
 
-@pytest.mark.parametrize("chunk_rows", [1, 200, 997, N, 4000])
+@pytest.mark.parametrize("chunk_rows", [1, 200, 256, 997, N, 4096])
 @pytest.mark.parametrize("n_devices", [1, 8])
 def test_lloyd_is_that_of_sklearn_whatever_the_chunks_and_devices(path, x, chunk_rows, n_devices):
     if chunk_rows == 1:

@@ -159,13 +159,19 @@ def potentials(rows: Rows, candidates: jax.Array, trials: jax.Array) -> Contribu
 
 
 def _distances(x: jax.Array, centroids: jax.Array, labels: jax.Array) -> jax.Array:
-    """`kmeans.squared_distances`, [n]; a block at a time on a CPU, where it stays in the cache."""
+    """`kmeans.squared_distances`, [n]; on a CPU three times as fast.
+
+    There a block of rows stays in the cache, and XLA's sum along a row is scalar code, where a
+    product with ones is vectorised.
+    """
     n, d = x.shape
     if n % BLOCK_ROWS or jax.default_backend() != "cpu":
         return kmeans.squared_distances(x, centroids, labels)
+    ones = jnp.ones((d, 1), centroids.dtype)
 
     def of_block(block: tuple[jax.Array, jax.Array]) -> jax.Array:
-        return kmeans.squared_distances(block[0], centroids, block[1])
+        squares = (block[0].astype(centroids.dtype) - centroids[block[1]]) ** 2
+        return jnp.matmul(squares, ones, precision=lax.Precision.HIGHEST)[:, 0]
 
     blocks = (x.reshape(-1, BLOCK_ROWS, d), labels.reshape(-1, BLOCK_ROWS))
     return lax.map(of_block, blocks).reshape(-1)
