@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -18,10 +19,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jkmeans import kmeans, sharding
-from jkmeans.kmeans.collectives import AxisName
+from jkmeans.kmeans.collectives import AxisName, Blocks, axis_index
 
 
 def result_specs(kind: type, by_row: tuple[str, ...] = ("labels", "distances")) -> Any:
@@ -36,6 +37,10 @@ def result_specs(kind: type, by_row: tuple[str, ...] = ("labels", "distances")) 
 
 RESULT_SPECS = result_specs(kmeans.KMeansResult)
 """How a KMeansResult lies on the mesh."""
+LARGE_K_SPECS = RESULT_SPECS._replace(centroids=sharding.BY_CENTROID, counts=sharding.BY_CENTROID)
+"""How it lies on a mesh with an axis of centroids."""
+BLOCKS = 16
+"""Blocks that rows are cut into for results of the same bits on 1, 2, 4, 8 and 16 devices."""
 
 
 class Rows(NamedTuple):
@@ -80,7 +85,14 @@ def mesh_of(x: Any) -> Mesh | None:
     return Mesh(np.array(devices), (sharding.DATA_AXIS,), axis_types=(AxisType.Auto,))
 
 
-def place(x: Any, weights: Any = None, *, mesh: Mesh | None = None, at_least: int = 0) -> Rows:
+def place(
+    x: Any,
+    weights: Any = None,
+    *,
+    mesh: Mesh | None = None,
+    at_least: int = 0,
+    multiple_of: int = 1,
+) -> Rows:
     """Brings rows to the devices, padded to a multiple of their number.
 
     NumPy memory that is aligned to 64 bytes and C-contiguous (a memory map of a .npy file is) is
@@ -94,6 +106,7 @@ def place(x: Any, weights: Any = None, *, mesh: Mesh | None = None, at_least: in
       weights: [n], at least 0; None for ones.
       mesh: with the data axis; None takes the mesh that x lies on already, or else one device.
       at_least: rows to pad to, so that inputs of several sizes share a program.
+      multiple_of: what the number of rows is padded to a multiple of, besides the devices.
 
     Returns:
       Rows.
@@ -116,7 +129,8 @@ def place(x: Any, weights: Any = None, *, mesh: Mesh | None = None, at_least: in
             f"{sharding.DATA_AXIS!r}, as jkmeans.sharding.make_mesh gives"
         )
     n_devices = 1 if mesh is None else mesh.shape[sharding.DATA_AXIS]
-    n_padded = -(-max(n_rows, at_least) // n_devices) * n_devices
+    multiple = math.lcm(n_devices, multiple_of)
+    n_padded = -(-max(n_rows, at_least) // multiple) * multiple
     if weights is None and n_padded > n_rows:
         weights = np.ones(n_rows, np.float64 if x.dtype == np.float64 else np.float32)
     if mesh is None:
@@ -134,7 +148,14 @@ def place(x: Any, weights: Any = None, *, mesh: Mesh | None = None, at_least: in
     return Rows(x, weights, n_rows, mesh)
 
 
-def run(function: Callable, rows: Rows, *arguments: Any, out_specs: Any, **options: Any) -> Any:
+def run(
+    function: Callable,
+    rows: Rows,
+    *arguments: Any,
+    out_specs: Any,
+    argument_specs: tuple | None = None,
+    **options: Any,
+) -> Any:
     """Runs a function of the core on placed rows, as one program.
 
     Args:
@@ -143,16 +164,20 @@ def run(function: Callable, rows: Rows, *arguments: Any, out_specs: Any, **optio
       rows: from ``place``.
       *arguments: pytrees of arrays and numbers, traced, the same on all devices.
       out_specs: PartitionSpecs of the result; a hashable pytree.
-      **options: static and hashable.
+      argument_specs: PartitionSpecs of the arguments; None where all devices have all of them.
+      **options: static and hashable. With ``in_blocks=True`` the function runs on `BLOCKS` blocks
+        of the rows as if each were on a device of its own, so that the result has the same bits on
+        any number of devices.
 
     Returns:
       What the function returns, waited for.
     """
-    program = _program(function, rows.mesh, out_specs, tuple(sorted(options.items())))
+    program = _program(function, rows.mesh, out_specs, argument_specs, _sorted(options))
     home = rows.x.sharding if rows.mesh is None else NamedSharding(rows.mesh, sharding.REPLICATED)
 
     def bring(argument):
-        return jax.device_put(argument, home) if isinstance(argument, jax.Array) else argument
+        moves = isinstance(argument, jax.Array) and argument.sharding.device_set != home.device_set
+        return jax.device_put(argument, home) if moves else argument
 
     arguments = jax.tree.map(bring, arguments)
     # Waited for: see "Collectives on several CPU devices can hang" in docs/architecture.md; and
@@ -187,6 +212,7 @@ def fit(
     max_iter: int = 300,
     tol: float = 0.0,
     relative_tol: bool = False,
+    deterministic: bool = False,
     **options: Any,
 ) -> kmeans.KMeansResult:
     """`kmeans.fit` on the devices of a mesh: the whole fit is one program.
@@ -207,6 +233,9 @@ def fit(
       tol: bound on the squared shift of the centroids that ends a restart.
       relative_tol: whether ``tol`` is in units of the mean variance of the columns, as in
         scikit-learn.
+      deterministic: whether the result is to have the same bits on 1, 2, 4, 8 and 16 devices. Rows
+        are then cut into `BLOCKS` blocks whose sums are added in order, which takes that many times
+        the traffic of an all-reduce, and bounds are not used.
       **options: static keyword arguments of ``kmeans.fit``.
 
     Returns:
@@ -217,7 +246,7 @@ def fit(
       ValueError: fewer than k rows, or what ``kmeans.fit`` raises.
     """
     with precision(x):
-        rows = place(x, weights, mesh=mesh)
+        rows = place(x, weights, mesh=mesh, multiple_of=BLOCKS if deterministic else 1)
         return fit_rows(
             key,
             rows,
@@ -227,6 +256,7 @@ def fit(
             max_iter=max_iter,
             tol=tol,
             relative_tol=relative_tol,
+            deterministic=deterministic,
             **options,
         )
 
@@ -241,6 +271,7 @@ def fit_rows(
     max_iter: int = 300,
     tol: float = 0.0,
     relative_tol: bool = False,
+    deterministic: bool = False,
     **options: Any,
 ) -> kmeans.KMeansResult:
     """`fit` on rows that are placed already; arguments as there.
@@ -250,16 +281,22 @@ def fit_rows(
     if n_clusters > rows.n_rows:
         raise ValueError(f"n_samples={rows.n_rows} should be >= n_clusters={n_clusters}.")
     by_name = isinstance(init, str)
+    large_k = rows.mesh is not None and rows.mesh.shape.get(sharding.CENTROID_AXIS, 1) > 1
+    if deterministic:
+        options |= {"in_blocks": True, "algorithm": "lloyd"}
+    if large_k:
+        _check_large_k(rows.mesh, n_clusters, init, options)
     static = {"init": init if by_name else None, "n_init": n_init if by_name else 1, **options}
     # The core draws candidates by its own factor; with another one restarts are run one by one.
-    drawn_here = "oversampling_factor" in options
+    drawn_here = "oversampling_factor" in options or large_k
     restarts = range(static["n_init"]) if drawn_here else range(1)
     if drawn_here:
         static["n_init"] = 1
 
     def run_once(restart: int) -> kmeans.KMeansResult:
+        everywhere = (sharding.REPLICATED,) * 6
         return run(
-            _fit,
+            _fit_large_k if large_k else _fit,
             rows,
             key,
             None if by_name else init,
@@ -267,7 +304,10 @@ def fit_rows(
             max_iter,
             tol,
             rows.n_rows,
-            out_specs=RESULT_SPECS,
+            out_specs=LARGE_K_SPECS if large_k else RESULT_SPECS,
+            argument_specs=(everywhere[0], sharding.BY_CENTROID, *everywhere[2:])
+            if large_k
+            else None,
             n_clusters=n_clusters,
             relative_tol=relative_tol,
             **static,
@@ -361,8 +401,7 @@ def distances(x: Any, centroids: Any, *, mesh: Mesh | None = None) -> jax.Array:
 
 def row_numbers(x: jax.Array, axis_name: AxisName) -> jax.Array:
     """The global number of each local row: [n] int32."""
-    first = 0 if axis_name is None else x.shape[0] * lax.axis_index(axis_name)
-    return first + jnp.arange(x.shape[0], dtype=jnp.int32)
+    return x.shape[0] * axis_index(axis_name) + jnp.arange(x.shape[0], dtype=jnp.int32)
 
 
 def mean_variance(x: jax.Array, n_rows: jax.Array | int, axis_name: AxisName) -> jax.Array:
@@ -379,22 +418,62 @@ def scaled_tol(tol: Any, x: jax.Array, n_rows: Any, axis_name: AxisName) -> jax.
     )
 
 
+def _sorted(options: dict[str, Any]) -> tuple:
+    return tuple(sorted(options.items()))
+
+
 @functools.lru_cache(maxsize=512)
-def _program(function: Callable, mesh: Mesh | None, out_specs: Any, options: tuple) -> Callable:
+def _program(
+    function: Callable, mesh: Mesh | None, out_specs: Any, argument_specs: Any, options: tuple
+) -> Callable:
     """The compiled function; jit itself caches by shapes and dtypes."""
+    static = dict(options)
+    in_blocks = static.pop("in_blocks", False)
+    function = functools.partial(function, **static)
+    if in_blocks:
+        function = _in_blocks(function, out_specs)
     if mesh is None:
-        return jax.jit(functools.partial(function, axis_name=None, **dict(options)))
-    local = functools.partial(function, axis_name=sharding.DATA_AXIS, **dict(options))
+        return jax.jit(functools.partial(function, axis_name=None))
+    local = functools.partial(function, axis_name=sharding.DATA_AXIS)
 
     def over_mesh(x, weights, *arguments):
-        specs = (
-            sharding.SHARDED,
-            sharding.SHARDED,
-            *(sharding.REPLICATED for _ in arguments),
-        )
-        return sharding.data_parallel(local, mesh, specs, out_specs)(x, weights, *arguments)
+        specs = argument_specs or (sharding.REPLICATED,) * len(arguments)
+        specs = (sharding.SHARDED, sharding.SHARDED, *specs)
+        # JAX 0.10 cannot type collectives over a `vmap` axis inside loops; tests compare the bits.
+        parallel = sharding.data_parallel(local, mesh, specs, out_specs, check=not in_blocks)
+        return parallel(x, weights, *arguments)
 
     return jax.jit(over_mesh)
+
+
+def _in_blocks(function: Callable, out_specs: Any) -> Callable:
+    """A function of the core that runs on blocks of rows as if each were on its own device."""
+
+    def run_blocks(x, weights, *arguments, axis_name):
+        n_devices = 1 if axis_name is None else lax.axis_size(axis_name)
+        if BLOCKS % n_devices:
+            raise ValueError(
+                f"{n_devices} devices: deterministic=True expects a divisor of {BLOCKS}"
+            )
+        if x.shape[0] % (BLOCKS // n_devices):
+            raise ValueError(f"{x.shape[0]} rows cannot be cut into equal blocks")
+
+        def cut_rows(rows):
+            return rows.reshape(BLOCKS // n_devices, -1, *rows.shape[1:])
+
+        in_axes = (0, None if weights is None else 0, *(None for _ in arguments))
+        of_block = functools.partial(function, axis_name=Blocks("block", axis_name))
+        result = jax.vmap(of_block, in_axes=in_axes, axis_name="block")(
+            cut_rows(x), None if weights is None else cut_rows(weights), *arguments
+        )
+
+        def join(spec, leaf):
+            return leaf.reshape(-1, *leaf.shape[2:]) if spec == sharding.SHARDED else leaf[0]
+
+        is_spec = lambda node: isinstance(node, PartitionSpec)  # noqa: E731
+        return jax.tree.map(join, out_specs, result, is_leaf=is_spec)
+
+    return run_blocks
 
 
 def _place(array: Any, n_padded: int, mesh: Mesh, padding: Any) -> jax.Array:
@@ -457,6 +536,63 @@ def _fit(
         weights=weights,
         axis_name=axis_name,
         **options,
+    )
+
+
+def _check_large_k(mesh: Any, n_clusters: int, init: Any, options: dict[str, Any]) -> None:
+    shards = mesh.shape[sharding.CENTROID_AXIS]
+    if n_clusters % shards:
+        raise ValueError(
+            f"n_clusters={n_clusters}: expected a multiple of the {shards} devices that the mesh "
+            "keeps centroids on"
+        )
+    if isinstance(init, str) and init != "sample":
+        raise ValueError(
+            f"init={init!r}: expected random rows or an array where the mesh shards the centroids"
+        )
+    if options:
+        raise ValueError(
+            f"{', '.join(sorted(options))}: not accepted where the mesh shards the centroids"
+        )
+
+
+def _fit_large_k(
+    x,
+    weights,
+    key,
+    centroids,
+    restart,
+    max_iter,
+    tol,
+    n_rows,
+    *,
+    n_clusters,
+    init,
+    relative_tol,
+    axis_name,
+    n_init,
+):
+    del n_init
+    if relative_tol:
+        tol = scaled_tol(tol, x, n_rows, axis_name)
+    if init is not None:
+        centroids = kmeans.sample(
+            jax.random.fold_in(key, restart),
+            x,
+            n_clusters,
+            weights=weights,
+            axis_name=axis_name,
+            centroid_axis=sharding.CENTROID_AXIS,
+        )
+    return kmeans.lloyd(
+        x,
+        centroids,
+        weights=weights,
+        max_iter=max_iter,
+        tol=tol,
+        axis_name=axis_name,
+        centroid_axis=sharding.CENTROID_AXIS,
+        algorithm="lloyd",
     )
 
 

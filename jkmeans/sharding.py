@@ -24,20 +24,24 @@ from jkmeans.errors import UserError
 from jkmeans.kmeans.collectives import varying_axes
 
 DATA_AXIS = "data"
+CENTROID_AXIS = "centroids"
 SHARDED = PartitionSpec(DATA_AXIS)
 REPLICATED = PartitionSpec()
+BY_CENTROID = PartitionSpec(CENTROID_AXIS)
 BY_STEP = PartitionSpec(None, DATA_AXIS)
 """Steps first, then the rows of each step: sharded along the second."""
 
 
-def make_mesh(n_devices: int = 0) -> Mesh:
-    """One axis of devices over which examples are sharded.
+def make_mesh(n_devices: int = 0, n_centroid_shards: int = 1) -> Mesh:
+    """Devices over which examples are sharded, along one axis.
 
     Args:
       n_devices: how many of the devices that JAX sees; 0 takes all of them.
+      n_centroid_shards: above 1, a second axis: k-means then keeps that part of the centroids on
+        each device, for more clusters than one can hold.
 
     Raises:
-      UserError: more devices were asked for than exist.
+      UserError: more devices were asked for than exist, or the shards do not divide them.
     """
     available = jax.devices()
     if n_devices > len(available):
@@ -53,12 +57,32 @@ def make_mesh(n_devices: int = 0) -> Mesh:
             f"accepted: 0 (all of them) to {len(available)}{hint}"
         )
     devices = np.array(available[: n_devices or len(available)])
-    return Mesh(devices, (DATA_AXIS,), axis_types=(AxisType.Auto,))
+    if n_centroid_shards == 1:
+        return Mesh(devices, (DATA_AXIS,), axis_types=(AxisType.Auto,))
+    if n_centroid_shards < 1 or len(devices) % n_centroid_shards:
+        raise UserError(
+            f"n_centroid_shards is {n_centroid_shards}; accepted: a divisor of the "
+            f"{len(devices)} devices"
+        )
+    grid = devices.reshape(-1, n_centroid_shards)
+    return Mesh(grid, (DATA_AXIS, CENTROID_AXIS), axis_types=(AxisType.Auto,) * 2)
 
 
-def data_parallel(function: Callable, mesh: Mesh, in_specs, out_specs) -> Callable:
-    """``jax.shard_map`` over the data axis, with replication checked (``check_vma``)."""
-    return jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=out_specs)
+def data_parallel(
+    function: Callable, mesh: Mesh, in_specs, out_specs, *, check: bool = True
+) -> Callable:
+    """``jax.shard_map`` over the mesh.
+
+    Args:
+      function: of local arrays.
+      mesh: the devices.
+      in_specs: PartitionSpecs of the arguments.
+      out_specs: of the result.
+      check: whether JAX proves that what is declared replicated is so (``check_vma``).
+    """
+    return jax.shard_map(
+        function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=check
+    )
 
 
 @dataclasses.dataclass(frozen=True)

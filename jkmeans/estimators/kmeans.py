@@ -127,7 +127,7 @@ class KMeans(CentroidEstimator):
         if X.shape[0] < self.n_clusters:
             raise ValueError(f"n_samples={X.shape[0]} should be >= n_clusters={self.n_clusters}.")
         with sharded.precision(X):
-            rows = sharded.place(X, weights, mesh=self.mesh)
+            rows = sharded.place(X, weights, mesh=self.mesh, multiple_of=self._multiple_of)
             result = self._best_of_restarts(X, rows)
             self.cluster_centers_ = to_numpy(result.centroids)
             self.labels_ = to_numpy(result.labels)
@@ -183,6 +183,10 @@ class KMeans(CentroidEstimator):
                 best = result
         assert best is not None
         return best
+
+    @property
+    def _multiple_of(self) -> int:
+        return sharded.BLOCKS if getattr(self, "deterministic", False) else 1
 
     def _run(
         self, rows: sharded.Rows, init: Any, key: jax.Array, n_init: int, max_iter: int

@@ -46,6 +46,7 @@ def sample(
     weights: jax.Array | None = None,
     index: jax.Array | None = None,
     axis_name: AxisName = None,
+    centroid_axis: AxisName = None,
 ) -> jax.Array:
     """Different rows, drawn uniformly from those with weight above 0.
 
@@ -57,17 +58,24 @@ def sample(
       index: [n] int32, the global number of each row; by default rows are numbered in order, over
         the devices too.
       axis_name: the mesh axis that rows are sharded over, or None.
+      centroid_axis: a second mesh axis, on each device of which is an equal part of the result.
 
     Returns:
-      [k, d] float32 (float64 if x is), the same on all devices. With fewer than k rows of weight
-      above 0, rows are repeated.
+      [k, d] float32 (float64 if x is), the same on all devices of ``axis_name``. With fewer than k
+      rows of weight above 0, rows are repeated.
 
     Raises:
       ValueError: x has fewer than k rows.
     """
     x, weights, index = _prepare(x, weights, index, axis_name)
     priority = _priority(key, jnp.ones_like(weights), weights, index)
-    return _choose(priority, x, n_clusters, axis_name)
+    if centroid_axis is None:
+        return _choose(priority, x, n_clusters, axis_name)
+    row, local = _choose_rows(priority, n_clusters, axis_name)
+    part = n_clusters // n_devices(centroid_axis)
+    first = part * axis_index(centroid_axis)
+    row, local = (lax.dynamic_slice_in_dim(a, first, part) for a in (row, local))
+    return _gather(x, row, local, axis_name)
 
 
 def kmeans_plus_plus(
@@ -349,11 +357,16 @@ def _priority(key: jax.Array, scores: jax.Array, weights: jax.Array, index: jax.
 
 
 def _choose(priority: jax.Array, x: jax.Array, k: int, axis_name: AxisName) -> jax.Array:
-    """The k rows of highest priority over all devices: [k, d], the same on all devices.
+    """The k rows of highest priority over all devices: [k, d], the same on all devices."""
+    return _gather(x, *_choose_rows(priority, k, axis_name), axis_name)
+
+
+def _choose_rows(priority: jax.Array, k: int, axis_name: AxisName) -> tuple[jax.Array, jax.Array]:
+    """Local numbers [k] of the k rows of highest priority, and which of them are local [k].
 
     Rows at −∞ are never taken: if fewer than k are left, those are repeated in turn.
     """
     values, row, local = top_k_rows(priority, k, axis_name)
     n_valid = jnp.maximum(jnp.sum(values > -jnp.inf), 1)
     turn = jnp.arange(k) % n_valid
-    return _gather(x, row[turn], local[turn], axis_name)
+    return row[turn], local[turn]
