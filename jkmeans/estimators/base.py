@@ -168,7 +168,8 @@ class CentroidEstimator(
 
     def __getstate__(self) -> dict:
         """The mesh stays behind: its devices are those of this process."""
-        return {**super().__getstate__(), "mesh": None}
+        state: Any = super().__getstate__()
+        return {**state, "mesh": None}
 
     def __sklearn_tags__(self):
         tags = super().__sklearn_tags__()

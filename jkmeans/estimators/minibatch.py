@@ -8,10 +8,11 @@ from numbers import Integral, Real
 from typing import Any, ClassVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from sklearn.utils import check_random_state
 
-from jkmeans import sharded, sharding
+from jkmeans import sharded
 from jkmeans.estimators.base import COMMON_CONSTRAINTS, CentroidEstimator, at_least, to_numpy
 from jkmeans.estimators.inputs import random_key, read_centroids, read_rows, read_weights
 from jkmeans.estimators.kmeans import CORE_NAMES, resolve_n_init
@@ -24,7 +25,7 @@ from jkmeans.kmeans.minibatch import (
 )
 
 _STATE_SPECS = sharded.result_specs(MiniBatchState, ())
-_RESULT_SPECS = MiniBatchResult(_STATE_SPECS, sharding.REPLICATED, sharding.REPLICATED)
+_RESULT_SPECS = sharded.result_specs(MiniBatchResult, ())._replace(state=_STATE_SPECS)
 
 
 class MiniBatchKMeans(CentroidEstimator):
@@ -175,7 +176,7 @@ class MiniBatchKMeans(CentroidEstimator):
         with sharded.precision(X, getattr(self, "cluster_centers_", None)):
             if first:
                 self._seed = int(check_random_state(self.random_state).randint(2**31 - 1))
-                self._keep(initial_state(self._first_batch_centroids(X, weights)))
+                self._keep(initial_state(jnp.asarray(self._first_batch_centroids(X, weights))))
                 self.n_steps_ = 0
             elif not hasattr(self, "_seed"):
                 self._seed = int(check_random_state(self.random_state).randint(2**31 - 1))
@@ -186,7 +187,9 @@ class MiniBatchKMeans(CentroidEstimator):
                 jax.random.key(self._seed),
                 self.n_steps_,
                 MiniBatchState(
-                    self.cluster_centers_, self._counts, np.int32(self._n_since_last_reassign)
+                    jnp.asarray(self.cluster_centers_),
+                    jnp.asarray(self._counts),
+                    jnp.asarray(self._n_since_last_reassign, jnp.int32),
                 ),
                 float(self.reassignment_ratio),
                 rows.n_rows,
