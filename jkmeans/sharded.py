@@ -40,7 +40,7 @@ RESULT_SPECS = result_specs(kmeans.KMeansResult)
 LARGE_K_SPECS = RESULT_SPECS._replace(centroids=sharding.BY_CENTROID, counts=sharding.BY_CENTROID)
 """How it lies on a mesh with an axis of centroids."""
 BLOCKS = 16
-"""Blocks that rows are cut into for results of the same bits on 1, 2, 4, 8 and 16 devices."""
+"""Blocks that rows are cut into for results of the same bits on 1, 2, 4 and 8 devices."""
 
 
 class Rows(NamedTuple):
@@ -134,7 +134,7 @@ def place(
     if weights is None and n_padded > n_rows:
         weights = np.ones(n_rows, np.float64 if x.dtype == np.float64 else np.float32)
     if mesh is None:
-        if n_padded > n_rows:
+        if weights is not None and n_padded > n_rows:
             x = _fill(x, n_padded, x[:1])
             weights = _fill(weights, n_padded, np.zeros(1, weights.dtype))
         # Weights follow rows that are committed to a device of their own.
@@ -233,7 +233,7 @@ def fit(
       tol: bound on the squared shift of the centroids that ends a restart.
       relative_tol: whether ``tol`` is in units of the mean variance of the columns, as in
         scikit-learn.
-      deterministic: whether the result is to have the same bits on 1, 2, 4, 8 and 16 devices. Rows
+      deterministic: whether the result is to have the same bits on 1, 2, 4 and 8 devices. Rows
         are then cut into `BLOCKS` blocks whose sums are added in order, which takes that many times
         the traffic of an all-reduce, and bounds are not used.
       **options: static keyword arguments of ``kmeans.fit``.
@@ -451,9 +451,10 @@ def _in_blocks(function: Callable, out_specs: Any) -> Callable:
 
     def run_blocks(x, weights, *arguments, axis_name):
         n_devices = 1 if axis_name is None else lax.axis_size(axis_name)
-        if BLOCKS % n_devices:
+        # With a single block on a device the compiler would take its loop apart.
+        if (BLOCKS // 2) % n_devices:
             raise ValueError(
-                f"{n_devices} devices: deterministic=True expects a divisor of {BLOCKS}"
+                f"{n_devices} devices: deterministic=True expects a divisor of {BLOCKS // 2}"
             )
         if x.shape[0] % (BLOCKS // n_devices):
             raise ValueError(f"{x.shape[0]} rows cannot be cut into equal blocks")

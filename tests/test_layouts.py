@@ -56,7 +56,7 @@ def test_it_is_the_answer(x):
 
 
 def test_a_number_of_devices_that_does_not_divide_the_blocks(x):
-    with pytest.raises(ValueError, match=r"3 devices: deterministic=True expects a divisor of 16"):
+    with pytest.raises(ValueError, match=r"3 devices: deterministic=True expects a divisor of 8"):
         sharded.fit(jax.random.key(0), x, K, mesh=sharding.make_mesh(3), deterministic=True)
 
 

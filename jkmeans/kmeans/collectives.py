@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.custom_batching import sequential_vmap
 
 
 class Blocks(NamedTuple):
@@ -63,6 +64,15 @@ def names_of(axis_name: AxisName) -> tuple[Hashable, ...]:
     if axis_name is None:
         return ()
     return axis_name if isinstance(axis_name, tuple) else (axis_name,)
+
+
+def per_block(function: Callable, axis_name: AxisName) -> Callable:
+    """A function of local arrays, without collectives, that runs block after block over `Blocks`.
+
+    ``vmap`` would compute all blocks of a device at once, in an order of additions that depends on
+    how many there are.
+    """
+    return sequential_vmap(function) if isinstance(axis_name, Blocks) else function
 
 
 def all_sum(tree, axis_name: AxisName):

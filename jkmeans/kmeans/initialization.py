@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +26,7 @@ from jkmeans.kmeans.collectives import (
     all_sum,
     axis_index,
     n_devices,
+    per_block,
     stack_devices,
     top_k_rows,
     vary_like,
@@ -127,8 +129,7 @@ def kmeans_plus_plus(
         row, local = _draw(jax.random.fold_in(key, i), weights, closest, trials, axis_name)
         candidates = _gather(x, row, local, axis_name)
         distances = jnp.minimum(closest[None, :], distances_to(candidates, row, local))
-        weighted = jnp.where(weights[None, :] > 0, weights[None, :] * distances, 0)
-        potentials = all_sum(jnp.sum(weighted, axis=1), axis_name)
+        potentials = all_sum(per_block(_potentials, axis_name)(weights, distances), axis_name)
         best = jnp.argmin(potentials)
         return centroids.at[i].set(candidates[best]), distances[best]
 
@@ -195,11 +196,13 @@ def kmeans_parallel(
             f"{n_candidates} candidates for {n_clusters} clusters: raise one of them"
         )
 
+    assign_rows = per_block(partial(assign, block_size=block_size), axis_name)
+
     def draw(r, carry):
         candidates, labels, closest = carry
         priority = _priority(jax.random.fold_in(key, r), weights * closest, weights, index)
         drawn = _choose(priority, x, per_round, axis_name)
-        nearest = assign(x, drawn, block_size=block_size)
+        nearest = assign_rows(x, drawn)
         # Strictly nearer: a candidate that repeats an earlier one gets no rows, hence no weight.
         nearer = nearest.distances < closest
         first = 1 + (r - 1) * per_round
@@ -210,7 +213,7 @@ def kmeans_parallel(
     first = _choose(_priority(jax.random.fold_in(key, 0), weights, weights, index), x, 1, axis_name)
     candidates = vary_like(jnp.zeros((n_candidates, x.shape[1]), x.dtype), first)
     candidates = candidates.at[0].set(first[0])
-    closest = jnp.sum((x - first) ** 2, axis=1)
+    closest = assign_rows(x, first).distances
     labels = vary_like(jnp.zeros(x.shape[0], jnp.int32), closest)
     candidates, labels, _ = lax.fori_loop(1, n_rounds + 1, draw, (candidates, labels, closest))
     # Only the counts are wanted, so rows without features are summed.
@@ -245,13 +248,17 @@ def _distances_to(x: jax.Array, weights: jax.Array, axis_name: AxisName, block_s
         return one_by_one
     # As products: ‖x‖² − 2x·c + ‖c‖², around the mean. What is left of x − x by rounding would be
     # drawn as if it were a distance, so anything that small is 0.
-    counted = jnp.where(weights[:, None] > 0, x, 0)
-    total = all_sum((jnp.sum(counted, axis=0), jnp.sum(weights > 0)), axis_name)
-    mean = (total[0] / jnp.maximum(total[1], 1))[None, :]
-    norms = map_rows(lambda x_bd: jnp.sum((x_bd - mean) ** 2, axis=1), x, block_size)
+    counted = per_block(_sum_of_counted, axis_name)(x, weights)
+    total, n_counted = all_sum(counted, axis_name)
+    mean = (total / jnp.maximum(n_counted, 1))[None, :]
+
+    def norms_of(x, mean) -> jax.Array:
+        return map_rows(lambda x_bd: jnp.sum((x_bd - mean) ** 2, axis=1), x, block_size)
+
+    norms = per_block(norms_of, axis_name)(x, mean)
     slack = (16 + math.sqrt(d)) * float(jnp.finfo(x.dtype).eps)
 
-    def as_products(candidates, row, local) -> jax.Array:
+    def distances_of(x, norms, mean, candidates, itself) -> jax.Array:
         shifted = candidates - mean
         candidate_norms = jnp.sum(shifted**2, axis=1)
 
@@ -261,10 +268,23 @@ def _distances_to(x: jax.Array, weights: jax.Array, axis_name: AxisName, block_s
         twice = 2 * map_rows(to_rows, x, block_size).T + norms[None, :]
         reach = jnp.sqrt(candidate_norms)[:, None] + jnp.sqrt(norms)[None, :]
         distances = jnp.where(twice > slack * reach**2, twice, 0)
+        return distances.at[jnp.arange(len(itself)), itself].set(0, mode="drop")
+
+    def as_products(candidates, row, local) -> jax.Array:
         itself = jnp.where(local, row, n)
-        return distances.at[jnp.arange(len(row)), itself].set(0, mode="drop")
+        return per_block(distances_of, axis_name)(x, norms, mean, candidates, itself)
 
     return as_products
+
+
+def _sum_of_counted(x: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return jnp.sum(jnp.where(weights[:, None] > 0, x, 0), axis=0), jnp.sum(weights > 0)
+
+
+def _potentials(weights: jax.Array, distances_tn: jax.Array) -> jax.Array:
+    """Σ w D² for each of several D²: [t]."""
+    weighted = jnp.where(weights[None, :] > 0, weights[None, :] * distances_tn, 0)
+    return jnp.sum(weighted, axis=1)
 
 
 def _draw(
@@ -284,11 +304,13 @@ def _draw(
     rows = min(n, _DRAW_ROWS)
     n_blocks = -(-n // rows)
 
+    def ends_of(padded: jax.Array) -> jax.Array:
+        return jnp.cumsum(jnp.sum(padded, axis=1))
+
     def totals_of(mass: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         padded = jnp.pad(mass, (0, n_blocks * rows - n)).reshape(n_blocks, rows)
-        ends = jnp.cumsum(jnp.sum(padded, axis=1))
-        everything = all_sum(ends[-1], axis_name)
-        return padded, ends, everything
+        ends = per_block(ends_of, axis_name)(padded)
+        return padded, ends, all_sum(ends[-1], axis_name)
 
     padded, ends, everything = totals_of(mass)
     nothing = ~(everything > 0)
@@ -312,6 +334,13 @@ def _draw(
     at = jax.random.uniform(key, (m,), mass.dtype) * everything
     local = (at >= first) & ((at < limit) | is_last) & (ends[-1] > 0)
     inside = jnp.clip(at - first, 0, ends[-1])
+    place = per_block(_find, axis_name)(padded, ends, inside)
+    return jnp.minimum(place, n - 1).astype(jnp.int32), local
+
+
+def _find(padded: jax.Array, ends: jax.Array, inside: jax.Array) -> jax.Array:
+    """Where in the cumulative sum of ``padded`` [blocks, rows] the values ``inside`` [m] fall."""
+    n_blocks, rows = padded.shape
     block = jnp.searchsorted(ends, inside, side="right")
     # Rounding may lead past the last block, or into one without mass: the last one that has any.
     occupied = jnp.max(jnp.where(ends > jnp.append(0, ends[:-1]), jnp.arange(n_blocks), 0))
@@ -321,8 +350,7 @@ def _draw(
     hit = (jnp.cumsum(of_block, axis=1) > inside[:, None]) & (of_block > 0)
     position = jnp.arange(rows)
     last = jnp.max(jnp.where(of_block > 0, position[None, :], 0), axis=1)
-    place = jnp.where(jnp.any(hit, axis=1), jnp.argmax(hit, axis=1), last)
-    return jnp.minimum(block * rows + place, n - 1).astype(jnp.int32), local
+    return block * rows + jnp.where(jnp.any(hit, axis=1), jnp.argmax(hit, axis=1), last)
 
 
 def _gather(x: jax.Array, row: jax.Array, local: jax.Array, axis_name: AxisName) -> jax.Array:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -17,7 +18,14 @@ from jkmeans.kmeans.assignment import (
     nearest,
     squared_distances,
 )
-from jkmeans.kmeans.collectives import AxisName, all_sum, axis_index, names_of, vary_like
+from jkmeans.kmeans.collectives import (
+    AxisName,
+    all_sum,
+    axis_index,
+    names_of,
+    per_block,
+    vary_like,
+)
 from jkmeans.kmeans.differentiation import tangents
 from jkmeans.kmeans.moving_sums import MovingSums, follow, no_sums
 from jkmeans.kmeans.relocation import relocate
@@ -175,10 +183,15 @@ def _iterate(
     centroids = of_centroids(centroids.astype(dtype))
     middle = middle_centroid(centroids)
 
+    find_nearest = per_block(
+        partial(nearest, block_size=block_size, centroid_axis=centroid_axis), axis_name
+    )
+    distances_to = per_block(partial(squared_distances, centroid_axis=centroid_axis), axis_name)
+    local_inertia = per_block(inertia_of, axis_name)
+
     def assign_rows(state: _State) -> tuple[jax.Array, bounds.Knowledge | None]:
         if state.known is None:
-            labels = nearest(x, state.centroids, block_size=block_size, centroid_axis=centroid_axis)
-            return labels, None
+            return find_nearest(x, state.centroids), None
         known = bounds.reassign(x, state.centroids, state.previous, middle, state.known)
         return known.bounds.labels, known
 
@@ -198,9 +211,7 @@ def _iterate(
             n_empty = all_sum(jnp.sum(statistics.counts == 0), centroid_axis)
 
             def fill():
-                distances = squared_distances(
-                    x, state.centroids, labels, centroid_axis=centroid_axis
-                )
+                distances = distances_to(x, state.centroids, labels)
                 filled, moved = relocate(
                     labels, distances, weights, statistics.counts, axis_name, centroid_axis
                 )
@@ -260,13 +271,13 @@ def _iterate(
             lambda: of_centroids(centroids_from(statistics_of(state.labels), centroids)),
             lambda: centroids,
         )
-    distances = squared_distances(x, centroids, state.labels, centroid_axis=centroid_axis)
+    distances = distances_to(x, centroids, state.labels)
     return KMeansResult(
         centroids=centroids,
         labels=state.labels,
         distances=distances,
         counts=state.counts,
-        inertia=all_sum(inertia_of(distances, weights), axis_name),
+        inertia=all_sum(local_inertia(distances, weights), axis_name),
         n_iter=state.n_iter,
         n_empty=all_sum(jnp.sum(state.counts == 0), centroid_axis).astype(jnp.int32),
         n_relocated=state.n_relocated,

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jkmeans.kmeans.assignment import accumulation_dtype
-from jkmeans.kmeans.collectives import AxisName, all_sum, axis_index, vary_like
+from jkmeans.kmeans.collectives import AxisName, all_sum, axis_index, per_block, vary_like
 
 # Rows, and numbers, summed at a time on a CPU: a block, weighted or converted, stays in the cache.
 _SCATTER_ROWS = 4096
@@ -66,14 +66,19 @@ def cluster_statistics(
     dtype = accumulation_dtype(x)
     x, labels = jnp.asarray(x), jnp.asarray(labels)
     weights = None if weights is None else jnp.asarray(weights, dtype)
-    inertia = vary_like(jnp.zeros((), dtype), x)
-    if distances is not None:
-        inertia = inertia_of(distances, weights)
-    zeros = (jnp.zeros((n_clusters, x.shape[1]), dtype), jnp.zeros(n_clusters, dtype))
-    zeros = jax.tree.map(lambda leaf: vary_like(leaf, x, labels, weights), zeros)
-    operands = (zeros, x, labels) if weights is None else (zeros, x, labels, weights)
-    sums, counts = lax.platform_dependent(*operands, cpu=_scattered, default=_one_hot)
-    return all_reduce(ClusterStatistics(sums, counts, inertia), axis_name)
+
+    def of_local_rows(x, labels, weights, distances) -> ClusterStatistics:
+        inertia = vary_like(jnp.zeros((), dtype), x)
+        if distances is not None:
+            inertia = inertia_of(distances, weights)
+        zeros = (jnp.zeros((n_clusters, x.shape[1]), dtype), jnp.zeros(n_clusters, dtype))
+        zeros = jax.tree.map(lambda leaf: vary_like(leaf, x, labels, weights), zeros)
+        operands = (zeros, x, labels) if weights is None else (zeros, x, labels, weights)
+        sums, counts = lax.platform_dependent(*operands, cpu=_scattered, default=_one_hot)
+        return ClusterStatistics(sums, counts, inertia)
+
+    local = per_block(of_local_rows, axis_name)(x, labels, weights, distances)
+    return all_reduce(local, axis_name)
 
 
 def mean_variance(
@@ -94,21 +99,26 @@ def mean_variance(
     # Around some row, lest squares far from the origin leave no digits for their difference.
     shift = all_sum(jnp.where(axis_index(axis_name) == 0, x[:1].astype(dtype), 0), axis_name)
 
-    def moments(start, rows: int) -> tuple[jax.Array, jax.Array]:
-        x_bd = lax.dynamic_slice_in_dim(x, start, rows).astype(dtype) - shift
-        if counted is not None:
-            counted_b = lax.dynamic_slice_in_dim(counted, start, rows)
-            x_bd = jnp.where(counted_b[:, None], x_bd, 0)
-        return jnp.sum(x_bd, axis=0), jnp.sum(x_bd**2, axis=0)
+    def moments_of(x, counted, shift) -> tuple[jax.Array, jax.Array]:
+        rows = min(n, 1024)
 
-    def add_block(i, total):
-        return jax.tree.map(jnp.add, total, moments(i * rows, rows))
+        def of_rows(start, size: int) -> tuple[jax.Array, jax.Array]:
+            x_bd = lax.dynamic_slice_in_dim(x, start, size).astype(dtype) - shift
+            if counted is not None:
+                counted_b = lax.dynamic_slice_in_dim(counted, start, size)
+                x_bd = jnp.where(counted_b[:, None], x_bd, 0)
+            return jnp.sum(x_bd, axis=0), jnp.sum(x_bd**2, axis=0)
 
-    rows = min(n, 1024)
-    zeros = vary_like(jnp.zeros(d, dtype), x, counted)
-    total = lax.fori_loop(0, n // rows, add_block, (zeros, zeros))
-    if n % rows:
-        total = jax.tree.map(jnp.add, total, moments(n - n % rows, n % rows))
+        def add_block(i, total):
+            return jax.tree.map(jnp.add, total, of_rows(i * rows, rows))
+
+        zeros = vary_like(jnp.zeros(d, dtype), x, counted)
+        total = lax.fori_loop(0, n // rows, add_block, (zeros, zeros))
+        if n % rows:
+            total = jax.tree.map(jnp.add, total, of_rows(n - n % rows, n % rows))
+        return total
+
+    total = per_block(moments_of, axis_name)(x, counted, shift)
     n_rows = jnp.asarray(n, dtype) if counted is None else jnp.sum(counted.astype(dtype))
     n_rows = vary_like(n_rows, total[0])
     sums, squares, n_rows = all_sum((*total, n_rows), axis_name)
