@@ -25,11 +25,13 @@ from jax import lax
 from jkmeans.kmeans.assignment import accumulation_dtype, lowest, score
 from jkmeans.kmeans.collectives import vary_like
 
-# Centroids of a group: fewer make the products of a gathered block too narrow to be fast, more
-# make the groups too coarse to be excluded.
-GROUP_SIZE = 64
+# Centroids of a group at most: fewer make the products of a gathered block too narrow to be fast,
+# more make the groups too coarse to be excluded.
+GROUP_SIZE = 128
 # Numbers of a block of rows and its scores: what stays in a core's cache.
 _BLOCK_ENTRIES = 2**19
+# Rows that are passed over together if none of them is wanted.
+_CHUNK = 8
 # With more of the pairs open than this, one dense pass over all of them is faster.
 _WORTH_ALL = 0.6
 
@@ -155,7 +157,7 @@ def reassign(
 def n_groups(n_clusters: int) -> int:
     """How many groups the centroids are cut into: a power of two."""
     groups = 1
-    while n_clusters / groups > 1.5 * GROUP_SIZE:
+    while n_clusters / groups > GROUP_SIZE:
         groups *= 2
     return groups
 
@@ -274,8 +276,7 @@ def evaluate(x: jax.Array, at: Geometry, bounds: Bounds) -> Bounds:
     groups, size = at.order.shape
     k, d = at.centroids.shape
     n = x.shape[0]
-    every = Rows(vary_like(jnp.arange(n, dtype=jnp.int32), x), jnp.asarray(n, jnp.int32))
-    rows = select(every, undecided(bounds))
+    rows = select(undecided(bounds))
 
     def tighten(carry: Bounds, rows_b: jax.Array, target: jax.Array, x_bd: jax.Array) -> Bounds:
         labels = carry.labels.at[rows_b].get(mode="clip")
@@ -320,7 +321,7 @@ def evaluate(x: jax.Array, at: Geometry, bounds: Bounds) -> Bounds:
                 lower=lower,
             )
 
-        pairs = select(rows, bounds.upper >= bounds.lower[g])
+        pairs = select(bounds.upper >= bounds.lower[g], rows)
         return _over_some(x, at, pairs, bounds, look, d + size)
 
     group_numbers = jnp.broadcast_to(jnp.arange(groups, dtype=jnp.int32)[:, None], at.order.shape)
@@ -328,40 +329,73 @@ def evaluate(x: jax.Array, at: Geometry, bounds: Bounds) -> Bounds:
     return lax.fori_loop(0, groups, look_at_group, bounds)
 
 
-def select(among: Rows, wanted: jax.Array) -> Rows:
-    """The rows of ``among`` for which ``wanted`` [n] holds, in order."""
+def select(wanted: jax.Array, among: Rows | None = None) -> Rows:
+    """The rows for which ``wanted`` holds, in order.
 
-    def one_by_one(rows, count, wanted):
-        # A few nanoseconds a row on a CPU: less than a cumulative sum takes there.
-        def step(i, carry):
-            chosen, n_chosen = carry
-            row = rows[i]
-            chosen = lax.dynamic_update_slice_in_dim(chosen, row[None], n_chosen, 0)
-            return chosen, n_chosen + wanted[row].astype(jnp.int32)
-
-        start = (jnp.zeros_like(rows), vary_like(jnp.zeros((), jnp.int32), rows, wanted))
-        return lax.fori_loop(0, count, step, start)
-
-    def at_once(rows, count, wanted):
-        n = rows.shape[0]
-        member = (
-            jnp.zeros(n, bool).at[jnp.where(jnp.arange(n) < count, rows, n)].set(True, mode="drop")
-        )
-        chosen = member & wanted
-        return (
-            jnp.nonzero(chosen, size=n, fill_value=0)[0].astype(jnp.int32),
-            jnp.sum(chosen).astype(jnp.int32),
-        )
-
-    return Rows(
-        *lax.platform_dependent(
-            among.rows,
-            vary_like(among.count, among.rows, wanted),
-            wanted,
-            cpu=one_by_one,
-            default=at_once,
-        )
+    Args:
+      wanted: [n] bool.
+      among: the rows to choose from; None for all.
+    """
+    n = wanted.shape[0]
+    if among is None:
+        everything = vary_like(jnp.arange(n, dtype=jnp.int32), wanted)
+        among = Rows(everything, vary_like(jnp.asarray(n, jnp.int32), wanted))
+        one_by_one = _select_by_chunks
+    else:
+        one_by_one = _select_one_by_one
+    return lax.platform_dependent(
+        among,
+        wanted,
+        cpu=one_by_one,
+        default=_select_at_once,
     )
+
+
+def _select_one_by_one(among: Rows, wanted: jax.Array) -> Rows:
+    """A few nanoseconds a row on a CPU: less than a cumulative sum takes there."""
+
+    def step(i, chosen: Rows) -> Rows:
+        return _append(chosen, among.rows[i], wanted)
+
+    return lax.fori_loop(0, among.count, step, _no_rows(among.rows, wanted))
+
+
+def _select_by_chunks(among: Rows, wanted: jax.Array) -> Rows:
+    """From all rows: first the chunks with any that is wanted, then the rows of those."""
+    n = wanted.shape[0]
+    chunks = -(-n // _CHUNK)
+    padded = jnp.pad(wanted, (0, chunks * _CHUNK - n))
+    numbers = vary_like(jnp.arange(chunks, dtype=jnp.int32), wanted)
+    every_chunk = Rows(numbers, vary_like(jnp.asarray(chunks, jnp.int32), wanted))
+    hit = _select_one_by_one(every_chunk, jnp.any(padded.reshape(chunks, _CHUNK), axis=1))
+
+    def step(i, chosen: Rows) -> Rows:
+        return _append(chosen, hit.rows[i // _CHUNK] * _CHUNK + i % _CHUNK, padded)
+
+    # Room for all chunks: what is written past the end would be moved back onto other rows.
+    room = vary_like(jnp.zeros(chunks * _CHUNK, jnp.int32), wanted)
+    chosen = lax.fori_loop(0, hit.count * _CHUNK, step, _no_rows(room, wanted))
+    return Rows(chosen.rows[:n], chosen.count)
+
+
+def _append(chosen: Rows, row: jax.Array, wanted: jax.Array) -> Rows:
+    # Written in any case, and written over by the next one if it is not wanted.
+    row = row.astype(jnp.int32)
+    rows = lax.dynamic_update_slice_in_dim(chosen.rows, row[None], chosen.count, 0)
+    return Rows(rows, chosen.count + wanted[row].astype(jnp.int32))
+
+
+def _no_rows(like: jax.Array, wanted: jax.Array) -> Rows:
+    zero = vary_like(jnp.zeros((), jnp.int32), like, wanted)
+    return Rows(vary_like(jnp.zeros_like(like), wanted), zero)
+
+
+def _select_at_once(among: Rows, wanted: jax.Array) -> Rows:
+    n = wanted.shape[0]
+    members = jnp.where(jnp.arange(n) < among.count, among.rows, n)
+    chosen = jnp.zeros(n, bool).at[members].set(True, mode="drop") & wanted
+    rows = jnp.nonzero(chosen, size=n, fill_value=0)[0]
+    return Rows(rows.astype(jnp.int32), jnp.sum(chosen).astype(jnp.int32))
 
 
 def _slots(at: Geometry, numbers: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jkmeans.kmeans.bounds import Rows, select
+from jkmeans.kmeans.bounds import select
 from jkmeans.kmeans.collectives import vary_like
 from jkmeans.kmeans.statistics import ClusterStatistics, cluster_statistics, move_rows
 
@@ -63,8 +63,7 @@ def follow(
     n, k = x.shape[0], old.sums.shape[0]
     # Only counts are wanted, so rows without features are summed.
     counts = cluster_statistics(x[:, :0], after, k).counts
-    every = Rows(vary_like(jnp.arange(n, dtype=jnp.int32), x), jnp.asarray(n, jnp.int32))
-    moved = select(every, before != after)
+    moved = select(before != after)
     anew = (moved.count > n // 4) | (old.n_updates >= _UPDATES) | jnp.any(8 * counts < old.peak)
 
     def sum_anew() -> MovingSums:

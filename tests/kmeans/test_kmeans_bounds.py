@@ -97,13 +97,27 @@ def test_groups_are_near():
     assert all(len({number % 2 for number in group}) == 1 for group in order)
 
 
-@given(st.lists(st.booleans(), min_size=40, max_size=40), st.integers(0, 40))
+_select = jax.jit(bounds.select)
+
+
+@given(st.lists(st.booleans(), min_size=43, max_size=43), st.integers(0, 43))
 @settings(max_examples=30, deadline=None)
 def test_select(wanted, count):
-    rows = jnp.asarray(np.random.default_rng(0).permutation(40), jnp.int32)
-    chosen = bounds.select(bounds.Rows(rows, jnp.int32(count)), jnp.asarray(wanted))
-    expected = [row for row in np.asarray(rows)[:count] if wanted[row]]
+    rows = np.random.default_rng(0).permutation(43).astype(np.int32)
+    chosen = _select(jnp.asarray(wanted), bounds.Rows(rows, jnp.int32(count)))
+    expected = [row for row in rows[:count] if wanted[row]]
     assert np.asarray(chosen.rows)[: int(chosen.count)].tolist() == expected
+    chosen = _select(jnp.asarray(wanted))
+    expected = np.flatnonzero(wanted).tolist()
+    assert np.asarray(chosen.rows)[: int(chosen.count)].tolist() == expected
+
+
+@pytest.mark.parametrize("n_wanted", [0, 1, 20, 43])
+def test_select_elsewhere_than_on_a_cpu(n_wanted):
+    wanted = jnp.arange(43) < n_wanted
+    every = bounds.Rows(jnp.arange(43, dtype=jnp.int32), jnp.int32(43))
+    chosen = bounds._select_at_once(every, wanted)
+    assert np.asarray(chosen.rows)[: int(chosen.count)].tolist() == list(range(n_wanted))
 
 
 @pytest.mark.parametrize("n", [1, 5, 4096, 4097, 100_000])
