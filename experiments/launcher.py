@@ -45,6 +45,7 @@ def launch(
         sys.exit(0)  # Help was asked for and printed.
     except Exception as error:  # Config files are the user's programs: they may raise anything.
         fail(_one_line(error), 2)
+    _keep_compiled_programs()
     # Imported here, so that a wrong flag is answered at once.
     from jkmeans.errors import CollapseError, UserError
     from jkmeans.interruption import Interrupted
@@ -61,6 +62,14 @@ def launch(
         where = error.filename or "a file of the run"
         fail(f"cannot write {where}: {error.strerror}; what was saved before is whole", 2)
     sys.exit(0)
+
+
+def _keep_compiled_programs() -> None:
+    """Programs that were compiled once are read from a folder the next time."""
+    from jkmeans.datasets import cache_folder  # Not JAX, which reads these when it is imported.
+
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache_folder() / "programs"))
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 
 
 def fail(sentence: str, status: int) -> None:

@@ -21,7 +21,7 @@ from jkmeans.errors import UserError
 from jkmeans.generation import make_blobs
 from jkmeans.recorder import results_table
 from jkmeans.sharding import make_mesh
-from jkmeans.training import write_json
+from jkmeans.workdir import write_json
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -11,18 +11,15 @@ import concurrent.futures
 import contextlib
 import json
 import os
-import platform
 import time
 import zipfile
 from collections.abc import Callable
-from importlib import metadata as importlib_metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-import jkmeans
 from jkmeans import configuration, datasets, kmeans, metrics, selection, sharded
 from jkmeans.configuration import (
     Config,
@@ -46,10 +43,8 @@ from jkmeans.training import (
     CHECKPOINT_FOLDER,
     CONFIG_FILE,
     REPORT_FOLDER,
-    _device_room,
-    only_process_in,
-    write_json,
 )
+from jkmeans.workdir import device_room, only_process_in, versions, write_json
 
 SUMMARY_FILE = "summary.json"
 SWEEP_FILE = "sweep.json"
@@ -325,7 +320,7 @@ class _Job:
         if self.config.memory_mebibytes:
             return needed <= self.config.memory_mebibytes * 2**20
         devices = self.mesh.devices.flat
-        return needed <= self.mesh.size * _device_room(devices[0], self.mesh.size)
+        return needed <= self.mesh.size * device_room(devices[0], self.mesh.size)
 
     def _read(self) -> np.ndarray:
         """All rows, in memory, checked."""
@@ -615,7 +610,7 @@ class _Job:
             {"restart": r, "iteration": i, "inertia": v} for r, i, v in found.history
         ]
         summary["fingerprint"] = self.fingerprint
-        summary["versions"] = _versions()
+        summary["versions"] = versions("jax", "jaxlib", "numpy")
         if self.config.report.pictures:
             self.progress.update("drawing")
             from jkmeans.cluster_report import write_report
@@ -827,11 +822,3 @@ def _headline(summary: dict[str, Any]) -> dict[str, Any]:
 
 def _finite(value: float) -> float | None:
     return value if np.isfinite(value) else None
-
-
-def _versions() -> dict[str, str]:
-    return {
-        "jkmeans": jkmeans.__version__,
-        "python": platform.python_version(),
-        **{name: importlib_metadata.version(name) for name in ("jax", "jaxlib", "numpy")},
-    }

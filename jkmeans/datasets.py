@@ -425,7 +425,7 @@ def _find(name: str, file: str) -> Path | None:
     data = _data_folder()
     if data is not None and os.path.isfile(data / name / file):
         return data / name / file
-    path = _cache_folder() / name / file
+    path = cache_folder() / name / file
     return path if os.path.isfile(path) else None
 
 
@@ -434,7 +434,8 @@ def _data_folder() -> Path | None:
     return Path(data).expanduser() if data else None
 
 
-def _cache_folder() -> Path:
+def cache_folder() -> Path:
+    """Where downloads and compiled programs are kept: $JKMEANS_CACHE, or the user's cache."""
     cache = os.environ.get("JKMEANS_CACHE", "")
     if cache:
         return Path(cache).expanduser()
@@ -447,7 +448,7 @@ def _download(name: str, file: str, needed: Sequence[str]) -> Path:
     """Download a file into the cache folder: whole and verified, or not at all."""
     import pooch
 
-    folder = _cache_folder() / name
+    folder = cache_folder() / name
     reasons = []
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -27,7 +27,8 @@ from jkmeans.methods import Clusters
 from jkmeans.networks import make_network, merge, network_input, split
 from jkmeans.recorder import results_table
 from jkmeans.sharding import REPLICATED, SHARDED, data_parallel, device_dtype, make_mesh, to_host
-from jkmeans.training import CHECKPOINT_FOLDER, write_json
+from jkmeans.training import CHECKPOINT_FOLDER
+from jkmeans.workdir import write_json
 
 EVALUATION_FILE = "evaluation.json"
 CHUNK_BYTES = 64 * 2**20

@@ -5,24 +5,20 @@ inside one: the epoch is a compiled program (`jkmeans.epoch`), the objective is 
 (`jkmeans.methods`).
 """
 
-import contextlib
 import functools
 import json
 import os
-import platform
 import resource
 import sys
 import time
 import zlib
-from collections.abc import Callable, Iterator
-from importlib import metadata as importlib_metadata
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-import jkmeans
 from jkmeans import configuration, datasets, metrics
 from jkmeans.checkpoints import Checkpoints, DamagedError
 from jkmeans.configuration import Config
@@ -45,15 +41,16 @@ from jkmeans.sharding import (
     relayout,
     to_host,
 )
+from jkmeans.workdir import device_room, only_process_in, versions, write_json
 
 CONFIG_FILE = "config.json"
 RESULTS_FILE = "results.json"
 CHECKPOINT_FOLDER = "checkpoints"
 REPORT_FOLDER = "report"
 SEEDS_FILE = "seeds.json"
-LOCK_FILE = ".lock"
 
 _MODEL = ("parameters", "clusters")
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
 def train_and_evaluate(config: Config, workdir: str | os.PathLike) -> dict[str, Any]:
@@ -139,7 +136,7 @@ class _Run:
             return placement == "host"
         value_bytes = device_dtype(self.dataset.examples.dtype).itemsize
         n_bytes = self.layout.n_rows * int(np.prod(self.dataset.example_shape)) * value_bytes
-        return n_bytes / self.mesh.size > _device_room(self.mesh.devices.flat[0], self.mesh.size)
+        return n_bytes / self.mesh.size > device_room(self.mesh.devices.flat[0], self.mesh.size)
 
     @functools.cached_property
     def rows(self) -> Rows:
@@ -458,7 +455,7 @@ class _Run:
             {"model": model, "training": fields},
             {
                 "config": configuration.to_json(self.config),
-                "versions": versions(),
+                "versions": versions(*_PACKAGES),
                 "data": self.data_record,
                 "n_rows": self.layout.n_rows,
                 "epoch": epoch,
@@ -494,25 +491,6 @@ class _Run:
             if self.interruption.announced():
                 self.recorder.say("stopping at the next safe place; once more to stop at once")
         jax.block_until_ready(leaves)
-
-
-@contextlib.contextmanager
-def only_process_in(workdir: Path) -> Iterator[None]:
-    """Holds the workdir against a second process, which would clean up the saves of the first.
-
-    Raises:
-      UserError: another process trains in it.
-    """
-    import fcntl
-
-    with open(workdir / LOCK_FILE, "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                f"another process is training in {workdir}; accepted: another --workdir, or wait"
-            ) from None
-        yield
 
 
 def claim_workdir(workdir: Path, config: Config) -> None:
@@ -554,27 +532,6 @@ def _read_config(path: Path) -> Config:
         ) from error
 
 
-def write_json(path: Path, values: Any) -> None:
-    """Writes JSON under its name only when it is complete."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(values, indent=2, default=_plain) + "\n")
-    os.replace(temporary, path)
-
-
-def _plain(value):
-    return value.item() if isinstance(value, np.generic) else str(value)
-
-
-def versions() -> dict[str, str]:
-    """Versions of what computed a checkpoint."""
-    packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
-    return {
-        "jkmeans": jkmeans.__version__,
-        "python": platform.python_version(),
-        **{name: importlib_metadata.version(name) for name in packages},
-    }
-
-
 def describe_data(dataset: datasets.Dataset) -> dict[str, Any]:
     """What a checkpoint remembers of its data; the checksum is of 256 rows spread over it."""
     rows = np.unique(np.linspace(0, dataset.n_examples - 1, 256).astype(np.int64))
@@ -587,17 +544,6 @@ def describe_data(dataset: datasets.Dataset) -> dict[str, Any]:
         "scale": dataset.scale,
         "checksum": zlib.crc32(sample.tobytes()),
     }
-
-
-def _device_room(device, n_devices: int) -> float:
-    """Bytes that examples may take on a device: what is left after networks and banks."""
-    statistics = device.memory_stats() or {}
-    if "bytes_limit" in statistics:
-        return 0.6 * (statistics["bytes_limit"] - statistics.get("bytes_in_use", 0))
-    # macOS does not say how much is free.
-    pages = "SC_AVPHYS_PAGES" if "SC_AVPHYS_PAGES" in os.sysconf_names else "SC_PHYS_PAGES"
-    free = os.sysconf(pages) * os.sysconf("SC_PAGE_SIZE")
-    return 0.5 * free / n_devices
 
 
 def train_seeds(config: Config, workdir: str | os.PathLike, n_seeds: int) -> dict[str, Any]:

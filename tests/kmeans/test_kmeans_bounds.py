@@ -44,6 +44,8 @@ def check(x, centroids, known):
     others[rows, labels] = np.inf
     for group, members in enumerate(np.asarray(known.order)):
         members = members[members < len(centroids)]
+        if not len(members):
+            continue
         nearest = others[:, members].min(axis=1)
         assert (np.asarray(known.bounds.lower)[group] <= nearest * (1 + 1e-6)).all()
 

@@ -1,0 +1,67 @@
+"""The folder of a run: one process at a time, files that are whole, what the machine offers."""
+
+import contextlib
+import json
+import os
+import platform
+from collections.abc import Iterator
+from importlib import metadata as importlib_metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import jkmeans
+from jkmeans.errors import UserError
+
+LOCK_FILE = ".lock"
+
+
+@contextlib.contextmanager
+def only_process_in(workdir: Path) -> Iterator[None]:
+    """Holds the workdir against a second process, which would clean up the saves of the first.
+
+    Raises:
+      UserError: another process runs in it.
+    """
+    import fcntl
+
+    with open(workdir / LOCK_FILE, "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"another process is running in {workdir}; accepted: another --workdir, or wait"
+            ) from None
+        yield
+
+
+def write_json(path: Path, values: Any) -> None:
+    """Writes JSON under its name only when it is complete."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(values, indent=2, default=_plain) + "\n")
+    os.replace(temporary, path)
+
+
+def _plain(value):
+    return value.item() if isinstance(value, np.generic) else str(value)
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """Versions of what computes: of jkmeans, Python and the packages named."""
+    return {
+        "jkmeans": jkmeans.__version__,
+        "python": platform.python_version(),
+        **{name: importlib_metadata.version(name) for name in packages},
+    }
+
+
+def device_room(device, n_devices: int) -> float:
+    """Bytes that examples may take on a device: what is left after networks and banks."""
+    statistics = device.memory_stats() or {}
+    if "bytes_limit" in statistics:
+        return 0.6 * (statistics["bytes_limit"] - statistics.get("bytes_in_use", 0))
+    # macOS does not say how much is free.
+    pages = "SC_AVPHYS_PAGES" if "SC_AVPHYS_PAGES" in os.sysconf_names else "SC_PHYS_PAGES"
+    free = os.sysconf(pages) * os.sysconf("SC_PAGE_SIZE")
+    return 0.5 * free / n_devices
