@@ -107,9 +107,9 @@ LINES = (
 
 def jkmeans_system(x: np.ndarray, init: np.ndarray, tol: float, max_iter: int) -> Fit:
     """`jkmeans.KMeans`."""
-    import jkmeans
+    from jkmeans import KMeans
 
-    model: Any = jkmeans.KMeans(len(init), init=init, n_init=1, tol=tol, max_iter=max_iter).fit(x)
+    model = KMeans(len(init), init=init, n_init=1, tol=tol, max_iter=max_iter).fit(x)
     return Fit(model.cluster_centers_, model.n_iter_)
 
 
@@ -130,9 +130,8 @@ def intelex(x: np.ndarray, init: np.ndarray, tol: float, max_iter: int) -> Fit:
     """`sklearnex.cluster.KMeans`, Intel's extension."""
     from sklearnex.cluster import KMeans
 
-    options: dict[str, Any] = {"init": init, "n_init": 1}
-    model: Any = KMeans(len(init), tol=tol, max_iter=max_iter, **options)
-    model.fit(x)
+    kind: Any = KMeans
+    model = kind(len(init), init=init, n_init=1, tol=tol, max_iter=max_iter).fit(x)
     return Fit(model.cluster_centers_, model.n_iter_)
 
 

@@ -73,7 +73,7 @@ class BisectingKMeans(CentroidEstimator):
         self,
         n_clusters=8,
         *,
-        init="random",
+        init: Any = "random",
         n_init=1,
         random_state=None,
         max_iter=300,

@@ -68,7 +68,7 @@ class HierarchicalKMeans(CentroidEstimator):
         self,
         n_clusters=(8, 4),
         *,
-        init="k-means++",
+        init: Any = "k-means++",
         n_init=1,
         max_iter=300,
         tol=1e-4,

@@ -79,7 +79,7 @@ class MiniBatchKMeans(CentroidEstimator):
         self,
         n_clusters=8,
         *,
-        init="k-means++",
+        init: Any = "k-means++",
         max_iter=100,
         batch_size=1024,
         verbose=0,
@@ -88,7 +88,7 @@ class MiniBatchKMeans(CentroidEstimator):
         tol=0.0,
         max_no_improvement=10,
         init_size=None,
-        n_init="auto",
+        n_init: Any = "auto",
         reassignment_ratio=0.01,
         mesh=None,
     ):
