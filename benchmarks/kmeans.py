@@ -8,7 +8,7 @@ the same relative tolerance and bound on the iterations, in one process on the s
 turns. faiss has no tolerance: it runs as many iterations as jkmeans needed. Times are those of the
 whole ``fit`` as a user calls it, with its checks, copies and final labels; the first fit of every
 system warms up and is not counted, and what JAX spent in compiling during it is shown apart. Memory
-is the most that the process held beyond the data during that first fit, sampled every two
+is the most that the process held beyond the data during a second fit, sampled every two
 milliseconds, divided by the size of the data; 1 is added for the data. Inertia is computed anew
 from everyone's centroids in float64.
 
@@ -207,11 +207,12 @@ def run_line(
     for name in systems:  # jkmeans first: faiss needs its number of iterations.
         limit = iterations.get("jkmeans", max_iter) if name == "faiss" else max_iter
         before = clock.seconds
-        with PeakMemory() as peak:
-            fits[name] = SYSTEMS[name][1](x, init, tol, limit)
+        fits[name] = SYSTEMS[name][1](x, init, tol, limit)
         iterations[name] = fits[name].n_iter
-        memory[name] = 1 + peak.growth / x.nbytes
         compiled[name] = clock.seconds - before
+        with PeakMemory() as peak:
+            SYSTEMS[name][1](x, init, tol, limit)
+        memory[name] = 1 + peak.growth / x.nbytes
     for _ in range(repeats):
         for name in systems:
             limit = iterations[name] if name == "faiss" else max_iter

@@ -17,8 +17,15 @@ def x():
     return (5 + 2 * rng.normal(size=(N, D)) + 3 * rng.integers(0, 3, (N, 1))).astype(np.float32)
 
 
-@pytest.mark.parametrize("init", ["sample", "k-means++", "k-means||"])
-@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize(
+    ("init", "weighted"),
+    [
+        ("sample", True),
+        ("k-means++", False),
+        pytest.param("k-means++", True, marks=pytest.mark.slow),
+        ("k-means||", False),
+    ],
+)
 def test_the_same_bits_on_any_number_of_devices(x, init, weighted):
     weights = np.random.default_rng(1).uniform(size=N).astype(np.float32) if weighted else None
 
