@@ -114,7 +114,7 @@ def jkmeans_system(x: np.ndarray, init: np.ndarray, tol: float, max_iter: int) -
 
 
 def scikit_learn(algorithm: str) -> Callable[..., Fit]:
-    """`sklearn.cluster.KMeans`, which does not copy what it may overwrite and restores."""
+    """`sklearn.cluster.KMeans` as it comes: it copies the data, to subtract the mean."""
 
     def fit(x: np.ndarray, init: np.ndarray, tol: float, max_iter: int) -> Fit:
         from sklearn.cluster import KMeans

@@ -11,8 +11,11 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import math
+import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
@@ -39,6 +42,9 @@ RESULT_SPECS = result_specs(kmeans.KMeansResult)
 """How a KMeansResult lies on the mesh."""
 LARGE_K_SPECS = RESULT_SPECS._replace(centroids=sharding.BY_CENTROID, counts=sharding.BY_CENTROID)
 """How it lies on a mesh with an axis of centroids."""
+_ALIGNMENT = 64
+"""Bytes at a multiple of which memory must start for a CPU device to share it."""
+_COPIED_IN_PARALLEL = 2**24
 BLOCKS = 16
 """Blocks that rows are cut into for results of the same bits on 1, 2, 4 and 8 devices."""
 
@@ -139,6 +145,7 @@ def place(
             weights = _fill(weights, n_padded, np.zeros(1, weights.dtype))
         # Weights follow rows that are committed to a device of their own.
         home = x.sharding if isinstance(x, jax.Array) else None
+        x = _aligned(x)
         weights = None if weights is None else jax.device_put(weights, home)
         return Rows(jax.device_put(x), weights, n_rows, None)
     # Padding is a copy of row 0, of the size of the data; its weight is 0.
@@ -282,6 +289,10 @@ def fit_rows(
         raise ValueError(f"n_samples={rows.n_rows} should be >= n_clusters={n_clusters}.")
     by_name = isinstance(init, str)
     large_k = rows.mesh is not None and rows.mesh.shape.get(sharding.CENTROID_AXIS, 1) > 1
+    if "oversampling_factor" in options and not (by_name and init == "k-means||"):
+        raise ValueError("oversampling_factor: accepted with init='k-means||' only")
+    if deterministic and large_k:
+        raise ValueError("deterministic=True: not accepted where the mesh shards the centroids")
     if deterministic:
         options |= {"in_blocks": True, "algorithm": "lloyd"}
     if large_k:
@@ -317,7 +328,10 @@ def fit_rows(
         best = run_once(restarts[0])
         for restart in restarts[1:]:
             result = run_once(restart)
-            best = result if float(result.inertia) < float(best.inertia) else best
+            ours, theirs = float(result.inertia), float(best.inertia)
+            best = (
+                result if ours < theirs or (math.isnan(theirs) and not math.isnan(ours)) else best
+            )
         return cut(best, rows.n_rows)
 
 
@@ -492,6 +506,26 @@ def _place(array: Any, n_padded: int, mesh: Mesh, padding: Any) -> jax.Array:
     return jax.make_array_from_callback((n_padded, *array.shape[1:]), layout, read)
 
 
+def _aligned(x: Any) -> Any:
+    """NumPy memory that a CPU device can share: as it is, or a copy made faster than JAX would.
+
+    NumPy asks for huge pages, and several threads take their faults.
+    """
+    shares = isinstance(x, np.ndarray) and x.flags.c_contiguous
+    large = shares and x.nbytes >= _COPIED_IN_PARALLEL
+    if not large or x.ctypes.data % _ALIGNMENT == 0 or jax.default_backend() != "cpu":
+        return x
+    room = np.empty(x.nbytes + _ALIGNMENT, np.uint8)
+    start = -room.ctypes.data % _ALIGNMENT
+    copy = room[start : start + x.nbytes].view(x.dtype).reshape(x.shape)
+    n_threads = min(8, os.cpu_count() or 1)
+    bounds = [len(x) * i // n_threads for i in range(n_threads + 1)]
+    with ThreadPoolExecutor(n_threads) as pool:
+        parts = [slice(*part) for part in itertools.pairwise(bounds)]
+        list(pool.map(lambda part: np.copyto(copy[part], x[part]), parts))
+    return copy
+
+
 def _fill(array: Any, n_padded: int, padding: Any) -> Any:
     """Rows of an array followed by copies of the padding."""
     concatenate = jnp.concatenate if isinstance(array, jax.Array) else np.concatenate
@@ -610,7 +644,13 @@ def _nearest(x, weights, centroids, *, axis_name):
 def _evaluate(x, weights, centroids, *, axis_name):
     # No iteration: only the last assignment and its sums.
     return kmeans.lloyd(
-        x, centroids, weights=weights, max_iter=0, empty="keep", axis_name=axis_name
+        x,
+        centroids,
+        weights=weights,
+        max_iter=0,
+        empty="keep",
+        algorithm="lloyd",
+        axis_name=axis_name,
     )
 
 

@@ -211,7 +211,8 @@ class KMeans(CentroidEstimator):
 
 def warn_of_missing_clusters(estimator: Any) -> None:
     """Warns, for the caller of ``fit``, of clusters without rows."""
-    n_found, n_wanted = len(np.unique(estimator.labels_)), len(estimator.cluster_centers_)
+    n_wanted = len(estimator.cluster_centers_)
+    n_found = np.count_nonzero(np.bincount(estimator.labels_, minlength=n_wanted))
     if n_found < n_wanted:
         warnings.warn(
             f"Number of distinct clusters ({n_found}) found smaller than n_clusters ({n_wanted}). "

@@ -75,7 +75,7 @@ class Geometry(NamedTuple):
     """Centroids as assignment sees them: shifted by a point in their middle, and in groups.
 
     Attributes:
-      middle: [d], subtracted from rows and centroids.
+      middle: [1, d], subtracted from rows and centroids.
       centroids: [k, d], shifted.
       half_norms: [k], ½‖c‖² of the shifted centroids.
       reach: [], the largest ‖c‖ of them.
@@ -132,16 +132,18 @@ def reassign(
       x: [n, d], any real dtype.
       centroids: [k, d] float.
       previous: [k, d], for which ``known`` holds.
-      middle: [1, d], a point amid the centroids, the same in all iterations.
+      middle: [1, d], a point amid the centroids.
       known: from the last iteration, or `nothing_known`.
 
     Returns:
-      Knowledge for ``centroids``; its labels are those of a comparison with every centroid in the
-      same arithmetic, ties going to the lowest index, except where rounding decides.
+      Knowledge for ``centroids``; its labels are those of a comparison with every centroid, ties
+      going to the lowest index, except where rounding decides.
     """
     moved = jnp.sqrt(jnp.sum((centroids - previous) ** 2, axis=1))
-    loose = loosen(known.bounds, moved, known.order)
-    open_pairs = jnp.mean((loose.upper[None, :] >= loose.lower).astype(jnp.float32))
+    loose = loosen(known.bounds, moved, known.order, x.shape[1])
+    # Counted as integers: a float32 stands still at 2²⁴.
+    n_open = jnp.sum(~(loose.upper[None, :] < loose.lower), axis=1, dtype=jnp.int32)
+    open_pairs = jnp.mean(n_open.astype(jnp.float32)) / x.shape[0]
 
     def look_at_all() -> Knowledge:
         order = vary_like(group_centroids(centroids), known.order)
@@ -208,10 +210,13 @@ def geometry(centroids: jax.Array, middle: jax.Array, order: jax.Array) -> Geome
     return Geometry(middle, shifted, 0.5 * norms, jnp.sqrt(jnp.max(norms)), order)
 
 
-def loosen(bounds: Bounds, moved: jax.Array, order: jax.Array) -> Bounds:
-    """Bounds that hold after every centroid k has moved by the distance ``moved`` [k]."""
+def loosen(bounds: Bounds, moved: jax.Array, order: jax.Array, d: int) -> Bounds:
+    """Bounds that hold after every centroid k has moved by the distance ``moved`` [k].
+
+    These are allowed the rounding of a sum of d squares.
+    """
     eps = jnp.finfo(moved.dtype).eps
-    moved = moved * (1 + 8 * eps)
+    moved = moved * (1 + (d + 8) * eps)
     of_group = jnp.max(jnp.append(moved, 0)[order], axis=1)
     return bounds._replace(
         upper=(bounds.upper + moved[bounds.labels]) * (1 + 2 * eps),
@@ -221,7 +226,8 @@ def loosen(bounds: Bounds, moved: jax.Array, order: jax.Array) -> Bounds:
 
 def undecided(bounds: Bounds) -> jax.Array:
     """Rows whose bounds do not rule out another centroid: [n] bool."""
-    return bounds.upper >= jnp.min(bounds.lower, axis=0)
+    # Written so that NaN decides nothing.
+    return ~(bounds.upper < jnp.min(bounds.lower, axis=0))
 
 
 def evaluate_all(x: jax.Array, at: Geometry, bounds: Bounds) -> Bounds:
@@ -321,7 +327,7 @@ def evaluate(x: jax.Array, at: Geometry, bounds: Bounds) -> Bounds:
                 lower=lower,
             )
 
-        pairs = select(bounds.upper >= bounds.lower[g], rows)
+        pairs = select(~(bounds.upper < bounds.lower[g]), rows)
         return _over_some(x, at, pairs, bounds, look, d + size)
 
     group_numbers = jnp.broadcast_to(jnp.arange(groups, dtype=jnp.int32)[:, None], at.order.shape)

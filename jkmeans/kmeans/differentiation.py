@@ -5,7 +5,8 @@ everywhere, so ∂T/∂C = 0 and dC = ∂T/∂x dx + ∂T/∂w dw: with W_k the 
 
     dC_k = Σ_{i in k} (w_i dx_i + (x_i − C_k) dw_i) / W_k.
 
-It takes one pass over the rows, whatever the number of iterations was, and no memory of them.
+It takes one pass over the rows, whatever the number of iterations was, and no memory of them. Rows
+of weight 0 may hold anything, and have derivative 0.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ def tangents(
     x_nd = x.astype(result.centroids.dtype)
     dx = _or_zero(dx, x_nd)
     w = jnp.ones(x.shape[0], x_nd.dtype) if weights is None else weights.astype(x_nd.dtype)
-    dw = _or_zero(dw, w)
+    dw = jnp.where(w > 0, _or_zero(dw, w), 0)
     offsets_nd = x_nd - result.centroids[labels]
     moved_nd = jnp.where((w > 0)[:, None], w[:, None] * dx + dw[:, None] * offsets_nd, 0)
     sums = jax.ops.segment_sum(moved_nd, labels, k)

@@ -103,8 +103,9 @@ def fit(
 
     def keep_better(r, best: KMeansResult) -> KMeansResult:
         result = restart(r)
-        # Not `<`: the first result must replace the blank even where its inertia is NaN.
-        better = ~(result.inertia >= best.inertia)
+        # The first one replaces the blank, and a number what is not one.
+        better = (r == 0) | (result.inertia < best.inertia)
+        better |= jnp.isnan(best.inertia) & ~jnp.isnan(result.inertia)
         return jax.tree.map(lambda new, old: jnp.where(better, new, old), result, best)
 
     blank = jax.tree.map(

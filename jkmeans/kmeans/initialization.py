@@ -128,7 +128,7 @@ def kmeans_plus_plus(
         centroids, closest = carry
         row, local = _draw(jax.random.fold_in(key, i), weights, closest, trials, axis_name)
         candidates = _gather(x, row, local, axis_name)
-        distances = jnp.minimum(closest[None, :], distances_to(candidates, row, local))
+        distances = jnp.minimum(closest[None, :], distances_to(candidates))
         potentials = all_sum(per_block(_potentials, axis_name)(weights, distances), axis_name)
         best = jnp.argmin(potentials)
         return centroids.at[i].set(candidates[best]), distances[best]
@@ -136,7 +136,7 @@ def kmeans_plus_plus(
     row, local = _draw(jax.random.fold_in(key, 0), weights, jnp.ones_like(weights), 1, axis_name)
     first = _gather(x, row, local, axis_name)
     centroids = vary_like(jnp.zeros((n_clusters, x.shape[1]), x.dtype), first).at[0].set(first[0])
-    closest = distances_to(first, row, local)[0]
+    closest = distances_to(first)[0]
     centroids, _ = lax.fori_loop(1, n_clusters, choose_next, (centroids, closest))
     return centroids
 
@@ -232,47 +232,46 @@ INITIALIZATIONS: dict[str, Callable[..., jax.Array]] = {
 
 
 def _distances_to(x: jax.Array, weights: jax.Array, axis_name: AxisName, block_size: int | None):
-    """A function to the squared distances of all rows from some candidates: [t, n].
+    """A function from candidates [t, d] to the squared distances of all rows from them: [t, n].
 
-    Its arguments are the candidates [t, d], the local rows [t] that they are, and which of these
-    are local [t] bool. A row is at 0 from itself and from rows that equal it.
+    A row is at 0 from itself and from rows that equal it, and from no others.
     """
     n, d = x.shape
     if d <= 8:
 
-        def one_by_one(candidates, row, local) -> jax.Array:
-            del row, local
+        def one_by_one(candidates) -> jax.Array:
             columns = ((x[None, :, j] - candidates[:, j, None]) ** 2 for j in range(d))
             return sum(columns, jnp.zeros((candidates.shape[0], n), x.dtype))
 
         return one_by_one
-    # As products: ‖x‖² − 2x·c + ‖c‖², around the mean. What is left of x − x by rounding would be
-    # drawn as if it were a distance, so anything that small is 0.
+    # As products: ‖x‖² − 2x·c + ‖c‖², around the mean. Where rounding could be all that is left, in
+    # the blocks of the candidates themselves, from the differences.
     counted = per_block(_sum_of_counted, axis_name)(x, weights)
     total, n_counted = all_sum(counted, axis_name)
     mean = (total / jnp.maximum(n_counted, 1))[None, :]
+    doubt = 4 * (16 + math.sqrt(d)) * float(jnp.finfo(x.dtype).eps)
 
-    def norms_of(x, mean) -> jax.Array:
-        return map_rows(lambda x_bd: jnp.sum((x_bd - mean) ** 2, axis=1), x, block_size)
-
-    norms = per_block(norms_of, axis_name)(x, mean)
-    slack = (16 + math.sqrt(d)) * float(jnp.finfo(x.dtype).eps)
-
-    def distances_of(x, norms, mean, candidates, itself) -> jax.Array:
+    def distances_of(x, mean, candidates) -> jax.Array:
         shifted = candidates - mean
-        candidate_norms = jnp.sum(shifted**2, axis=1)
+        half_norms = 0.5 * jnp.sum(shifted**2, axis=1)
 
         def to_rows(x_bd: jax.Array) -> jax.Array:
-            return score(x_bd - mean, shifted, 0.5 * candidate_norms).T
+            centered = x_bd - mean
+            norms = jnp.sum(centered**2, axis=1)
+            squared = 2 * score(centered, shifted, half_norms) + norms[None, :]
+            reach = jnp.sqrt(2 * half_norms)[:, None] + jnp.sqrt(norms)[None, :]
 
-        twice = 2 * map_rows(to_rows, x, block_size).T + norms[None, :]
-        reach = jnp.sqrt(candidate_norms)[:, None] + jnp.sqrt(norms)[None, :]
-        distances = jnp.where(twice > slack * reach**2, twice, 0)
-        return distances.at[jnp.arange(len(itself)), itself].set(0, mode="drop")
+            def as_differences() -> jax.Array:
+                each = lax.map(lambda c: jnp.sum((x_bd - c[None, :]) ** 2, axis=1), candidates)
+                return jnp.where(squared > doubt * reach**2, squared, each)
 
-    def as_products(candidates, row, local) -> jax.Array:
-        itself = jnp.where(local, row, n)
-        return per_block(distances_of, axis_name)(x, norms, mean, candidates, itself)
+            near = jnp.any(~(squared > doubt * reach**2))
+            return lax.cond(near, as_differences, lambda: squared).T
+
+        return map_rows(to_rows, x, block_size).T
+
+    def as_products(candidates) -> jax.Array:
+        return per_block(distances_of, axis_name)(x, mean, candidates)
 
     return as_products
 
@@ -305,7 +304,8 @@ def _draw(
     n_blocks = -(-n // rows)
 
     def ends_of(padded: jax.Array) -> jax.Array:
-        return jnp.cumsum(jnp.sum(padded, axis=1))
+        # A parallel sum need not grow everywhere; a search needs that it does.
+        return lax.cummax(jnp.cumsum(jnp.sum(padded, axis=1)))
 
     def totals_of(mass: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         padded = jnp.pad(mass, (0, n_blocks * rows - n)).reshape(n_blocks, rows)
@@ -323,7 +323,7 @@ def _draw(
     if axis_name is not None:
         device, devices = axis_index(axis_name), n_devices(axis_name)
         of_devices = stack_devices(ends[-1], axis_name)
-        after = jnp.cumsum(of_devices)
+        after = lax.cummax(jnp.cumsum(of_devices))
         everything = after[-1]
         first = jnp.where(device > 0, after[jnp.maximum(device - 1, 0)], 0)
         last_device = jnp.max(jnp.where(of_devices > 0, jnp.arange(devices), -1))

@@ -70,6 +70,7 @@ class _State(NamedTuple):
     labels: jax.Array
     n_iter: jax.Array
     n_relocated: jax.Array
+    relocated: jax.Array
     counts: jax.Array
     labels_fit: jax.Array
     known: bounds.Knowledge | None
@@ -109,8 +110,9 @@ def lloyd(
         on their centroid are not taken: with fewer distinct rows than clusters, some stay empty.
       algorithm: how the nearest centroids are found; labels are the same. "lloyd": every distance
         in every iteration. "bounds": only those that bounds do not rule out (see ``bounds.py``),
-        which takes n(3 + k/64) numbers of memory; do not ``vmap`` it: its loops would run as long
-        as the longest of the batch needs. "auto": bounds for large data on a CPU, where they pay.
+        which takes some n(8 + k/32) numbers of memory; do not ``vmap`` it: its loops would run as
+        long as the longest of the batch needs. "auto": bounds for large data on a CPU, where they
+        pay.
       axis_name: the mesh axis that rows are sharded over, or None.
       centroid_axis: a second mesh axis, that centroids are sharded over, for more of them than a
         device can hold: ``centroids``, and the centroids and counts of the result, are then the
@@ -122,7 +124,8 @@ def lloyd(
       KMeansResult.
 
     Raises:
-      ValueError: ``empty`` is not one of EMPTY_POLICIES, ``algorithm`` none of ALGORITHMS.
+      ValueError: ``empty`` is not one of EMPTY_POLICIES, ``algorithm`` none of ALGORITHMS, or
+        "bounds" with a ``centroid_axis``.
 
     The result is differentiable with respect to x and weights, forward and backward, at the cost of
     one pass over the rows whatever the number of iterations: by the implicit function theorem at
@@ -181,7 +184,8 @@ def _iterate(
         return vary_like(value, x, weights, centroids, reduced=axis_name)
 
     centroids = of_centroids(centroids.astype(dtype))
-    middle = middle_centroid(centroids)
+    if dtype == jnp.float64:
+        x = x.astype(dtype)  # Sums of float32 rows would be float32.
 
     find_nearest = per_block(
         partial(nearest, block_size=block_size, centroid_axis=centroid_axis), axis_name
@@ -192,6 +196,7 @@ def _iterate(
     def assign_rows(state: _State) -> tuple[jax.Array, bounds.Knowledge | None]:
         if state.known is None:
             return find_nearest(x, state.centroids), None
+        middle = middle_centroid(state.centroids)
         known = bounds.reassign(x, state.centroids, state.previous, middle, state.known)
         return known.bounds.labels, known
 
@@ -206,7 +211,7 @@ def _iterate(
         else:
             sums, statistics = follow(x, state.labels, labels, state.sums)
             statistics = all_reduce(statistics, axis_name)
-        last, n_relocated = is_final(state), state.n_relocated
+        last, moved = is_final(state), jnp.zeros_like(state.n_relocated)
         if empty == "farthest":
             n_empty = all_sum(jnp.sum(statistics.counts == 0), centroid_axis)
 
@@ -218,17 +223,15 @@ def _iterate(
                 # Summed anew: taking a row out of a sum by subtraction leaves rounding behind.
                 return statistics_of(filled), moved
 
-            statistics, moved = lax.cond(
-                (n_empty > 0) & ~last, fill, lambda: (statistics, jnp.zeros_like(n_relocated))
-            )
-            n_relocated = n_relocated + moved
+            statistics, moved = lax.cond((n_empty > 0) & ~last, fill, lambda: (statistics, moved))
         means = centroids_from(statistics, state.centroids)
         return _State(
             centroids=jnp.where(last, state.centroids, means),
             previous=state.centroids,
             labels=labels,
             n_iter=state.n_iter + jnp.where(last, 0, 1),
-            n_relocated=n_relocated,
+            n_relocated=state.n_relocated + moved,
+            relocated=moved > 0,
             counts=statistics.counts,
             labels_fit=last,
             known=known,
@@ -246,8 +249,9 @@ def _iterate(
         return (state.n_iter >= max_iter) | ((state.n_iter > 0) & (shift(state) <= tol))
 
     def at_rest(state: _State) -> jax.Array:
-        """Whether the last iteration moved no centroid: its labels fit."""
-        return (state.n_iter > 0) & (shift(state) == 0) & ~state.labels_fit
+        """Whether the last iteration moved no centroid and no row: its labels fit."""
+        n_moved = all_sum(jnp.sum(state.centroids != state.previous), centroid_axis)
+        return (state.n_iter > 0) & (n_moved == 0) & ~state.relocated & ~state.labels_fit
 
     state = _State(
         centroids=centroids,
@@ -255,6 +259,7 @@ def _iterate(
         labels=of_rows(jnp.zeros(x.shape[0], jnp.int32)),
         n_iter=replicated(np.int32(0)),
         n_relocated=replicated(np.int32(0)),
+        relocated=replicated(False),
         counts=of_centroids(jnp.zeros(k, dtype)),
         labels_fit=replicated(False),
         known=bounds.nothing_known(x, centroids) if bounded else None,

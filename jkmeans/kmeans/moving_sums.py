@@ -64,7 +64,9 @@ def follow(
     # Only counts are wanted, so rows without features are summed.
     counts = cluster_statistics(x[:, :0], after, k).counts
     moved = select(before != after)
-    anew = (moved.count > n // 4) | (old.n_updates >= _UPDATES) | jnp.any(8 * counts < old.peak)
+    # Not where no row moved: then sums, and centroids with them, keep their bits.
+    many = (moved.count > n // 4) | ((moved.count > 0) & (old.n_updates >= _UPDATES))
+    anew = many | jnp.any(8 * counts < old.peak)
 
     def sum_anew() -> MovingSums:
         return MovingSums(

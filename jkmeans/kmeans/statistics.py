@@ -122,7 +122,7 @@ def mean_variance(
     n_rows = jnp.asarray(n, dtype) if counted is None else jnp.sum(counted.astype(dtype))
     n_rows = vary_like(n_rows, total[0])
     sums, squares, n_rows = all_sum((*total, n_rows), axis_name)
-    return jnp.mean(squares / n_rows - (sums / n_rows) ** 2)
+    return jnp.mean(jnp.maximum(squares / n_rows - (sums / n_rows) ** 2, 0))
 
 
 def inertia_of(distances: jax.Array, weights: jax.Array | None = None) -> jax.Array:

@@ -109,6 +109,17 @@ def test_eight_devices_choose_the_same_rows_of_many_features(on_eight_devices, w
         assert len(set(row_numbers(chosen, x[: N // 2]))) == K
 
 
+def test_different_rows_of_tight_heaps():
+    """Differences of rows far below what is left of products by rounding."""
+    rng = np.random.default_rng(0)
+    heaps = np.where(rng.integers(0, 2, (60, 1)), 1.0, -1.0) + 1e-3 * rng.normal(size=(60, 16))
+    x = heaps.astype(np.float32)
+    x[0] = 1e7  # An outlier, and the mean is far from all.
+    for seed in range(3):
+        chosen = kmeans_plus_plus(jax.random.key(seed), x, 20)
+        assert len(set(row_numbers(chosen, x))) == 20
+
+
 def test_fewer_rows_that_count_than_clusters(initialize, x):
     weights = np.zeros(N, np.float32)
     weights[[5, 40, 63]] = 1

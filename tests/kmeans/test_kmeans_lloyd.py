@@ -262,6 +262,31 @@ def test_bytes_are_clustered_in_float32():
     check_equal(result, scikit_learn(x.astype(np.float32), x[:4].astype(np.float32)))
 
 
+def test_first_centroids_far_from_the_data():
+    rng = np.random.default_rng(0)
+    x = (1e5 + rng.normal(size=(300, 4))).astype(np.float32)
+    start = rng.normal(size=(4, 4)).astype(np.float32)
+    result = run(x, start, max_iter=100)
+    model = scikit_learn(x.astype(np.float64), start.astype(np.float64), max_iter=100)
+    assert result.n_empty == 0
+    np.testing.assert_allclose(result.inertia, model.inertia_, rtol=0.1)
+
+
+def test_rows_in_float32_and_centroids_in_float64(blobs):
+    with jax.enable_x64(True):
+        result = run(blobs, blobs[:6].astype(np.float64))
+        assert result.centroids.dtype == result.counts.dtype == np.float64
+        check_consistent(result, blobs)
+
+
+def test_a_row_whose_square_overflows(blobs):
+    x = blobs.copy()
+    x[5] = 3e19
+    labels = np.asarray(run(x, blobs[10:16], max_iter=0).labels)
+    others = np.asarray(run(blobs, blobs[10:16], max_iter=0).labels)
+    np.testing.assert_array_equal(np.delete(labels, 5), np.delete(others, 5))
+
+
 def test_unknown_algorithm():
     with pytest.raises(ValueError, match=r"algorithm='fast': expected one of auto, bounds, lloyd"):
         lloyd(jnp.zeros((3, 1)), jnp.zeros((2, 1)), algorithm="fast")
