@@ -5,13 +5,13 @@
 
 Every system fits the same float32 array from the same initial centroids (rows drawn at random) with
 the same relative tolerance and bound on the iterations, in one process on the same cores, taking
-turns. faiss has no such tolerance: it may run as many iterations as jkmeans needed, and stops itself
-when its objective hardly falls. Times are those of the
-whole ``fit`` as a user calls it, with its checks, copies and final labels; the first fit of every
-system warms up and is not counted, and what JAX spent in compiling during it is shown apart. Memory
-is the most that the process held beyond the data during a second fit, sampled every two
-milliseconds, divided by the size of the data; 1 is added for the data. Inertia is computed anew
-from everyone's centroids in float64.
+turns. faiss has no such tolerance: it may run as many iterations as jkmeans needed, and stops
+itself where its objective hardly falls. Times are those of the whole ``fit`` as a user calls it,
+with its checks, copies and final labels; the first fit of every system warms up and is not counted,
+and what JAX spent in tracing and compiling during it is shown apart. Memory is the most that the
+process held beyond the data during a second fit, sampled every two milliseconds, divided by the
+size of the data; 1 is added for the data. Inertia is computed anew from everyone's centroids in
+float64.
 
 Peers: ``pip install -e .[benchmarks]``; those that are not installed are left out and named.
 """
