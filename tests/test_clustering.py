@@ -341,7 +341,9 @@ def test_a_stopped_sweep_goes_on(files, tmp_path, monkeypatch):
 # Stopping and going on
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("at", [(0, 4), (1, 2)])
 def test_resumed_is_uninterrupted(number, at, files, tmp_path, monkeypatch):
     config = make_config(

@@ -20,7 +20,7 @@ def x():
 @pytest.mark.parametrize(
     ("init", "weighted"),
     [
-        ("sample", True),
+        pytest.param("sample", True, marks=pytest.mark.slow),
         ("k-means++", False),
         pytest.param("k-means++", True, marks=pytest.mark.slow),
         ("k-means||", False),

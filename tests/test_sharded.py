@@ -75,7 +75,9 @@ def test_weights_with_padding(blobs, mesh):
     )
 
 
-@pytest.mark.parametrize("init", ["k-means++", "sample", "k-means||"])
+@pytest.mark.parametrize(
+    "init", ["k-means++", "sample", pytest.param("k-means||", marks=pytest.mark.slow)]
+)
 def test_initialisation_does_not_depend_on_the_devices(blobs, mesh, init):
     one = sharded.fit(KEY, blobs, 6, init=init, n_init=2)
     eight = sharded.fit(KEY, blobs, 6, init=init, n_init=2, mesh=mesh)
@@ -83,6 +85,7 @@ def test_initialisation_does_not_depend_on_the_devices(blobs, mesh, init):
     np.testing.assert_allclose(one.centroids, eight.centroids, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_oversampling_factor(blobs):
     # One candidate a cluster in each round, all of them drawn before anything is chosen.
     result = sharded.fit(KEY, blobs, 6, init="k-means||", n_init=3, oversampling_factor=1.0)

@@ -95,7 +95,7 @@ def test_tolerance_and_weights_are_those_of_sklearn(path, x, weights, weighted, 
 
 
 @pytest.mark.parametrize("init", ["sample", "k-means||"])
-@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("weighted", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_streamed_initialisation_chooses_the_rows_that_are_chosen_in_memory(
     path, x, weights, init, weighted
 ):
@@ -386,7 +386,10 @@ def same(a, b):
         np.testing.assert_array_equal(getattr(a, name), getattr(b, name), err_msg=name)
 
 
-@pytest.mark.parametrize("init", ["k-means||", "k-means++", "sample"])
+@pytest.mark.parametrize(
+    "init",
+    ["k-means||", *(pytest.param(i, marks=pytest.mark.slow) for i in ("k-means++", "sample"))],
+)
 def test_a_fit_that_was_stopped_goes_on_with_the_same_bits(path, weights, init, tmp_path):
     options = {
         "init": init,

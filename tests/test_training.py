@@ -81,7 +81,7 @@ def without_time(lines: list[dict]) -> list[dict]:
 
 
 @pytest.mark.parametrize("n_devices", [1, 8])
-@pytest.mark.parametrize("stop", [1, 2, 3, 4])
+@pytest.mark.parametrize("stop", [1, pytest.param(2, marks=pytest.mark.slow), 3, 4])
 def test_resumed_equals_uninterrupted(tmp_path, files, monkeypatch, stop, n_devices, whole_runs):
     config = tiny.config(**files | {"n_devices": n_devices})
     whole = whole_runs(n_devices)
@@ -153,7 +153,9 @@ def test_labels_never_matter(tmp_path, files):
     assert_same_bits(tmp_path / "true", tmp_path / "none")
 
 
-@pytest.mark.parametrize(("before", "after"), [(8, 1), (1, 8), (8, 3), (3, 8)])
+@pytest.mark.parametrize(
+    ("before", "after"), [(8, 1), (1, 8), pytest.param(8, 3, marks=pytest.mark.slow), (3, 8)]
+)
 def test_a_run_goes_on_with_other_devices(tmp_path, files, monkeypatch, before, after, whole_runs):
     with monkeypatch.context() as patch:
         StopAfter(patch, 3)
@@ -314,7 +316,9 @@ def small_flags(files, workdir) -> list[str]:
     ]
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    "number", [signal.SIGKILL, signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
+)
 def test_a_signal_from_outside_loses_at_most_the_work_since_a_checkpoint(tmp_path, files, number):
     workdir = tmp_path / "run"
     command = COMMAND + small_flags(files, workdir)
