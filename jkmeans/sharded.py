@@ -25,7 +25,7 @@ from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jkmeans import kmeans, sharding
-from jkmeans.kmeans.collectives import AxisName, Blocks, axis_index
+from jkmeans.kmeans.collectives import AxisName, Blocks, row_numbers
 
 
 def result_specs(kind: type, by_row: tuple[str, ...] = ("labels", "distances")) -> Any:
@@ -411,11 +411,6 @@ def distances(x: Any, centroids: Any, *, mesh: Mesh | None = None) -> jax.Array:
         dtype = "float64" if both else "float32"
         result = run(_distances, rows, centroids, out_specs=sharding.SHARDED, dtype=dtype)
         return unpadded(result, rows.n_rows)
-
-
-def row_numbers(x: jax.Array, axis_name: AxisName) -> jax.Array:
-    """The global number of each local row: [n] int32."""
-    return x.shape[0] * axis_index(axis_name) + jnp.arange(x.shape[0], dtype=jnp.int32)
 
 
 def mean_variance(x: jax.Array, n_rows: jax.Array | int, axis_name: AxisName) -> jax.Array:

@@ -20,7 +20,7 @@ from jkmeans.estimators.base import (
     at_least,
     to_numpy,
 )
-from jkmeans.estimators.inputs import read_centroids, read_rows, read_weights
+from jkmeans.estimators.inputs import random_key, read_centroids, read_rows, read_weights
 from jkmeans.estimators.kmeans import CORE_NAMES, warn_of_missing_clusters
 from jkmeans.kmeans import KMeansResult, cluster_statistics
 from jkmeans.kmeans.hierarchical import BISECTING_STRATEGIES, Split, bisect, descend
@@ -117,7 +117,7 @@ class BisectingKMeans(CentroidEstimator):
         if n_rows < self.n_clusters:
             raise ValueError(f"n_samples={n_rows} should be >= n_clusters={self.n_clusters}.")
         random_state = check_random_state(self.random_state)
-        key = jax.random.key(random_state.randint(2**31 - 1))
+        key = random_key(random_state)
         mesh = sharded.mesh_of(X) if self.mesh is None else self.mesh
 
         def split(rows: np.ndarray, number: int) -> Split:

@@ -13,7 +13,7 @@ from sklearn.utils.validation import check_is_fitted
 
 from jkmeans import sharded
 from jkmeans.estimators.base import COMMON_CONSTRAINTS, CentroidEstimator, at_least, to_numpy
-from jkmeans.estimators.inputs import read_rows, read_weights
+from jkmeans.estimators.inputs import random_key, read_rows, read_weights
 from jkmeans.estimators.kmeans import CORE_NAMES, warn_of_missing_clusters
 from jkmeans.kmeans.hierarchical import balanced_sample, hierarchy
 
@@ -108,7 +108,7 @@ class HierarchicalKMeans(CentroidEstimator):
         X = read_rows(self, X, reset=True)
         weights = read_weights(sample_weight, X)
         sizes = self._sizes(X.shape[0])
-        key = jax.random.key(check_random_state(self.random_state).randint(2**31 - 1))
+        key = random_key(self.random_state)
         mesh = sharded.mesh_of(X) if self.mesh is None else self.mesh
 
         def cluster(points, k, level, step, n_padded, chosen):

@@ -106,6 +106,11 @@ def axis_index(axis_name: AxisName) -> jax.Array | int:
     return index
 
 
+def row_numbers(x: jax.Array, axis_name: AxisName) -> jax.Array:
+    """The global number of each local row: [n] int32."""
+    return x.shape[0] * axis_index(axis_name) + jnp.arange(x.shape[0], dtype=jnp.int32)
+
+
 def stack_devices(value: jax.Array, axis_name: AxisName) -> jax.Array:
     """The values of all devices, the same on each: [devices, ...].
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -98,6 +101,14 @@ def fit(
             )
         )
 
+    return best_of(restart, n_init)
+
+
+def best_of(restart: Callable[[Any], KMeansResult], n_init: int) -> KMeansResult:
+    """The result of lowest inertia of ``restart(r)`` for r = 0 … n_init − 1, the first of equals.
+
+    They run one after another, and are compiled once. A number is better than NaN.
+    """
     if n_init == 1:
         return restart(0)
 

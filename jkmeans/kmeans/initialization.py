@@ -27,6 +27,7 @@ from jkmeans.kmeans.collectives import (
     axis_index,
     n_devices,
     per_block,
+    row_numbers,
     stack_devices,
     top_k_rows,
     vary_like,
@@ -364,8 +365,7 @@ def _prepare(x, weights, index, axis_name) -> tuple[jax.Array, jax.Array, jax.Ar
     n = x.shape[0]
     weights = jnp.ones(n, x.dtype) if weights is None else jnp.asarray(weights, x.dtype)
     if index is None:
-        index = jnp.arange(n, dtype=jnp.int32)
-        index = index + n * axis_index(axis_name)
+        index = row_numbers(x, axis_name)
     # All three varying alike, so that what is made from them has one type in a loop.
     arrays = (x, weights, jnp.asarray(index))
     x, weights, index = (vary_like(array, *arrays) for array in arrays)

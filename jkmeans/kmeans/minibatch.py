@@ -17,7 +17,14 @@ import jax.numpy as jnp
 from jax import lax
 
 from jkmeans.kmeans.assignment import assign
-from jkmeans.kmeans.collectives import AxisName, all_sum, n_devices, top_k_rows, vary_like
+from jkmeans.kmeans.collectives import (
+    AxisName,
+    all_sum,
+    n_devices,
+    row_numbers,
+    top_k_rows,
+    vary_like,
+)
 from jkmeans.kmeans.initialization import INITIALIZATIONS
 from jkmeans.kmeans.statistics import cluster_statistics
 
@@ -278,12 +285,6 @@ def _spread(x, rows, n_padded, axis_name) -> tuple[jax.Array, jax.Array | None]:
     return batch, (first + jnp.arange(batch.shape[0]) < n_batch).astype(wide)
 
 
-def _row_numbers(x: jax.Array, axis_name: AxisName) -> jax.Array:
-    """The global number of each local row: [n] int32."""
-    first = 0 if axis_name is None else x.shape[0] * lax.axis_index(axis_name)
-    return first + jnp.arange(x.shape[0], dtype=jnp.int32)
-
-
 def _drawer(weights, n_rows, axis_name):
     """A function (key, number) -> [number] int32: rows drawn with replacement by weight."""
     if weights is None:
@@ -294,7 +295,7 @@ def _drawer(weights, n_rows, axis_name):
     n_all = weights.shape[0] * n_devices(axis_name)
     n_block = 2 ** round(math.log2(n_all) / 2)
     n_blocks = -(-n_all // n_block)
-    block_of_row = _row_numbers(weights, axis_name) // n_block
+    block_of_row = row_numbers(weights, axis_name) // n_block
     block_sums = all_sum(jax.ops.segment_sum(weights, block_of_row, n_blocks), axis_name)
     bounds = jnp.cumsum(block_sums)
 
@@ -356,7 +357,7 @@ def _initialize(key, x, n_clusters, init, n_init, init_size, weights, n_rows, ax
 def _reassign(key, x, weights, centroids, counts, low, at_most, axis_name):
     """Moves the centroids marked ``low`` to different random rows of the batch."""
     k = centroids.shape[0]
-    keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, _row_numbers(x, axis_name))
+    keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, row_numbers(x, axis_name))
     priority = jax.vmap(jax.random.uniform)(keys)
     if weights is not None:
         priority = jnp.where(weights > 0, priority, -1)

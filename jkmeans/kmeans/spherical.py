@@ -8,6 +8,7 @@ from jax import lax
 
 from jkmeans.kmeans.assignment import nearest, squared_distances
 from jkmeans.kmeans.collectives import AxisName, vary_like
+from jkmeans.kmeans.fit import best_of
 from jkmeans.kmeans.initialization import INITIALIZATIONS
 from jkmeans.kmeans.lloyd import KMeansResult
 from jkmeans.kmeans.relocation import relocate
@@ -95,12 +96,7 @@ def spherical(
         )
         return _iterate(x, first, weights, max_iter, tol, axis_name)
 
-    def keep_better(r, best: KMeansResult) -> KMeansResult:
-        result = restart(r)
-        better = result.inertia < best.inertia
-        return jax.tree.map(lambda new, old: jnp.where(better, new, old), result, best)
-
-    return lax.fori_loop(1, n_init, keep_better, restart(0)) if n_init > 1 else restart(0)
+    return best_of(restart, n_init)
 
 
 def _iterate(x, centroids, weights, max_iter, tol, axis_name) -> KMeansResult:

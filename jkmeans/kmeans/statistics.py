@@ -157,7 +157,7 @@ def exact_sum(values: jax.Array) -> jax.Array:
 
         def add_block(i, carry):
             block = lax.dynamic_slice_in_dim(values, i * width, width)
-            return _two_sum(carry[0], carry[1], block)
+            return two_sum(carry[0], carry[1], block)
 
         zeros = vary_like(jnp.zeros(width, values.dtype), values)
         total, error = lax.fori_loop(0, n_blocks, add_block, (zeros, zeros))
@@ -170,12 +170,12 @@ def exact_sum(values: jax.Array) -> jax.Array:
         if values.shape[0] % 2:
             values, errors = jnp.append(values, 0), jnp.append(errors, 0)
         half = values.shape[0] // 2
-        values, new = _two_sum(values[:half], jnp.zeros(half, values.dtype), values[half:])
+        values, new = two_sum(values[:half], jnp.zeros(half, values.dtype), values[half:])
         errors = errors[:half] + errors[half:] + new
     return jnp.sum(values + errors)
 
 
-def _two_sum(total: jax.Array, error: jax.Array, value: jax.Array) -> tuple[jax.Array, jax.Array]:
+def two_sum(total: jax.Array, error: jax.Array, value: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Total + value, and error plus what rounding took from it (Knuth)."""
     new = total + value
     virtual = new - total

@@ -19,6 +19,7 @@ from jax import lax
 
 from jkmeans import kmeans
 from jkmeans.kmeans.initialization import _priority
+from jkmeans.kmeans.statistics import two_sum
 from jkmeans.sharding import DATA_AXIS, REPLICATED, SHARDED, data_parallel, place
 from jkmeans.streaming.pipeline import (
     BLOCK_ROWS,
@@ -235,12 +236,7 @@ def contribute(x, weights, start, count, parameters, *, program, mesh, n_picked)
 @functools.partial(jax.jit, donate_argnums=(0, 1))
 def accumulate(high, low, numbers):
     """Adds to sums, and what rounding leaves out to ``low``: all [devices, p], sharded."""
-    # Knuth's two-sum: total + error is exactly high + numbers.
-    numbers = numbers.astype(high.dtype)
-    total = high + numbers
-    rest = total - high
-    error = (high - (total - rest)) + (numbers - rest)
-    return total, low + error
+    return two_sum(high, low, numbers.astype(high.dtype))
 
 
 @functools.partial(jax.jit, static_argnames="mesh")
