@@ -212,14 +212,18 @@ class KMeans(CentroidEstimator):
 def warn_of_missing_clusters(estimator: Any) -> None:
     """Warns, for the caller of ``fit``, of clusters without rows."""
     n_wanted = len(estimator.cluster_centers_)
-    n_found = np.count_nonzero(np.bincount(estimator.labels_, minlength=n_wanted))
-    if n_found < n_wanted:
-        warnings.warn(
-            f"Number of distinct clusters ({n_found}) found smaller than n_clusters ({n_wanted}). "
-            "Possibly due to duplicate points in X.",
-            ConvergenceWarning,
-            stacklevel=3,
-        )
+    labels = estimator.labels_
+    # The first rows nearly always have them all.
+    for some in (labels[: 64 * n_wanted], labels):
+        n_found = np.count_nonzero(np.bincount(some, minlength=n_wanted))
+        if n_found == n_wanted:
+            return
+    warnings.warn(
+        f"Number of distinct clusters ({n_found}) found smaller than n_clusters ({n_wanted}). "
+        "Possibly due to duplicate points in X.",
+        ConvergenceWarning,
+        stacklevel=3,
+    )
 
 
 def resolve_n_init(estimator: Any, *, default: int) -> int:

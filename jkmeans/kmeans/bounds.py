@@ -241,31 +241,40 @@ def evaluate_all(x: jax.Array, at: Geometry, bounds: Bounds) -> Bounds:
     Returns:
       Tight bounds.
     """
+
+    def look(carry: Bounds, start: jax.Array, x_bd: jax.Array) -> Bounds:
+        return jax.tree.map(
+            lambda whole, part: lax.dynamic_update_slice_in_dim(whole, part, start, -1),
+            carry,
+            tight(x_bd),
+        )
+
+    tight = _tight_bounds(at)
+    return _over_all(x, at, bounds, look, at.centroids.shape[1] + at.order.size)
+
+
+def _tight_bounds(at: Geometry) -> Callable[[jax.Array], Bounds]:
+    """A function from shifted rows [b, d] to their bounds, looking at every centroid."""
     groups, size = at.order.shape
     k, d = at.centroids.shape
     slots = at.order.reshape(-1)
     centroids_sd, half_norms = _slots(at, slots)
 
-    def look(carry: Bounds, start: jax.Array, x_bd: jax.Array) -> Bounds:
+    def tight(x_bd: jax.Array) -> Bounds:
         norms = jnp.sum(x_bd**2, axis=1)
         slack = _slack(norms, at.reach, d)
         scores_sb = score(x_bd, centroids_sd, half_norms)
         best, labels = lowest(scores_sb, slots, k)
         others = jnp.where(slots[:, None] == labels[None, :], jnp.inf, scores_sb)
         others = jnp.min(others.reshape(groups, size, -1), axis=1)
-        found = Bounds(
+        return Bounds(
             labels=jnp.where(labels < k, labels, 0),
             scores=best,
             upper=_distance(best, norms, slack),
             lower=_distance(others, norms[None, :], -slack[None, :]),
         )
-        return jax.tree.map(
-            lambda whole, part: lax.dynamic_update_slice_in_dim(whole, part, start, -1),
-            carry,
-            found,
-        )
 
-    return _over_all(x, at, bounds, look, d + slots.size)
+    return tight
 
 
 def evaluate(x: jax.Array, at: Geometry, bounds: Bounds) -> Bounds:
@@ -283,6 +292,20 @@ def evaluate(x: jax.Array, at: Geometry, bounds: Bounds) -> Bounds:
     k, d = at.centroids.shape
     n = x.shape[0]
     rows = select(undecided(bounds))
+
+    if groups == 1:
+        # Its own centroid is in the group: with one look, a row is read once.
+        tight = _tight_bounds(at)
+
+        def look_once(carry: Bounds, rows_b, target: jax.Array, x_bd: jax.Array) -> Bounds:
+            del rows_b
+            return jax.tree.map(
+                lambda whole, part: whole.at[..., target].set(part, mode="drop"),
+                carry,
+                tight(x_bd),
+            )
+
+        return _over_some(x, at, rows, bounds, look_once, d + size)
 
     def tighten(carry: Bounds, rows_b: jax.Array, target: jax.Array, x_bd: jax.Array) -> Bounds:
         labels = carry.labels.at[rows_b].get(mode="clip")

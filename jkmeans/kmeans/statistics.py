@@ -17,6 +17,12 @@ _SCATTER_ENTRIES = 2**21
 # Rows whose sums are made apart from the others': at least so many, and so many for each cluster.
 _PART_ROWS = 2**15
 _PART_PER_CLUSTER = 16
+# Numbers to sum, k (d + 1), that are few enough to be summed all in one pass over many rows; rows
+# of one step of that pass, and steps whose sums are made apart from the others'.
+_FEW_SUMS = 16
+_MANY_ROWS = 2**15
+_LANES = 256
+_STEPS = 8
 # Entries of the one-hot matrix in memory at a time elsewhere.
 _ONE_HOT_ENTRIES = 2**24
 
@@ -59,7 +65,8 @@ def cluster_statistics(
       axis_name: the mesh axis to sum over (one all-reduce), or None.
 
     Returns:
-      ClusterStatistics. On a CPU rows are added one after another; elsewhere by a product with
+      ClusterStatistics. On a CPU rows are added one after another, or, where clusters and features
+      are very few, all sums are made by one reduction; elsewhere by a product with
       the one-hot labels, because the order of a scatter's atomic additions changes from run to
       run.
     """
@@ -73,8 +80,7 @@ def cluster_statistics(
             inertia = inertia_of(distances, weights)
         zeros = (jnp.zeros((n_clusters, x.shape[1]), dtype), jnp.zeros(n_clusters, dtype))
         zeros = jax.tree.map(lambda leaf: vary_like(leaf, x, labels, weights), zeros)
-        operands = (zeros, x, labels) if weights is None else (zeros, x, labels, weights)
-        sums, counts = lax.platform_dependent(*operands, cpu=_scattered, default=_one_hot)
+        sums, counts = _sums_of(zeros, x, labels, weights)
         return ClusterStatistics(sums, counts, inertia)
 
     local = per_block(of_local_rows, axis_name)(x, labels, weights, distances)
@@ -243,6 +249,35 @@ def centroids_from(statistics: ClusterStatistics, previous: jax.Array) -> jax.Ar
     return jnp.where(counts > 0, means.astype(previous.dtype), previous)
 
 
+@jax.custom_jvp
+def _sums_of(zeros: _Sums, x, labels, weights) -> _Sums:
+    """Sums and counts of the local rows, in the way that suits the platform and the shapes."""
+    k, d = zeros[0].shape
+    arrays = (x, labels) if weights is None else (x, labels, weights)
+    on_cpu = _scattered
+    if k * (d + 1) <= _FEW_SUMS and x.shape[0] >= _MANY_ROWS:
+        on_cpu = _in_one_pass
+    return lax.platform_dependent(zeros, *arrays, cpu=on_cpu, default=_one_hot)
+
+
+@_sums_of.defjvp
+def _sums_and_directions(primals, directions):
+    # Loops and reductions with several results have no reverse derivative; a scatter has.
+    zeros, x, labels, weights = primals
+    given = (x,) if weights is None else (x, weights)
+
+    def scatter(x, *weights) -> _Sums:
+        ones = weights[0] if weights else jnp.ones(labels.shape, zeros[1].dtype)
+        rows = jnp.where(ones[:, None] > 0, x.astype(zeros[0].dtype) * ones[:, None], 0)
+        return (
+            jax.ops.segment_sum(rows, labels, zeros[1].size),
+            jax.ops.segment_sum(ones, labels, zeros[1].size),
+        )
+
+    _, changes = jax.jvp(scatter, given, (directions[1], directions[3])[: len(given)])
+    return _sums_of(*primals), changes
+
+
 def _over_blocks(add_rows, zeros: _Sums, arrays, rows: int, n_in_part: int) -> _Sums:
     """Folds ``add_rows(sums, *block)`` over blocks of rows, the shorter last one included.
 
@@ -270,6 +305,34 @@ def _over_blocks(add_rows, zeros: _Sums, arrays, rows: int, n_in_part: int) -> _
     if rest:
         sums = plus(sums, add_rows(zeros, *(array[n_blocks * rows :] for array in arrays)))
     return sums
+
+
+def _in_one_pass(zeros: _Sums, x, labels, weights=None) -> _Sums:
+    """The same sums as one reduction with k (d + 1) results, which several cores share."""
+    k, d = zeros[0].shape
+    dtype = zeros[0].dtype
+    parts, rest = divmod(x.shape[0], _LANES * _STEPS)
+    most = x.shape[0] - rest
+
+    def blocks(values: jax.Array) -> jax.Array:
+        return values[:most].reshape(parts, _STEPS, _LANES)
+
+    ones = jnp.ones((), dtype) if weights is None else blocks(weights)
+    columns = [blocks(x[:, j]).astype(dtype) * ones for j in range(d)] + [ones]
+    members = [blocks(labels) == i for i in range(k)]
+    if weights is not None:
+        members = [member & (ones > 0) for member in members]
+    terms = [jnp.where(member, column, 0) for member in members for column in columns]
+    zero = vary_like(jnp.zeros((), dtype), x, labels, weights)
+    sums = lax.reduce(
+        terms, [zero] * len(terms), lambda a, b: [p + q for p, q in zip(a, b, strict=True)], (1,)
+    )
+    found = jnp.sum(jnp.sum(jnp.stack(sums), axis=1), axis=1).reshape(k, d + 1)
+    total = (found[:, :d], found[:, d])
+    if not rest:
+        return total
+    arrays = (x, labels) if weights is None else (x, labels, weights)
+    return jax.tree.map(jnp.add, total, _scattered(zeros, *(array[most:] for array in arrays)))
 
 
 def _scattered(zeros: _Sums, *arrays: jax.Array) -> _Sums:

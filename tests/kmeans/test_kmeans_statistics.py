@@ -12,12 +12,15 @@ from jkmeans.kmeans import ClusterStatistics, add, centroids_from, cluster_stati
 N, D, K = 2500, 3, 4
 
 
-@pytest.fixture(params=["scatter", "one-hot"])
+@pytest.fixture(params=["scatter", "one-pass", "one-hot"])
 def path(request, monkeypatch):
-    """Both ways of summing, whichever the platform would choose."""
+    """Every way of summing, whichever the platform and the shapes would choose."""
     if request.param == "one-hot":
         monkeypatch.setattr(statistics, "_scattered", statistics._one_hot)
         monkeypatch.setattr(statistics, "_ONE_HOT_ENTRIES", 1000 * K)
+    if request.param == "one-pass":
+        for name, value in {"_MANY_ROWS": 2, "_LANES": 2, "_STEPS": 1}.items():
+            monkeypatch.setattr(statistics, name, value)
     return request.param
 
 
@@ -50,6 +53,28 @@ def test_agrees_with_numpy(path, data, weighted):
     np.testing.assert_allclose(got.sums, sums, rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(got.counts, counts, rtol=1e-5)
     np.testing.assert_allclose(got.inertia, inertia, rtol=1e-5)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_derivatives_of_the_sums(path, data, weighted):
+    # d/dx Σ_k ‖s_k‖² = 2 w_i s_label(i), and forward along x itself: 2 Σ_k ‖s_k‖².
+    x, labels, weights, _ = data
+    labels = labels.copy()
+    labels[:7] = -1
+
+    def squared_sums(x):
+        sums = cluster_statistics(
+            x, jnp.asarray(labels), K, weights=weights if weighted else None
+        ).sums
+        return jnp.sum(sums**2)
+
+    ones = weights if weighted else np.ones(N, np.float32)
+    kept = labels >= 0
+    sums, _, _ = expected_statistics(x[kept], labels[kept], ones[kept], 0 * ones[kept])
+    expected = np.where(kept[:, None], 2 * ones[:, None] * sums[labels], 0)
+    np.testing.assert_allclose(jax.grad(squared_sums)(x), expected, rtol=1e-4, atol=1e-3)
+    _, along = jax.jvp(squared_sums, (jnp.asarray(x),), (jnp.asarray(x),))
+    np.testing.assert_allclose(along, 2 * np.sum(sums**2), rtol=1e-4)
 
 
 def test_rows_of_weight_zero_never_count_even_nan(path):
