@@ -17,15 +17,15 @@ from jkmeans.report import (
     _INK,
     _ORANGE,
     SHOWN_CLUSTERS,
-    _count,
+    EmbeddingMap,
     _draw_map,
-    _EmbeddingMap,
     _figure,
     _head,
     _palette,
     _save,
     _soften,
     _title,
+    counted,
 )
 
 if TYPE_CHECKING:
@@ -227,7 +227,7 @@ def _map(
     elif both.shape[1] > 2:
         # The plane of the rows alone: centroids are to be seen in it, not to choose it.
         both, method = _plane_of(rows, both), "PCA of "
-    plane = _EmbeddingMap(np.arange(len(rows)), both[: len(rows)], both[len(rows) :], method)
+    plane = EmbeddingMap(np.arange(len(rows)), both[: len(rows)], both[len(rows) :], method)
     figure = _figure(6.5, 6.6)
     ax = figure.subplots()
     names = [str(i) for i in range(k)] if k <= SHOWN_CLUSTERS else None
@@ -237,7 +237,7 @@ def _map(
         places = plane.centroids.T
         ax.scatter(*places, s=12, c=_INK, edgecolors="white", linewidths=0.6, zorder=3)
     mark = "×" if few else "●"
-    _title(ax, f"{_count(k, 'cluster')} ({mark} centroids)")
+    _title(ax, f"{counted(k, 'cluster')} ({mark} centroids)")
     n = int(sizes.sum())
     sample = f"{len(rows):,} of {n:,} rows" if len(rows) < n else f"{n:,} rows"
     _head(figure, title, f"{method}{sample}")
@@ -292,5 +292,5 @@ def _centroids(
         ax.imshow(centroids[cluster].reshape(shape), cmap="gray_r", interpolation="nearest")
         ax.set_title(f"{cluster}: {sizes[cluster]:,}", fontsize=7, color=_INK, pad=2)
     some = f"largest {len(order)} of " if len(order) < k else ""
-    _head(figure, title, f"Centroids of the {some}{_count(k, 'cluster')}, with their sizes")
+    _head(figure, title, f"Centroids of the {some}{counted(k, 'cluster')}, with their sizes")
     return figure

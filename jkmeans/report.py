@@ -1,4 +1,7 @@
-"""Pictures of a finished run: curves, a map of the embeddings, nearest examples, confusion."""
+"""Pictures of a finished run: curves, a map of the embeddings, nearest examples, confusion.
+
+What is read off the arrays of a run here serves its page (page.py) too.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ import os
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -30,7 +33,7 @@ _FAINT = "#8a8a8a"
 _GRID = "#e6e6e6"
 _BLUE, _ORANGE, _GREEN, _RED = "#1f77b4", "#ff7f0e", "#2ca02c", "#d62728"
 _LINES = (_BLUE, _ORANGE, _GREEN, _RED, "#9467bd", "#8c564b", "#17becf")
-_PHASE_NAMES = {"pretrain": "pretraining", "cluster": "clustering"}
+PHASE_NAMES = {"pretrain": "pretraining", "cluster": "clustering"}
 
 
 def write_report(
@@ -76,9 +79,11 @@ def write_report(
         ValueError: the arrays do not belong together.
     """
     folder = Path(folder)
-    clusters = _Clusters.of(embeddings, labels, distances, centroids, examples, truth, class_names)
+    clusters = ClusteredExamples.of(
+        embeddings, labels, distances, centroids, examples, truth, class_names
+    )
     folder.mkdir(parents=True, exist_ok=True)
-    embedding_map = _embedding_map(clusters, seed)
+    embedding_map = map_embeddings(clusters, seed)
 
     figures: dict[str, Callable[[], Figure]] = {}
     if metrics:
@@ -105,7 +110,7 @@ def write_report(
 
 
 @dataclasses.dataclass(frozen=True)
-class _Clusters:
+class ClusteredExamples:
     """The arrays of a report, checked, with what several pictures share."""
 
     embeddings: np.ndarray  # [n, p]
@@ -120,7 +125,14 @@ class _Clusters:
     class_colours: np.ndarray  # [n_classes, 3]
 
     @staticmethod
-    def of(embeddings, labels, distances, centroids, examples, truth, class_names) -> _Clusters:
+    def of(
+        embeddings, labels, distances, centroids, examples, truth, class_names
+    ) -> ClusteredExamples:
+        """Checks that the arrays belong together, see `write_report`; truth becomes an index.
+
+        Raises:
+            ValueError: they do not.
+        """
         labels = np.asarray(labels)
         n, k = len(labels), len(centroids)
         for name, array in (
@@ -145,7 +157,7 @@ class _Clusters:
         if truth is not None and max(k, len(names)) <= SHOWN_CLUSTERS:
             palette = _palette(max(k, len(names)))
             colours, class_colours = _matched_colours(truth, labels, k, palette), palette
-        return _Clusters(
+        return ClusteredExamples(
             embeddings=embeddings,
             labels=labels,
             distances=np.asarray(distances, dtype=np.float64),
@@ -160,10 +172,12 @@ class _Clusters:
 
     @property
     def n(self) -> int:
+        """Number of examples."""
         return len(self.labels)
 
     @property
     def k(self) -> int:
+        """Number of clusters."""
         return len(self.centroids)
 
     def shown(self, limit: int) -> np.ndarray:
@@ -183,7 +197,7 @@ class _Clusters:
         if size == 0:
             return "empty"
         if self.truth is None:
-            return _count(size, "example")
+            return counted(size, "example")
         counts = np.bincount(self.truth[self.labels == cluster], minlength=len(self.class_names))
         best = int(counts.argmax())
         name = self.class_names[best]
@@ -228,15 +242,17 @@ def _matched_colours(
 
 
 @dataclasses.dataclass(frozen=True)
-class _EmbeddingMap:
+class EmbeddingMap:
+    """Embeddings and centroids in the plane."""
+
     rows: np.ndarray  # [m] examples in the map
     points: np.ndarray  # [m, 2]
     centroids: np.ndarray  # [c, 2], the centroids of clusters that are not empty
     method: str
 
 
-def _embedding_map(clusters: _Clusters, seed: int) -> _EmbeddingMap:
-    """Places a sample of the embeddings, and the centroids, in the plane."""
+def map_embeddings(clusters: ClusteredExamples, seed: int) -> EmbeddingMap:
+    """Places a sample of at most `MAP_EXAMPLES` embeddings, and the centroids, in the plane."""
     rows = np.arange(clusters.n)
     if clusters.n > MAP_EXAMPLES:
         rows = np.sort(np.random.default_rng(seed).choice(rows, MAP_EXAMPLES, replace=False))
@@ -264,7 +280,7 @@ def _embedding_map(clusters: _Clusters, seed: int) -> _EmbeddingMap:
         if len(x) > 30 and spread[1] > 1e-6 * spread[0]:
             plane, method = _tsne(both, plane, seed), "t-SNE of "
     centroids = plane[len(x) :] if len(x) else plane[:0]
-    return _EmbeddingMap(rows, plane[: len(x)], centroids, method)
+    return EmbeddingMap(rows, plane[: len(x)], centroids, method)
 
 
 def _principal_plane(x: np.ndarray) -> np.ndarray:
@@ -301,7 +317,7 @@ def _tsne(x: np.ndarray, plane: np.ndarray, seed: int) -> np.ndarray:
 
 def _draw_map(
     ax: Axes,
-    embedding_map: _EmbeddingMap,
+    embedding_map: EmbeddingMap,
     groups: np.ndarray,
     colours: np.ndarray,
     names: Sequence[str] | None,
@@ -394,7 +410,12 @@ def _label_offsets(ax: Axes, places: np.ndarray, texts: Sequence[str], size: flo
 
 
 def _draw_cluster_map(
-    ax: Axes, clusters: _Clusters, embedding_map: _EmbeddingMap, *, centroids: bool, size: float
+    ax: Axes,
+    clusters: ClusteredExamples,
+    embedding_map: EmbeddingMap,
+    *,
+    centroids: bool,
+    size: float,
 ) -> None:
     names = [str(i) for i in range(clusters.k)] if clusters.k <= SHOWN_CLUSTERS else None
     groups = clusters.labels[embedding_map.rows]
@@ -402,7 +423,7 @@ def _draw_cluster_map(
 
 
 def _draw_class_map(
-    ax: Axes, clusters: _Clusters, embedding_map: _EmbeddingMap, *, size: float
+    ax: Axes, clusters: ClusteredExamples, embedding_map: EmbeddingMap, *, size: float
 ) -> None:
     assert clusters.truth is not None
     names = clusters.class_names if len(clusters.class_names) <= SHOWN_CLUSTERS else None
@@ -410,7 +431,7 @@ def _draw_class_map(
     _draw_map(ax, embedding_map, groups, clusters.class_colours, names, centroids=False, size=size)
 
 
-def _map(clusters: _Clusters, embedding_map: _EmbeddingMap, title: str) -> Figure:
+def _map(clusters: ClusteredExamples, embedding_map: EmbeddingMap, title: str) -> Figure:
     panels = 1 if clusters.truth is None else 2
     figure = _figure(6.2 * panels + 0.3, 6.6)
     axes = figure.subplots(1, panels, squeeze=False)[0]
@@ -420,18 +441,19 @@ def _map(clusters: _Clusters, embedding_map: _EmbeddingMap, title: str) -> Figur
 
     _draw_cluster_map(axes[0], clusters, embedding_map, centroids=True, size=10)
     mark = "×" if len(embedding_map.centroids) <= SHOWN_CLUSTERS else "●"
-    _title(axes[0], f"{_count(clusters.k, 'cluster')} ({mark} centroids)")
+    _title(axes[0], f"{counted(clusters.k, 'cluster')} ({mark} centroids)")
     if clusters.truth is not None:
         _draw_class_map(axes[1], clusters, embedding_map, size=9)
         n_classes = len(clusters.class_names)
-        _title(axes[1], _count(n_classes, "true class"))
+        _title(axes[1], counted(n_classes, "true class"))
     return figure
 
 
 # --- nearest examples ------------------------------------------------------------------------
 
 
-def _are_images(examples: np.ndarray) -> bool:
+def are_images(examples: np.ndarray) -> bool:
+    """Whether examples [n, *shape] are images: (h, w) or (h, w, 1 | 3 | 4)."""
     shape = examples.shape[1:]
     return len(shape) == 2 or (len(shape) == 3 and shape[-1] in (1, 3, 4))
 
@@ -443,7 +465,35 @@ def _tile(image: np.ndarray) -> np.ndarray:
     return image[..., 0] if image.ndim == 3 and image.shape[-1] == 1 else image
 
 
-def _mosaic(clusters: _Clusters, shown: np.ndarray, columns: int) -> np.ndarray:
+def as_pictures(images: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """Images as they are shown.
+
+    Args:
+        images: [m, h, w] or [m, h, w, 1 | 3 | 4].
+        dtype: of the examples that the images come from: bytes of a colour span 0 to 255.
+
+    Returns:
+        [m, h, w, 1 | 3], values from 0 to 1; NaN is black, what is transparent white.
+    """
+    images = images if images.ndim == 4 else images[..., None]
+    channels = images.shape[-1]
+    # Grey images are stretched: not every set of bytes uses all 256 (digits have 17).
+    if dtype == np.uint8 and channels > 1:
+        low, high = 0.0, 255.0
+    else:
+        values = images[np.isfinite(images)]
+        low, high = (values.min(), values.max()) if len(values) else (0.0, 1.0)
+        if channels > 1 and low >= 0 and high <= 1:
+            low, high = 0.0, 1.0
+    images = np.nan_to_num((images - low) / (high - low if high > low else 1.0))
+    images = np.clip(images, 0, 1)
+    if channels == 4:
+        alpha = images[..., 3:]
+        images = images[..., :3] * alpha + 1 - alpha
+    return images
+
+
+def _mosaic(clusters: ClusteredExamples, shown: np.ndarray, columns: int) -> np.ndarray:
     """The examples nearest to the centroids of the clusters shown, one cluster per row.
 
     Returns: [rows * pitch, columns * pitch, 3], values from 0 to 1, white where nothing is.
@@ -452,30 +502,15 @@ def _mosaic(clusters: _Clusters, shown: np.ndarray, columns: int) -> np.ndarray:
     tiles = [[_tile(clusters.examples[i]) for i in row] for row in rows]
     flat = [tile for row in tiles for tile in row]
     height, width = flat[0].shape[:2]
-    channels = flat[0].shape[2] if flat[0].ndim == 3 else 1
-    # Grey images are stretched: not every set of bytes uses all 256 (digits have 17).
-    if clusters.examples.dtype == np.uint8 and channels > 1:
-        low, high = 0.0, 255.0
-    else:
-        values = np.stack(flat)
-        values = values[np.isfinite(values)]
-        low, high = (values.min(), values.max()) if len(values) else (0.0, 1.0)
-        if channels > 1 and low >= 0 and high <= 1:
-            low, high = 0.0, 1.0
+    pictures = iter(as_pictures(np.stack(flat), clusters.examples.dtype))
     # Small images are enlarged so that the gap between them can be a fraction of their pixels.
     zoom = max(1, round(64 / max(height, width)))
     gap = max(1, round(0.06 * zoom * max(height, width)))
     pitch_y, pitch_x = zoom * height + gap, zoom * width + gap
     mosaic = np.ones((len(shown) * pitch_y - gap, columns * pitch_x - gap, 3))
     for y, row in enumerate(tiles):
-        for x, tile in enumerate(row):
-            tile = np.nan_to_num((tile - low) / (high - low if high > low else 1.0))
-            tile = np.clip(tile, 0, 1)
-            if tile.ndim == 2:
-                tile = tile[..., None]
-            if channels == 4:
-                alpha = tile[..., 3:]
-                tile = tile[..., :3] * alpha + 1 - alpha
+        for x in range(len(row)):
+            tile = next(pictures)
             tile = tile.repeat(zoom, axis=0).repeat(zoom, axis=1)
             top, left = y * pitch_y, x * pitch_x
             mosaic[top : top + zoom * height, left : left + zoom * width] = tile
@@ -483,7 +518,13 @@ def _mosaic(clusters: _Clusters, shown: np.ndarray, columns: int) -> np.ndarray:
 
 
 def _draw_images(
-    ax: Axes, clusters: _Clusters, shown: np.ndarray, columns: int, *, size: float, details: bool
+    ax: Axes,
+    clusters: ClusteredExamples,
+    shown: np.ndarray,
+    columns: int,
+    *,
+    size: float,
+    details: bool,
 ) -> None:
     mosaic = _mosaic(clusters, shown, columns)
     ax.imshow(mosaic, interpolation="nearest" if mosaic.shape[0] < 600 else "antialiased")
@@ -516,7 +557,7 @@ def _draw_images(
             )
 
 
-def _features(clusters: _Clusters, means: np.ndarray) -> np.ndarray:
+def _features(clusters: ClusteredExamples, means: np.ndarray) -> np.ndarray:
     """The features in which the clusters differ most, in order: all, if a line can show them."""
     if means.shape[1] <= 100:
         return np.arange(means.shape[1])
@@ -536,7 +577,7 @@ def _mean(examples: np.ndarray, rows: np.ndarray) -> np.ndarray:
 
 
 def _draw_vectors(
-    axes: np.ndarray, clusters: _Clusters, shown: np.ndarray, *, size: float, details: bool
+    axes: np.ndarray, clusters: ClusteredExamples, shown: np.ndarray, *, size: float, details: bool
 ) -> str:
     """Draws each cluster's nearest examples as lines over the features; says which features."""
     d = int(np.prod(clusters.examples.shape[1:]))
@@ -572,13 +613,13 @@ def _draw_vectors(
         ax.set_visible(False)
     if len(features) < d:
         return f"the {len(features)} of {d:,} features in which the clusters differ most"
-    return _count(d, "feature")
+    return counted(d, "feature")
 
 
-def _nearest(clusters: _Clusters, title: str) -> Figure:
+def _nearest(clusters: ClusteredExamples, title: str) -> Figure:
     shown = clusters.shown(SHOWN_CLUSTERS)
     which = "" if clusters.k <= SHOWN_CLUSTERS else f" (the largest {len(shown)} of {clusters.k:,})"
-    if _are_images(clusters.examples):
+    if are_images(clusters.examples):
         h, w = clusters.examples.shape[1:3]
         tile = 0.62
         margin = 0.55 + 0.08 * max(len(clusters.describe(int(i))) for i in shown)
@@ -672,7 +713,7 @@ def _phase_names(ax: Axes, metrics: Sequence[Mapping[str, Any]], size: float) ->
             ax.text(
                 (min(epochs) + max(epochs)) / 2,
                 1.01,
-                _PHASE_NAMES.get(str(phase), str(phase)),
+                PHASE_NAMES.get(str(phase), str(phase)),
                 transform=ax.get_xaxis_transform(),
                 ha="center",
                 va="bottom",
@@ -685,11 +726,13 @@ def _present(metrics: Sequence[Mapping[str, Any]], names: Mapping[str, str]) -> 
     return {name: label for name, label in names.items() if _series(metrics, name)}
 
 
-def _agreement(metrics: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+def agreement_names(metrics: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """The metrics of agreement that were recorded, with what a legend calls them."""
     return _present(metrics, {"acc": "ACC", "nmi": "NMI", "ari": "ARI"})
 
 
-def _losses(metrics: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+def loss_names(metrics: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """The loss and its terms that were recorded, with what a legend calls them."""
     terms = dict.fromkeys(name for r in metrics for name in r if name.startswith("loss/"))
     terms = _present(metrics, {name: name.removeprefix("loss/") for name in terms})
     # With a single term the total is that term.
@@ -698,8 +741,8 @@ def _losses(metrics: Sequence[Mapping[str, Any]]) -> dict[str, str]:
 
 
 def _curves(metrics: Sequence[Mapping[str, Any]], title: str) -> Figure:
-    panels: list[tuple[str, dict[str, str]]] = [("Loss", _losses(metrics))]
-    panels.append(("Agreement with the true classes", _agreement(metrics)))
+    panels: list[tuple[str, dict[str, str]]] = [("Loss", loss_names(metrics))]
+    panels.append(("Agreement with the true classes", agreement_names(metrics)))
     for heading, names in (
         ("Labels that changed", {"label_change": "changed"}),
         ("Empty clusters", {"empty_clusters": "empty", "relocated_clusters": "relocated"}),
@@ -741,7 +784,24 @@ def _curves(metrics: Sequence[Mapping[str, Any]], title: str) -> Figure:
 # --- confusion and sizes ---------------------------------------------------------------------
 
 
-def _confusion(clusters: _Clusters, title: str) -> Figure:
+class ReadableConfusion(NamedTuple):
+    """A matched confusion matrix of no more than `MAX_CLASSES` columns.
+
+    Attributes:
+        matrix: [n_rows, n_columns] counts, matched pairs on the diagonal.
+        rows: names of the classes.
+        columns: the cluster of each, or the class that leads its clusters, with their number.
+        explanation: what the columns are, and the share of examples on the diagonal.
+    """
+
+    matrix: np.ndarray
+    rows: list[str]
+    columns: list[str]
+    explanation: str
+
+
+def readable_confusion(clusters: ClusteredExamples) -> ReadableConfusion:
+    """Counts examples by class and cluster; of many clusters those of a class become one."""
     from jkmeans.metrics import matched_confusion
 
     assert clusters.truth is not None
@@ -759,6 +819,11 @@ def _confusion(clusters: _Clusters, title: str) -> Figure:
         heads = [str(int(c)) for c in columns]
         right = np.trace(matrix) / clusters.n
         below = f"clusters, in the order of the matched classes; accuracy {100 * right:.1f}%"
+    return ReadableConfusion(matrix, names, heads, below)
+
+
+def _confusion(clusters: ClusteredExamples, title: str) -> Figure:
+    matrix, names, heads, below = readable_confusion(clusters)
     share = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
 
     n_rows, n_columns = matrix.shape
@@ -796,7 +861,7 @@ def _confusion(clusters: _Clusters, title: str) -> Figure:
     return figure
 
 
-def _sizes(clusters: _Clusters, title: str) -> Figure:
+def _sizes(clusters: ClusteredExamples, title: str) -> Figure:
     from matplotlib.ticker import MaxNLocator
 
     order = np.argsort(-clusters.sizes, kind="stable")
@@ -829,7 +894,7 @@ def _sizes(clusters: _Clusters, title: str) -> Figure:
     _soften(ax, 8.5)
     ax.grid(axis="x", visible=False)
     empty = int((sizes == 0).sum())
-    _head(figure, title, f"Sizes of {_count(clusters.k, 'cluster')}, {empty:,} empty")
+    _head(figure, title, f"Sizes of {counted(clusters.k, 'cluster')}, {empty:,} empty")
     return figure
 
 
@@ -837,15 +902,15 @@ def _sizes(clusters: _Clusters, title: str) -> Figure:
 
 
 def _summary(
-    clusters: _Clusters,
-    embedding_map: _EmbeddingMap,
+    clusters: ClusteredExamples,
+    embedding_map: EmbeddingMap,
     metrics: Sequence[Mapping[str, Any]],
     title: str,
 ) -> Figure:
     from matplotlib.figure import Figure
 
-    agreement = _agreement(metrics)
-    losses = _losses(metrics)
+    agreement = agreement_names(metrics)
+    losses = loss_names(metrics)
     curves = agreement or losses
     figure = Figure(figsize=(12, 4.7), facecolor="white")
     top = 0.86 if title else 0.91
@@ -856,7 +921,7 @@ def _summary(
         )  # fmt: skip
     width = 0.365 if curves else 0.46
     ax = figure.add_axes((0.012, 0.03, width, top - 0.03))
-    heading = f"{embedding_map.method}the embeddings, {_count(clusters.k, 'cluster')}"
+    heading = f"{embedding_map.method}the embeddings, {counted(clusters.k, 'cluster')}"
     if clusters.k > SHOWN_CLUSTERS and 0 < len(clusters.class_names) <= SHOWN_CLUSTERS:
         # So many clusters are confetti; a few classes can be read.
         _draw_class_map(ax, clusters, embedding_map, size=10)
@@ -871,7 +936,7 @@ def _summary(
     heading = "Nearest to the centroids"
     if clusters.k > len(shown):
         heading += f" (largest {len(shown)})"
-    if _are_images(clusters.examples):
+    if are_images(clusters.examples):
         ax = figure.add_axes((left, 0.03, room, top - 0.03))
         h, w = clusters.examples.shape[1:3]
         # As many examples as fill the room that the rows leave.
@@ -916,7 +981,8 @@ def _head(figure: Figure, title: str, subtitle: str) -> None:
     figure.suptitle("\n".join(lines), fontsize=11, color=_INK, fontweight="bold", parse_math=False)
 
 
-def _count(n: int, noun: str) -> str:
+def counted(n: int, noun: str) -> str:
+    """A number with its noun: `1 class`, `1,200 classes`."""
     plural = noun + ("es" if noun.endswith("s") else "s")
     return f"{n:,} {noun if n == 1 else plural}"
 

@@ -44,7 +44,7 @@ def run(n=120, k=4, p=5, shape=(8, 8), n_classes=4, seed=0, dtype=np.float32):
 
 def clusters_of(arguments, class_names=None):
     names = ("embeddings", "labels", "distances", "centroids", "examples", "truth")
-    return report._Clusters.of(*(arguments[name] for name in names), class_names)
+    return report.ClusteredExamples.of(*(arguments[name] for name in names), class_names)
 
 
 def check_pictures(paths, folder, names):
@@ -281,13 +281,13 @@ def test_map_shows_a_sample_and_the_centroids_of_clusters_in_use():
     arguments = run(n=MAP_EXAMPLES + 500, k=4, p=2)
     arguments["labels"] = arguments["labels"] % 3  # cluster 3 is empty
     clusters = clusters_of(arguments)
-    drawn = report._embedding_map(clusters, seed=0)
+    drawn = report.map_embeddings(clusters, seed=0)
     assert len(drawn.rows) == MAP_EXAMPLES
     assert np.array_equal(drawn.rows, np.unique(drawn.rows))
     assert np.allclose(drawn.points, arguments["embeddings"][drawn.rows])
     assert np.allclose(drawn.centroids, arguments["centroids"][:3])
-    assert np.array_equal(drawn.rows, report._embedding_map(clusters, seed=0).rows)
-    assert not np.array_equal(drawn.rows, report._embedding_map(clusters, seed=1).rows)
+    assert np.array_equal(drawn.rows, report.map_embeddings(clusters, seed=0).rows)
+    assert not np.array_equal(drawn.rows, report.map_embeddings(clusters, seed=1).rows)
 
 
 def test_map_separates_separate_clusters():
@@ -296,7 +296,7 @@ def test_map_separates_separate_clusters():
     arguments = run(n=120, k=4, p=6)
     arguments["embeddings"][0] = np.nan
     clusters = clusters_of(arguments)
-    drawn = report._embedding_map(clusters, seed=0)
+    drawn = report.map_embeddings(clusters, seed=0)
     assert drawn.method.startswith("t-SNE")
     assert drawn.rows.tolist() == list(range(1, 120))
     knn = KNeighborsClassifier(5).fit(drawn.points, clusters.labels[drawn.rows])
