@@ -1,0 +1,201 @@
+"""N2D: a mixture of Gaussians on the manifold of an autoencoder's embeddings.
+
+The embeddings zᵢ of a trained autoencoder are laid out anew by UMAP, which keeps neighbours
+together and lets clusters fall apart, and a mixture of Gaussians with full covariances clusters the
+layout. The network is not trained any further, so these are functions of the embeddings on the
+host, not a `Method`.
+
+The layout is of these embeddings only: UMAP places new ones by another optimisation, whose result
+depends on what else is placed with them. New data therefore get the cluster of the nearest
+embedding of the data that were clustered (`nearest_labels`).
+
+Source: McConville, Santos-Rodríguez, Piechocki and Craddock 2021, "N2D: (Not too) deep clustering
+via clustering the local manifold of an autoencoded embedding", sections III and IV. UMAP: McInnes,
+Healy and Melville 2018. umap-learn is an extra: ``pip install "jkmeans[manifold]"``.
+"""
+
+import warnings
+from typing import Any
+
+import numpy as np
+
+from jkmeans.errors import UserError
+
+METRICS = ("euclidean", "cosine", "manhattan", "correlation", "chebyshev")
+"""Distances between embeddings that UMAP may use here."""
+
+
+def manifold_clusters(
+    embeddings: Any,
+    n_clusters: int,
+    *,
+    seed: int,
+    n_neighbors: int = 20,
+    min_dist: float = 0.0,
+    n_components: int | None = None,
+    metric: str = "euclidean",
+) -> tuple[np.ndarray, np.ndarray]:
+    """Clusters embeddings on their manifold.
+
+    The defaults are those of the paper's experiments. The same seed, versions and machine give the
+    same bits: UMAP then runs in one thread.
+
+    Args:
+      embeddings: [n, p] finite numbers, used in float32.
+      n_clusters: components of the mixture, 1 to n; one that is nowhere the most probable leaves
+        its number unused.
+      seed: of the layout and of the start of the mixture, from 0 to 2³² − 1.
+      n_neighbors: rows that each row is tied to on the manifold, itself included; 2 to n − 1.
+      min_dist: least distance of neighbours in the layout, 0 to 1; 0 packs clusters densest.
+      n_components: q, the dimension of the layout, at most n − 2; ``n_clusters`` if None.
+      metric: distance between embeddings, one of `METRICS`.
+
+    Returns:
+      The labels [n] int32, and the layout [n, q] float32.
+
+    Raises:
+      UserError: an argument is not as described, or umap-learn is not installed.
+    """
+    embeddings = _rows("embeddings", embeddings)
+    n = len(embeddings)
+    n_clusters = _integer("n_clusters", n_clusters, 1, n, "the number of embeddings")
+    if n_components is None:
+        n_components = n_clusters
+    n_components = _integer("n_components", n_components, 1, n - 2, "embeddings less two")
+    n_neighbors = _integer("n_neighbors", n_neighbors, 2, n - 1, "embeddings less one")
+    seed = _integer("seed", seed, 0, 2**32 - 1)
+    if isinstance(min_dist, bool) or not isinstance(min_dist, int | float):
+        raise UserError(f"min_dist is {min_dist!r}; accepted: a number from 0 to 1")
+    if not 0 <= min_dist <= 1:
+        raise UserError(f"min_dist is {min_dist}; accepted: a number from 0 to 1")
+    if metric not in METRICS:
+        raise UserError(f"metric is {metric!r}; accepted: {', '.join(METRICS)}")
+
+    layout = _layout(embeddings, seed, n_neighbors, float(min_dist), n_components, metric)
+    return _mixture_labels(layout, n_clusters, seed), layout
+
+
+def _layout(embeddings, seed, n_neighbors, min_dist, n_components, metric) -> np.ndarray:
+    umap = _import_umap()
+    reducer = umap.UMAP(
+        n_neighbors=n_neighbors,
+        min_dist=min_dist,
+        n_components=n_components,
+        metric=metric,
+        random_state=seed,
+        n_jobs=1,  # A seed means this anyway, with a warning.
+    )
+    with warnings.catch_warnings():
+        # Groups without a tie between them are what clusters look like; UMAP lays each out by
+        # itself then, and says so.
+        warnings.simplefilter("ignore", UserWarning)
+        layout = np.asarray(reducer.fit_transform(embeddings), np.float32)
+    if not np.isfinite(layout).all():
+        # UMAP leaves rows out that have no neighbour.
+        row = int(np.flatnonzero(~np.isfinite(layout).all(axis=1))[0])
+        raise UserError(f"UMAP has no place for row {row} of the embeddings; is it an outlier?")
+    return layout
+
+
+def _import_umap():
+    """umap-learn, without its warning that there is no TensorFlow."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            import umap  # pyright: ignore[reportMissingImports]
+        except ImportError as error:
+            raise UserError(
+                f"clustering on the manifold needs umap-learn, which cannot be imported ({error}); "
+                'pip install "jkmeans[manifold]" installs it'
+            ) from None
+    return umap
+
+
+def _mixture_labels(layout: np.ndarray, n_clusters: int, seed: int) -> np.ndarray:
+    """The most probable component of each row; one start of the mixture, as in the paper's code."""
+    from sklearn.mixture import GaussianMixture
+
+    mixture = GaussianMixture(n_clusters, covariance_type="full", n_init=1, random_state=seed)
+    # Dense clusters have covariances whose Cholesky factors float32 may not have.
+    return mixture.fit_predict(layout.astype(np.float64)).astype(np.int32)
+
+
+def nearest_labels(bank: Any, bank_labels: Any, queries: Any, n_neighbors: int = 1) -> np.ndarray:
+    """Clusters of new embeddings: those of the nearest embeddings of the bank.
+
+    With more than one neighbour, the most frequent of their clusters; among equally frequent ones,
+    that of the nearest neighbour. Distances are Euclidean.
+
+    Args:
+      bank: [n, p] finite numbers, the embeddings that were clustered.
+      bank_labels: [n] integers, their clusters.
+      queries: [m, p] finite numbers; m may be 0.
+      n_neighbors: neighbours that are asked, 1 to n.
+
+    Returns:
+      Labels [m] int32.
+
+    Raises:
+      UserError: an argument is not as described.
+    """
+    from sklearn.neighbors import NearestNeighbors
+
+    bank = _rows("bank", bank, least=1)
+    n, p = bank.shape
+    queries = _rows("queries", queries, least=0)
+    if queries.shape[1] != p:
+        raise UserError(
+            f"queries have {queries.shape[1]} numbers each, but the bank's embeddings have {p}"
+        )
+    labels = np.asarray(bank_labels)
+    if labels.shape != (n,) or not np.issubdtype(labels.dtype, np.integer):
+        raise UserError(
+            f"bank_labels is {labels.dtype} of shape {list(labels.shape)}; accepted: integers of "
+            f"shape [{n}], one for each embedding of the bank"
+        )
+    n_neighbors = _integer("n_neighbors", n_neighbors, 1, n, "the number of embeddings in the bank")
+    if len(queries) == 0:
+        return np.zeros(0, np.int32)
+    search = NearestNeighbors(n_neighbors=n_neighbors).fit(bank)
+    neighbors = labels[search.kneighbors(queries, return_distance=False)]  # [m, k], nearest first.
+    return _majority(neighbors).astype(np.int32)
+
+
+def _majority(neighbors: np.ndarray) -> np.ndarray:
+    """The most frequent value of each row [m, k], the first of equally frequent ones: [m]."""
+    votes = np.stack([np.sum(neighbors == v[:, None], axis=1) for v in neighbors.T], axis=1)
+    first = np.argmax(votes, axis=1)
+    return np.take_along_axis(neighbors, first[:, None], axis=1)[:, 0]
+
+
+def _rows(name: str, value: Any, least: int = 3) -> np.ndarray:
+    """Contiguous float32 [n, p] of what the user gave."""
+    try:
+        given = np.asarray(value)
+    except ValueError:  # Rows of different lengths.
+        given = np.empty(0)
+    shape = list(given.shape)
+    if given.dtype.kind not in "fiu" or given.ndim != 2 or shape[0] < least or shape[1] == 0:
+        raise UserError(
+            f"{name} is {given.dtype} of shape {shape}; accepted: numbers of shape [n, p], "
+            f"n at least {least} and p at least 1"
+        )
+    with np.errstate(over="ignore"):  # What overflows is refused below.
+        rows = np.ascontiguousarray(given, np.float32)
+    if not np.isfinite(rows).all():
+        row = int(np.flatnonzero(~np.isfinite(rows).all(axis=1))[0])
+        raise UserError(f"{name} has a number in row {row} that is not finite in float32")
+    return rows
+
+
+def _integer(name: str, value: Any, least: int, most: int, what_most_is: str = "") -> int:
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, int | np.integer)
+        or not least <= value <= most
+    ):
+        explained = f" ({what_most_is})" if what_most_is else ""
+        raise UserError(
+            f"{name} is {value!r}; accepted: an integer from {least} to {most}{explained}"
+        )
+    return int(value)
