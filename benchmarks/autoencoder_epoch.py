@@ -94,7 +94,7 @@ def jkmeans_contestants(problem: Problem) -> tuple[list[Contestant], dict[str, n
     from configs import mnist
     from jkmeans import configuration
     from jkmeans.epoch import Rows, make_programs
-    from jkmeans.methods import METHODS
+    from jkmeans.methods import make_method
     from jkmeans.networks import make_network, split
     from jkmeans.sharding import DATA_AXIS, SHARDED, Layout, make_mesh, place, place_rows
 
@@ -129,7 +129,7 @@ def jkmeans_contestants(problem: Problem) -> tuple[list[Contestant], dict[str, n
     root = jax.random.key(problem.seed)
     graphdef, parameters = split(make_network(config.network, shape, jax.random.fold_in(root, 0)))
     initial = {name: np.array(value) for name, value in parameters.items()}
-    method = METHODS["joint"](config, DATA_AXIS)
+    method = make_method(config, DATA_AXIS)
     programs = make_programs(config, graphdef, method, layout, mesh, shape, problem.scale)
     index = layout.row_index()
     rows = Rows(

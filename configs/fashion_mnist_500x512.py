@@ -35,6 +35,7 @@ def get_config() -> Config:
     config.augmentation.shift = 0.0  # Pixels.
     config.augmentation.rotation = 0.0  # Degrees.
     config.augmentation.zoom = 0.0
+    config.augmentation.invariance = False  # Examples and views, or views only.
 
     config.network = ConfigDict()
     config.network.name = "fully_connected"
@@ -65,6 +66,7 @@ def get_config() -> Config:
     config.training = ConfigDict()
     config.training.batch_size = 256
     config.training.n_pretrain_epochs = 10
+    config.training.pretrained_folder = ""  # Where pretrained networks are kept.
     config.training.n_epochs = 20
     config.training.optimizer = "adam"
     config.training.learning_rate = 1e-3
@@ -72,6 +74,10 @@ def get_config() -> Config:
     config.training.schedule = "constant"
     config.training.weight_decay = 0.0
     config.training.collapse_ratio = 1e-4
+
+    config.reset = ConfigDict()  # Soft resets (BRB).
+    config.reset.every = 0  # None.
+    config.reset.kept = 0.8
 
     config.checkpoint = ConfigDict()
     config.checkpoint.every = 5

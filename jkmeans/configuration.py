@@ -5,111 +5,20 @@ else is, and no code anywhere falls back to a hidden default.
 """
 
 import json
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from ml_collections import ConfigDict
 
 from jkmeans.errors import UserError
+from jkmeans.fields import Field, boolean, choice, integer, integers, number, text
 from jkmeans.kmeans import INITIALIZATIONS
+from jkmeans.methods import METHODS, method_spec
 from jkmeans.networks import NETWORKS
 
 Config = Any
 """An ``ml_collections.ConfigDict``: its fields have no types that a checker could know."""
-
-
-class Field(NamedTuple):
-    """One field of a config.
-
-    Attributes:
-      convert: the value as its proper type; raises TypeError or ValueError for anything else.
-      accepted: what is accepted, in words, for the error.
-      meaning: one line for the reader.
-    """
-
-    convert: Callable[[Any], Any]
-    accepted: str
-    meaning: str
-
-
-def integer(least: int, meaning: str, most: int = 2**31 - 1) -> Field:
-    """A field that holds an integer from ``least`` to ``most``."""
-
-    def convert(value):
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError
-        if not least <= value <= most:
-            raise ValueError
-        return value
-
-    bound = f"of at least {least}" if most == 2**31 - 1 else f"from {least} to {most}"
-    return Field(convert, f"an integer {bound}", meaning)
-
-
-def number(meaning: str, *, positive: bool = False) -> Field:
-    """A field that holds a number of at least 0, or above 0."""
-
-    def convert(value):
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise TypeError
-        if not math.isfinite(value) or value < 0 or (positive and value == 0):
-            raise ValueError
-        return float(value)
-
-    return Field(convert, f"a number {'above' if positive else 'of at least'} 0", meaning)
-
-
-def boolean(meaning: str) -> Field:
-    """A field that holds True or False."""
-
-    def convert(value):
-        if not isinstance(value, bool):
-            raise TypeError
-        return value
-
-    return Field(convert, "True or False", meaning)
-
-
-def choice(choices, meaning: str, *, or_function: bool = False) -> Field:
-    """A field that holds one of some words, or the user's ``module:function``."""
-
-    def convert(value):
-        if not isinstance(value, str):
-            raise TypeError
-        if value not in choices and not (or_function and ":" in value):
-            raise ValueError
-        return value
-
-    accepted = ", ".join(map(repr, choices)) + (" or 'module:function'" if or_function else "")
-    return Field(convert, accepted, meaning)
-
-
-def text(meaning: str) -> Field:
-    """A field that holds text."""
-
-    def convert(value):
-        if not isinstance(value, str):
-            raise TypeError
-        return value
-
-    return Field(convert, "text", meaning)
-
-
-def integers(meaning: str) -> Field:
-    """A field that holds a tuple of integers of at least 1."""
-
-    def convert(value):
-        if not isinstance(value, list | tuple):
-            raise TypeError
-        if any(isinstance(v, bool) or not isinstance(v, int) for v in value):
-            raise TypeError
-        if any(v < 1 for v in value):
-            raise ValueError
-        return tuple(value)
-
-    return Field(convert, "a tuple of integers of at least 1", meaning)
 
 
 FIELDS: dict[str, Field] = {
@@ -127,18 +36,13 @@ FIELDS: dict[str, Field] = {
     "augmentation.shift": number("pixels, each direction within ±shift"),
     "augmentation.rotation": number("degrees, within ±rotation"),
     "augmentation.zoom": number("scale within 1 ± zoom"),
+    "augmentation.invariance": boolean("whether clustering sees examples and views, or views only"),
     "network.name": choice(tuple(NETWORKS), "the network", or_function=True),
     "network.embedding_dim": integer(1, "p, numbers of an embedding"),
     "network.widths": integers("widths of hidden layers, or channels of convolutions"),
     "network.decoder": boolean("whether there is a reconstruction"),
     "network.normalize": boolean("whether embeddings have length one"),
-    "objective.name": choice(("joint",), "the objective", or_function=True),
-    "objective.assignment": choice(("nearest", "stored"), "of an example in a step"),
-    "objective.reconstruction_weight": number("ρ, while clustering"),
-    "objective.centroid_weight": number("λ"),
-    "objective.warmup_epochs": number("T, epochs over which λ rises"),
-    "objective.balance_weight": number("β"),
-    "objective.temperature": number("τ of the balance term", positive=True),
+    "objective.name": choice(tuple(METHODS), "the method", or_function=True),
     "centroids.init": choice(tuple(INITIALIZATIONS), "how the first centroids are chosen"),
     "centroids.n_init": integer(1, "restarts, of which the one of least inertia is kept"),
     "centroids.init_max_iter": integer(0, "Lloyd iterations of each restart, at most"),
@@ -149,6 +53,7 @@ FIELDS: dict[str, Field] = {
     "centroids.final_max_iter": integer(0, "Lloyd iterations after the last epoch, at most"),
     "training.batch_size": integer(1, "B, over all devices"),
     "training.n_pretrain_epochs": integer(0, "epochs of the autoencoder alone"),
+    "training.pretrained_folder": text("where pretrained networks are kept and found, or ''"),
     "training.n_epochs": integer(0, "epochs of clustering"),
     "training.optimizer": choice(("adam", "adamw", "sgd"), "sgd has momentum .9"),
     "training.learning_rate": number("of pretraining", positive=True),
@@ -158,10 +63,13 @@ FIELDS: dict[str, Field] = {
     "training.collapse_ratio": number(
         "a run stops where the variance falls to this part of the first, or rises to its inverse"
     ),
+    "reset.every": integer(0, "epochs from one soft reset to the next (BRB); 0 for none"),
+    "reset.kept": number("α, part of each weight that a soft reset keeps"),
     "checkpoint.every": integer(1, "epochs from one checkpoint to the next"),
     "checkpoint.keep": integer(1, "newest checkpoints that are kept, besides the best"),
     "report.pictures": boolean("whether to draw them at the end"),
 }
+"""The fields of every config; `fields_of` adds those of its method."""
 
 _RUNTIME = (
     "n_devices",
@@ -169,6 +77,7 @@ _RUNTIME = (
     "data.labels_path",
     "data.placement",
     "data.chunk_mebibytes",
+    "training.pretrained_folder",  # What it holds is what pretraining would give.
     "checkpoint.",
     "report.",
 )
@@ -181,12 +90,26 @@ def validate(config: Config) -> Config:
     Raises:
       UserError: a field is unknown, missing, of a wrong type or value, or contradicts another.
     """
-    values = convert_fields(config, FIELDS)
+    values = convert_fields(config, fields_of(config))
     _refuse_contradictions(values)
-    for name in ("data.path", "data.labels_path"):
+    for name in ("data.path", "data.labels_path", "training.pretrained_folder"):
         if values[name]:
             values[name] = str(Path(values[name]).expanduser().absolute())
     return nest(values)
+
+
+def fields_of(config: Config) -> dict[str, Field]:
+    """All fields of a config: `FIELDS` and, after its name, those of its method."""
+    objective = config.get("objective")
+    name = objective.get("name") if isinstance(objective, ConfigDict | dict) else None
+    known = isinstance(name, str) and (name in METHODS or ":" in name)
+    fields = {}
+    for field, meaning in FIELDS.items():
+        fields[field] = meaning
+        if field == "objective.name" and known:
+            own = method_spec(str(name)).fields
+            fields |= {f"objective.{key}": value for key, value in own.items()}
+    return fields
 
 
 def convert_fields(config: Config, fields: Mapping[str, Field]) -> dict[str, Any]:
@@ -243,18 +166,9 @@ def _refuse_contradictions(values: dict[str, Any]) -> None:
         raise UserError(
             f"config.augmentation.zoom is {values['augmentation.zoom']}; accepted: 0 to below 1"
         )
-    if values["network.decoder"] or values["objective.name"] != "joint":
-        return
-    if not values["network.normalize"] or values["objective.balance_weight"] == 0:
-        raise UserError(
-            "config.network.decoder is False, so nothing keeps the embeddings apart; accepted: "
-            "network.normalize = True together with objective.balance_weight above 0"
-        )
-    if values["training.n_pretrain_epochs"] > 0:
-        raise UserError(
-            f"config.training.n_pretrain_epochs is {values['training.n_pretrain_epochs']}, but "
-            "without a decoder there is nothing to pretrain; accepted: 0"
-        )
+    if values["reset.kept"] > 1:
+        raise UserError(f"config.reset.kept is {values['reset.kept']}; accepted: 0 to 1")
+    method_spec(values["objective.name"]).check(values)
 
 
 def check_data(config: Config, n_examples: int, example_shape: tuple[int, ...]) -> None:
@@ -263,7 +177,8 @@ def check_data(config: Config, n_examples: int, example_shape: tuple[int, ...]) 
     Raises:
       UserError: more clusters than examples; views of what is not an image.
     """
-    if any(config.augmentation.values()) and len(example_shape) not in (2, 3):
+    views = (config.augmentation.shift, config.augmentation.rotation, config.augmentation.zoom)
+    if any(views) and len(example_shape) not in (2, 3):
         raise UserError(
             f"config.augmentation asks for views, but the examples have shape "
             f"{list(example_shape)}; accepted: [height, width] or [height, width, channels], or 0 "
@@ -299,7 +214,7 @@ def from_json(values: dict[str, Any]) -> Config:
 def differences(
     ours: Config,
     theirs: Config,
-    fields: Mapping[str, Field] = FIELDS,
+    fields: Mapping[str, Field] | None = None,
     runtime: tuple[str, ...] = _RUNTIME,
 ) -> list[str]:
     """Fields in which two validated configs describe different runs, as ``name: a, not b``.
@@ -307,14 +222,17 @@ def differences(
     Args:
       ours: a config.
       theirs: another of the same kind.
-      fields: what configs of this kind consist of.
+      fields: what configs of this kind consist of; None for those of a run.
       runtime: starts of the names of fields that may differ.
     """
+    if fields is None:
+        # Methods have fields of their own: the name, which comes first, says what differs.
+        fields = fields_of(ours) | fields_of(theirs)
     a, b = _flatten(ours, fields), _flatten(theirs, fields)
     return [
         f"{name} is {a[name]!r} here and {b[name]!r} there"
         for name in fields
-        if a[name] != b[name] and not name.startswith(runtime)
+        if name in a and name in b and a[name] != b[name] and not name.startswith(runtime)
     ]
 
 

@@ -23,8 +23,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jkmeans.augmentation import affine_views
 from jkmeans.errors import UserError
 from jkmeans.kmeans.collectives import all_sum
-from jkmeans.methods import Assigned, Batch, Clusters, Method, example_keys
-from jkmeans.networks import Parameters, merge, network_input
+from jkmeans.methods import Assigned, Batch, Method, example_keys
+from jkmeans.networks import Parameters, fresh_hidden_layers, merge, network_input
 from jkmeans.sharding import (
     BY_STEP,
     DATA_AXIS,
@@ -57,8 +57,9 @@ class TrainState(NamedTuple):
 
     Attributes:
       parameters: of the network, by path; replicated.
-      optimizer: optax state; replicated.
-      clusters: replicated.
+      optimizer: optax state, of the parameters and of what a method learns of its clusters;
+        replicated.
+      clusters: of the method, with ``centroids`` [k, p]; replicated.
       bank: [n_rows, p] float32, the embedding of each row; sharded.
       labels: [n_rows] int32, the cluster of each row; sharded.
       totals: sums of each loss term and of the weights over the steps of the epoch in progress.
@@ -71,7 +72,7 @@ class TrainState(NamedTuple):
 
     parameters: Parameters
     optimizer: Any
-    clusters: Clusters
+    clusters: Any
     bank: jax.Array
     labels: jax.Array
     totals: dict[str, jax.Array]
@@ -104,8 +105,11 @@ class Programs:
         Donates state.
       fill: ``(state, order, examples) -> state``, the same for a chunk that the host feeds.
         Donates state.
-      initialize: ``(state, rows) -> (state, metrics)``, the first clusters from the bank.
-        Donates state.
+      initialize: ``(state, rows) -> (state, metrics)``, the first clusters from the bank, and a
+        fresh optimizer. Donates state.
+      reset: ``(state) -> state``, hidden layers mixed with fresh ones (BRB). Donates state.
+      restart: ``(state, rows) -> (state, metrics)``, new clusters from the bank, which the
+        optimizer meets without memory of the old ones (BRB). Donates state.
       assign: ``(state, rows, n_iterations) -> (state, metrics)``, Lloyd iterations on the bank.
         Donates state.
       shardings: how each field of the state lies on the mesh.
@@ -119,6 +123,8 @@ class Programs:
     refresh: Callable
     fill: Callable
     initialize: Callable
+    reset: Callable
+    restart: Callable
     assign: Callable
     shardings: TrainState
 
@@ -185,29 +191,40 @@ def make_programs(
     def objective(parameters, clusters, batch):
         return method.objective(merge(graphdef, parameters), clusters, batch)
 
-    def loss(parameters, clusters, batch):
+    def trained(parameters: Parameters, clusters) -> dict[str, Any]:
+        """What the optimizer changes."""
+        learned = {name: getattr(clusters, name) for name in method.learned}
+        return {"network": parameters, "clusters": learned}
+
+    def loss(variables, clusters, batch):
         """Sum, not mean, of the local losses: sums add up over devices."""
-        embeddings, terms = objective(parameters, clusters, batch)
+        clusters = clusters._replace(**variables["clusters"])
+        embeddings, terms = objective(variables["network"], clusters, batch)
         sums = {name: jnp.sum(batch.weights * values) for name, values in terms.items()}
         return sum(sums.values(), jnp.float32(0)), (embeddings, sums)
 
-    def train_step(state: TrainState, examples, weights, labels, index, *, clustering: bool):
+    def train_step(state: TrainState, examples, weights, labels, stored, index, *, clustering):
         """One step on the local examples of a batch; returns embeddings [b, p] too."""
         epoch = state.epoch - options.n_pretrain_epochs if clustering else state.epoch
         step_key = jax.random.fold_in(_epoch_key(state, 1), state.step)
+        other_key = jax.random.fold_in(_epoch_key(state, 5), state.step)
         x = network_input(examples, scale)
         batch = Batch(
             x=x,
             view=view_of(x, step_key, index),
+            other_view=view_of(x, other_key, index),
+            stored=stored,
             weights=weights,
             labels=labels,
             index=index,
             key=jax.random.fold_in(_epoch_key(state, 4), state.step),
             progress=(epoch + state.step / layout.n_steps).astype(jnp.float32),
             clustering=clustering,
+            invariance=augmentation.invariance,
             axis_name=axis,
         )
-        local = to_varying(state.parameters, axis)
+        before = trained(state.parameters, state.clusters)
+        local = to_varying(before, axis)
         (_, (embeddings, sums)), gradients = jax.value_and_grad(loss, has_aux=True)(
             local, state.clusters, batch
         )
@@ -216,11 +233,17 @@ def make_programs(
         gradients, sums = all_sum((gradients, sums), axis)
         n_batch = jnp.maximum(sums[_COUNT], 1.0)
         gradients = jax.tree.map(lambda g: g / n_batch, gradients)
-        updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.parameters)
+        updates, optimizer_state = optimizer.update(gradients, state.optimizer, before)
         rate = learning_rate(options, clustering, epoch, state.step, layout.n_steps)
-        parameters = jax.tree.map(lambda p, u: p - rate * u, state.parameters, updates)
+        after = jax.tree.map(lambda p, u: p - rate * u, before, updates)
+        clusters = state.clusters
+        if clustering:
+            clusters = clusters._replace(**after["clusters"])
+            if method.after_step is not None:
+                clusters = method.after_step(clusters, embeddings, batch)
         state = state._replace(
-            parameters=parameters,
+            parameters=after["network"],
+            clusters=clusters,
             optimizer=optimizer_state,
             totals={k: v + sums[k] if k in sums else v for k, v in state.totals.items()},
             step=state.step + 1,
@@ -240,6 +263,7 @@ def make_programs(
                 batch,
                 rows.weights[chosen],
                 labels[chosen],
+                bank[chosen],
                 rows.index[chosen],
                 clustering=clustering,
             )
@@ -293,7 +317,7 @@ def make_programs(
         squared = all_sum(jnp.sum(weights * centred * centred), axis)
         return squared / count, n_changed / count
 
-    def adopt(state: TrainState, rows: Rows, clusters: Clusters, assigned: Assigned):
+    def adopt(state: TrainState, rows: Rows, clusters, assigned: Assigned):
         """Takes new clusters into the state and says what changed."""
         variance, change = measure(state, rows, assigned.labels != state.labels)
         metrics = {
@@ -309,7 +333,25 @@ def make_programs(
         key = _epoch_key(state, 2)
         clusters, assigned = method.initialize(key, state.bank, rows.weights, rows.index)
         state, metrics = adopt(state, rows, clusters, assigned)
-        return state._replace(reference_variance=metrics["embedding_variance"]), metrics
+        state = state._replace(
+            reference_variance=metrics["embedding_variance"],
+            optimizer=optimizer.init(trained(state.parameters, clusters)),
+        )
+        return state, metrics
+
+    def reset(state: TrainState):
+        # Of the hidden layers only: θ ← α θ + (1 − α) φ.
+        key = _epoch_key(state, 6)
+        fresh = fresh_hidden_layers(config.network, example_shape, key)
+        kept = config.reset.kept
+        mixed = {k: kept * state.parameters[k] + (1.0 - kept) * v for k, v in fresh.items()}
+        return state._replace(parameters=state.parameters | mixed)
+
+    def restart(state: TrainState, rows: Rows):
+        key = _epoch_key(state, 7)
+        clusters, assigned = method.initialize(key, state.bank, rows.weights, rows.index)
+        state, metrics = adopt(state, rows, clusters, assigned)
+        return state._replace(optimizer=_forget_clusters(state.optimizer)), metrics
 
     def assign(state: TrainState, rows: Rows, n_iterations):
         clusters, assigned = method.update(
@@ -349,14 +391,14 @@ def make_programs(
 
     def create(parameters: Parameters, key: jax.Array) -> TrainState:
         k, p = config.n_clusters, config.network.embedding_dim
-        clusters = Clusters(jnp.zeros((k, p), jnp.float32))
+        clusters = method.blank(k, p, layout.n_examples)
         names: set[str] = set()
         for clustering in (False, True):
             names |= _term_names(objective, parameters, clusters, example_shape, clustering)
         zero = jnp.zeros((), jnp.float32)
         return TrainState(
             parameters=parameters,
-            optimizer=optimizer.init(parameters),
+            optimizer=optimizer.init(trained(parameters, clusters)),
             clusters=clusters,
             bank=jnp.zeros((layout.n_rows, p), jnp.float32),
             labels=jnp.full((layout.n_rows,), -1, jnp.int32),
@@ -393,13 +435,29 @@ def make_programs(
         refresh=parallel(refresh, (states, SHARDED), states),
         fill=parallel(fill, (states, BY_STEP, BY_STEP), states),
         initialize=parallel(initialize, (states, SHARDED), (states, REPLICATED)),
+        reset=parallel(reset, (states,), states),
+        restart=parallel(restart, (states, SHARDED), (states, REPLICATED)),
         assign=parallel(assign, (states, SHARDED, REPLICATED), (states, REPLICATED)),
         shardings=shardings,
     )
 
 
+def _forget_clusters(optimizer_state):
+    """The state of the optimizer with zeros for the moments of what clusters learn."""
+
+    def forget(path, leaf):
+        of_clusters = any(getattr(key, "key", None) == "clusters" for key in path)
+        return jnp.zeros_like(leaf) if of_clusters else leaf
+
+    return jax.tree_util.tree_map_with_path(forget, optimizer_state)
+
+
 def _epoch_key(state: TrainState, purpose: int) -> jax.Array:
-    """A key of this epoch; purposes: 0 order, 1 views, 2 clusters, 3 re-clustering, 4 Batch."""
+    """A key of this epoch.
+
+    Purposes: 0 order, 1 views, 2 clusters, 3 re-clustering, 4 Batch, 5 second views, 6 fresh
+    layers, 7 clusters after a reset.
+    """
     root = jax.random.wrap_key_data(state.key)
     return jax.random.fold_in(jax.random.fold_in(root, purpose), state.epoch)
 
@@ -415,6 +473,8 @@ def _term_names(objective, parameters, clusters, example_shape, clustering: bool
     batch = Batch(
         x=x,
         view=x,
+        other_view=x,
+        stored=jnp.zeros((rows, clusters.centroids.shape[1]), jnp.float32),
         weights=jnp.ones((rows,), jnp.float32),
         labels=jnp.zeros((rows,), jnp.int32),
         index=jnp.arange(rows, dtype=jnp.int32),

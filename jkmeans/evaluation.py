@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 from rich.console import Console
@@ -19,14 +18,22 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from jkmeans import configuration, datasets, kmeans, metrics
+from jkmeans import configuration, datasets, metrics
 from jkmeans.checkpoints import Checkpoints, DamagedError
 from jkmeans.configuration import Config
 from jkmeans.errors import UserError
-from jkmeans.methods import Clusters
+from jkmeans.methods import make_method
 from jkmeans.networks import make_network, merge, network_input, split
 from jkmeans.recorder import results_table
-from jkmeans.sharding import REPLICATED, SHARDED, data_parallel, device_dtype, make_mesh, to_host
+from jkmeans.sharding import (
+    DATA_AXIS,
+    REPLICATED,
+    SHARDED,
+    data_parallel,
+    device_dtype,
+    make_mesh,
+    to_host,
+)
 from jkmeans.training import CHECKPOINT_FOLDER
 from jkmeans.workdir import write_json
 
@@ -142,10 +149,8 @@ def _restore(checkpoints: Checkpoints, position: int, mesh) -> TrainedModel:
     graphdef, parameters = split(network)
     sharding = NamedSharding(mesh, REPLICATED)
     k, p = config.n_clusters, config.network.embedding_dim
-    here = {
-        "parameters": parameters,
-        "clusters": Clusters(jnp.zeros((k, p), jnp.float32)),
-    }
+    method = make_method(config, DATA_AXIS)
+    here = {"parameters": parameters, "clusters": method.blank(k, p, record["data"]["n_examples"])}
     abstract = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), here
     )
@@ -154,7 +159,7 @@ def _restore(checkpoints: Checkpoints, position: int, mesh) -> TrainedModel:
     def predict_local(model, examples):
         network = merge(graphdef, model["parameters"])
         embeddings = network.encode(network_input(examples, scale))
-        found = kmeans.assign(embeddings, model["clusters"].centroids)
+        found = method.predict(model["clusters"], embeddings)
         return found.labels, found.distances, embeddings
 
     program = jax.jit(data_parallel(predict_local, mesh, (REPLICATED, SHARDED), SHARDED))

@@ -2,8 +2,10 @@
 
 A network is made by a factory ``factory(example_shape, options, rngs) -> nnx.Module`` and has
 
-* ``encode(x: [b, *example_shape] float32) -> [b, embedding_dim] float32``, and
-* where there is a decoder, ``decode(z: [b, embedding_dim]) -> [b, *example_shape]``.
+* ``encode(x: [b, *example_shape] float32) -> [b, embedding_dim] float32``,
+* where there is a decoder, ``decode(z: [b, embedding_dim]) -> [b, *example_shape]``,
+* for soft resets, ``hidden_layers``, a tuple of the starts of the names of the parameters that they
+  mix with fresh ones: the layers of the encoder before the embedding.
 
 `make_network` takes one of the names in `NETWORKS` or the user's own ``module:function``. The
 network must be a deterministic function of one example at a time: its only variables are
@@ -56,6 +58,7 @@ class FullyConnectedAutoencoder(nnx.Module):
         sizes = [math.prod(example_shape), *widths, embedding_dim]
         self.encoder = _dense_layers(sizes, rngs)
         self.decoder = _dense_layers(sizes[::-1], rngs) if decoder else None
+        self.hidden_layers = tuple(f"encoder/{i}/" for i in range(len(widths)))
 
     def encode(self, x: jax.Array) -> jax.Array:
         """Embeddings [b, z] of examples [b, *example_shape]."""
@@ -66,6 +69,32 @@ class FullyConnectedAutoencoder(nnx.Module):
         """Reconstructions [b, *example_shape] of embeddings [b, z]."""
         assert self.decoder is not None
         return _apply_dense(self.decoder, z).reshape(z.shape[0], *self.example_shape)
+
+
+class VariationalAutoencoder(FullyConnectedAutoencoder):
+    """The same with a second head: the log-variance of the embedding.
+
+    ``encode`` gives the mean; ``decode`` gives logits where pixels are Bernoulli (Jiang et al.
+    2017).
+    """
+
+    def __init__(self, example_shape, *, embedding_dim, widths, decoder, normalize, rngs):
+        super().__init__(
+            example_shape,
+            embedding_dim=embedding_dim,
+            widths=widths,
+            decoder=decoder,
+            normalize=normalize,
+            rngs=rngs,
+        )
+        self.log_variance = nnx.Linear(widths[-1], embedding_dim, kernel_init=_glorot, rngs=rngs)
+
+    def encode_distribution(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Mean [b, z] and log-variance [b, z] of the embeddings of examples."""
+        x = x.reshape(x.shape[0], -1)
+        for layer in self.encoder[:-1]:
+            x = nnx.relu(layer(x))
+        return self.encoder[-1](x), self.log_variance(x)
 
 
 def _dense_layers(sizes: Sequence[int], rngs: nnx.Rngs) -> nnx.List:
@@ -116,6 +145,7 @@ class ConvolutionalAutoencoder(nnx.Module):
         self.convolutions = nnx.List(
             [nnx.Conv(i, o, kernel_init=_glorot, **options) for i, o in pairs]
         )
+        self.hidden_layers = ("convolutions/",)
         n_coarse = math.prod(self.coarse_shape)
         self.to_embedding = nnx.Linear(n_coarse, embedding_dim, kernel_init=_glorot, rngs=rngs)
         if not decoder:
@@ -167,6 +197,7 @@ def _from_options(network: Callable[..., nnx.Module]) -> Callable[..., nnx.Modul
 
 NETWORKS: dict[str, Callable[..., nnx.Module]] = {
     "fully_connected": _from_options(FullyConnectedAutoencoder),
+    "variational": _from_options(VariationalAutoencoder),
     "convolutional": _from_options(ConvolutionalAutoencoder),
 }
 
@@ -236,6 +267,23 @@ def make_network(options, example_shape: Sequence[int], key: jax.Array) -> nnx.M
             f"accepted: {_described(example)}, as the examples"
         )
     return network
+
+
+def fresh_hidden_layers(options, example_shape: Sequence[int], key: jax.Array) -> "Parameters":
+    """Newly drawn parameters of the hidden layers of ``config.network``, by path.
+
+    Raises:
+      UserError: the network does not say which these are.
+    """
+    factory = resolve(options.name, NETWORKS, "network.name")
+    network = factory(tuple(example_shape), options, nnx.Rngs(params=key))
+    starts = getattr(network, "hidden_layers", None)
+    if not starts:
+        raise UserError(
+            f"network.name is {options.name!r}, which has no hidden_layers for soft resets to mix; "
+            "accepted: reset.every = 0, or a network that has (see jkmeans/networks.py)"
+        )
+    return {k: v for k, v in split(network)[1].items() if k.startswith(tuple(starts))}
 
 
 def _described(value) -> str:

@@ -19,14 +19,14 @@ from typing import Any
 import jax
 import numpy as np
 
-from jkmeans import configuration, datasets, metrics
+from jkmeans import configuration, datasets, metrics, pretrained
 from jkmeans.checkpoints import Checkpoints, DamagedError
 from jkmeans.configuration import Config
 from jkmeans.epoch import Rows, TrainState, make_programs
 from jkmeans.errors import CollapseError, UserError
 from jkmeans.feeding import HostFeeder
 from jkmeans.interruption import Interruption
-from jkmeans.methods import METHODS
+from jkmeans.methods import make_method
 from jkmeans.networks import make_network, split
 from jkmeans.recorder import Recorder, read_metrics, results_table
 from jkmeans.sharding import (
@@ -113,10 +113,11 @@ class _Run:
             config.network, dataset.example_shape, jax.random.fold_in(self.root_key, 0)
         )
         graphdef, self.parameters = split(network)
+        self.method = make_method(config, DATA_AXIS)
         self.programs = make_programs(
             config,
             graphdef,
-            METHODS["joint"](config, DATA_AXIS),
+            self.method,
             self.layout,
             mesh,
             dataset.example_shape,
@@ -161,9 +162,13 @@ class _Run:
 
     def execute(self, checkpoints: Checkpoints) -> dict[str, Any]:
         """Trains what is left to train, and reports."""
-        state, record = self.restore_or_create(checkpoints)
+        restored, record = self.restore(checkpoints), None
+        if restored is None:
+            state, seconds = self.create_pretrained()
+        else:
+            state, record = restored
+            seconds = record["seconds"]
         epoch = int(state.epoch)
-        seconds = record["seconds"] if record else 0.0
         if record and record["results"]:
             print(f"{self.workdir} holds a finished run of this config; nothing to train")
             return self.report(state, record["results"])
@@ -182,6 +187,8 @@ class _Run:
                 if values is not None:
                     epoch += 1
                     self.check_collapse(values, state, epoch)
+                    if epoch == self.config.training.n_pretrain_epochs:
+                        self.keep_pretrained(state, seconds)
                 due = epoch % self.config.checkpoint.every == 0 or epoch == self.n_epochs
                 if due or interruption.requested:
                     self.save(checkpoints, state, seconds, values, results=None)
@@ -219,8 +226,8 @@ class _Run:
         """
         n_pretrain = self.config.training.n_pretrain_epochs
         clustering = epoch >= n_pretrain
-        if epoch == n_pretrain and int(state.step) == 0:
-            state = self.initialize(state)
+        if int(state.step) == 0:
+            state = self.begin_epoch(state, epoch - n_pretrain)
         started, self._compiling = time.perf_counter(), 0.0
         first_step = int(state.step)
         if self.on_host:
@@ -271,6 +278,22 @@ class _Run:
             self._await(state.step, 0.0)
         return state
 
+    def begin_epoch(self, state: TrainState, n_done: int) -> TrainState:
+        """What happens between two epochs, ``n_done`` of them done since clustering began."""
+        if n_done == 0:
+            return self.initialize(state)
+        every = self.config.reset.every
+        if not every or n_done < 0 or n_done % every:
+            return state
+        state = self._program("reset", state)(state)
+        state, values = self._restart(self.refresh(state))
+        self._await(values, 0.0)
+        self.recorder.say(f"soft reset, new clusters: inertia {float(values['inertia']):.4g}")
+        return state
+
+    def _restart(self, state: TrainState):
+        return self._program("restart", state, self.rows)(state, self.rows)
+
     def initialize(self, state: TrainState) -> TrainState:
         """The first centroids, from the embeddings of all examples."""
         state = self.refresh(state)
@@ -286,6 +309,14 @@ class _Run:
             text += f", acc {scores['acc']:.3f}, nmi {scores['nmi']:.3f}"
         self.recorder.say(text)
         return state
+
+    def keep_pretrained(self, state: TrainState, seconds: float) -> None:
+        """Leaves the network for other runs that would pretrain the same one."""
+        parameters = {name: to_host(value) for name, value in state.parameters.items()}
+        variance = float(state.reference_variance)
+        pretrained.save(
+            self.config, self.data_record, pretrained.Pretrained(parameters, variance, seconds)
+        )
 
     def scores(self, state: TrainState) -> dict[str, float]:
         """ACC, NMI, ARI and purity of the clusters; empty where the data has no labels."""
@@ -377,10 +408,25 @@ class _Run:
         key = jax.random.key_data(jax.random.fold_in(self.root_key, 1))
         return self.programs.create(self.parameters, key)
 
-    def restore_or_create(
-        self, checkpoints: Checkpoints
-    ) -> tuple[TrainState, dict[str, Any] | None]:
-        """The newest state that can be read, with its record; a new one where there is none."""
+    def create_pretrained(self) -> tuple[TrainState, float]:
+        """The state to begin with, and the seconds it stands for: pretrained, if it can be."""
+        state = self.create()
+        found = pretrained.load(self.config, self.data_record)
+        if found is None:
+            return state, 0.0
+        print(f"the network was pretrained by another run ({found.seconds:.0f} s)")
+        shardings = self.programs.shardings
+        state = state._replace(
+            parameters=jax.device_put(found.parameters, shardings.parameters),
+            reference_variance=jax.device_put(
+                np.float32(found.reference_variance), shardings.reference_variance
+            ),
+            epoch=jax.device_put(np.int32(self.config.training.n_pretrain_epochs), shardings.epoch),
+        )
+        return state, found.seconds
+
+    def restore(self, checkpoints: Checkpoints) -> tuple[TrainState, dict[str, Any]] | None:
+        """The newest state that can be read, with its record; None where there is none."""
         positions = checkpoints.positions()
         for position in reversed(positions):
             try:
@@ -399,7 +445,7 @@ class _Run:
                 f"no checkpoint in {checkpoints.folder} can be read; accepted: one whole "
                 "checkpoint, or another --workdir"
             )
-        return self.create(), None
+        return None
 
     def _restore(self, checkpoints: Checkpoints, position: int, record: Any) -> TrainState:
         # As it was saved, then onto this mesh: padding at the end depends on the device count.
@@ -448,7 +494,7 @@ class _Run:
         position = epoch * self.n_steps + step + (results is not None)
         since_warmup = epoch - self.config.training.n_pretrain_epochs
         # Before, the weight of the centroids rises, and losses do not compare.
-        warm = since_warmup - 1 >= self.config.objective.warmup_epochs
+        warm = since_warmup - 1 >= self.method.warmup_epochs
         comparable = values is not None and since_warmup > 0 and warm
         checkpoints.save(
             position,

@@ -10,8 +10,8 @@ import pytest
 from jkmeans import training
 from jkmeans.errors import UserError
 from jkmeans.kmeans.collectives import all_sum
-from jkmeans.methods import Batch, Clusters, example_keys, joint
-from jkmeans.methods.joint import imbalance, objective, warmup
+from jkmeans.methods import Batch, Clusters, example_keys
+from jkmeans.methods.joint import imbalance, joint, objective, warmup
 from jkmeans.sharding import DATA_AXIS, REPLICATED, SHARDED, data_parallel, make_mesh, to_varying
 from tests import tiny
 from tests.test_epoch import make_run
@@ -61,6 +61,8 @@ def batch_of(
     return Batch(
         x=jnp.asarray(x),
         view=jnp.asarray(x if view is None else view),
+        other_view=jnp.asarray(x),
+        stored=jnp.zeros((len(x), P)),
         weights=jnp.asarray(weights),
         labels=jnp.zeros(len(x), jnp.int32) if labels is None else jnp.asarray(labels),
         index=jnp.asarray(index, jnp.int32),

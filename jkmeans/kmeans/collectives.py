@@ -93,6 +93,12 @@ def all_sum(tree, axis_name: AxisName):
     return jax.tree.map(in_order, tree)
 
 
+def all_max(value: jax.Array, axis_name: AxisName) -> jax.Array:
+    """The largest value over the devices of ``axis_name``, entry by entry; has no derivative."""
+    value = lax.stop_gradient(value)
+    return value if axis_name is None else lax.pmax(value, names_of(axis_name))
+
+
 def n_devices(axis_name: AxisName) -> int:
     """The number of devices along ``axis_name``; 1 without an axis."""
     return math.prod(lax.axis_size(name) for name in names_of(axis_name))

@@ -2,8 +2,9 @@
 
 A method is a small tuple of pure functions. When they are called is the trainer's business
 (`jkmeans.training`): ``initialize`` once, on the bank of all embeddings, at the end of
-pretraining; ``objective`` in every step; ``update`` after every epoch, on the bank. All of them
-run inside ``shard_map``: their examples are the local ones, their clusters the same everywhere.
+pretraining; ``objective`` and ``after_step`` in every step; ``update`` after every epoch, on the
+bank; ``predict`` for whoever has embeddings and wants clusters. All of them run inside
+``shard_map``: their examples are the local ones, their clusters the same everywhere.
 
 A user's own objective is a function ``objective(network, clusters, batch) -> (embeddings, terms)``
 named in the config as ``module:function``. It sees the examples of one device, returns one value
@@ -13,13 +14,16 @@ must be averaged over the whole batch inside the objective goes through ``batch.
 """
 
 import dataclasses
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from jkmeans.kmeans.collectives import all_sum
+from jkmeans import kmeans
+from jkmeans.errors import UserError
+from jkmeans.fields import Field
+from jkmeans.kmeans.collectives import AxisName, all_sum
 
 
 @jax.tree_util.register_dataclass
@@ -31,6 +35,9 @@ class Batch:
       x: [b, *example_shape] float32, scaled.
       view: [b, *example_shape] float32, a random view of each example, for the network to see;
         x itself without augmentation.
+      other_view: [b, *example_shape] float32, a second view, drawn independently.
+      stored: [b, p] float32, the embedding of each example in the bank: as it was at the last
+        re-computation where the bank is refreshed then.
       weights: [b] float32; 1 for an example, 0 for padding.
       labels: [b] int32, the cluster of each example at the last re-computation; −1 before the
         first.
@@ -39,18 +46,27 @@ class Batch:
         one for each example.
       progress: [] float32, epochs since clustering began (fractions within an epoch).
       clustering: False while the network is pretrained and the clusters mean nothing; static.
+      invariance: whether the network is to see examples and views; static.
       axis_name: mesh axis of the examples; static.
     """
 
     x: jax.Array
     view: jax.Array
+    other_view: jax.Array
+    stored: jax.Array
     weights: jax.Array
     labels: jax.Array
     index: jax.Array
     key: jax.Array
     progress: jax.Array
     clustering: bool = dataclasses.field(metadata={"static": True})
-    axis_name: str | None = dataclasses.field(default=None, metadata={"static": True})
+    invariance: bool = dataclasses.field(default=False, metadata={"static": True})
+    axis_name: AxisName = dataclasses.field(default=None, metadata={"static": True})
+
+    @property
+    def inputs(self) -> tuple[jax.Array, ...]:
+        """What the network is to see: the views, or the examples and their views."""
+        return (self.x, self.view) if self.invariance and self.clustering else (self.view,)
 
     def mean(self, values: jax.Array) -> jax.Array:
         """Mean of per-example ``values: [b, …]`` over the examples of all devices; differentiable.
@@ -96,6 +112,11 @@ class Assigned(NamedTuple):
     n_relocated: jax.Array
 
 
+def nearest_centroid(clusters, embeddings: jax.Array) -> kmeans.Assignment:
+    """The nearest centroid of each embedding, and the squared distance to it."""
+    return kmeans.assign(embeddings, clusters.centroids)
+
+
 class Method(NamedTuple):
     """A deep clustering method.
 
@@ -105,8 +126,126 @@ class Method(NamedTuple):
         of an example is the sum of its terms.
       update: ``(key, clusters, bank, weights, index, n_iterations) -> (clusters, assigned)``;
         with n_iterations = 0 the clusters stay and the bank is assigned.
+      blank: ``(k, p, n) -> clusters`` of the right shapes and types, before there are any; n is the
+        number of examples.
+      predict: ``(clusters, embeddings [b, p]) -> (labels [b] int32, squared distances [b] to the
+        centroid of the label)``.
+      learned: names of the fields of the clusters that the optimizer changes, by the gradient of
+        the objective, as it changes the network.
+      after_step: ``(clusters, embeddings [b, p], batch) -> clusters`` after each step, or None.
+      warmup_epochs: epochs of clustering before losses of different epochs compare.
     """
 
     initialize: Callable
     objective: Callable
     update: Callable
+    blank: Callable = lambda k, p, n: Clusters(jnp.zeros((k, p), jnp.float32))
+    predict: Callable = nearest_centroid
+    learned: tuple[str, ...] = ()
+    after_step: Callable | None = None
+    warmup_epochs: float = 0.0
+
+
+class MethodSpec(NamedTuple):
+    """A method as configs know it.
+
+    Attributes:
+      make: ``(config, axis_name) -> Method``.
+      fields: what ``config.objective`` holds besides its name.
+      check: ``(values by full name)``; raises UserError where fields contradict each other.
+      source: the paper.
+      pretraining: what the network learns before there are clusters; methods of the same
+        pretraining can share a network.
+    """
+
+    make: Callable[[Any, AxisName], Method]
+    fields: Mapping[str, Field]
+    check: Callable[[Mapping[str, Any]], None]
+    source: str
+    pretraining: str = "reconstruction"
+
+
+def check_pretraining(values: Mapping[str, Any]) -> None:
+    """Refuses a reconstruction without a decoder.
+
+    Raises:
+      UserError: naming the field.
+    """
+    if not values["network.decoder"]:
+        raise UserError(
+            f"config.network.decoder is False, but {values['objective.name']} has a "
+            "reconstruction; accepted: True"
+        )
+
+
+def first_kmeans(config, axis_name: AxisName) -> Callable:
+    """K-means on the bank, as ``config.centroids`` asks: ``(key, bank, weights, index)``.
+
+    Returns:
+      A function to `KMeansResult`.
+    """
+    options = config.centroids
+
+    def fit(key, bank, weights, index) -> kmeans.KMeansResult:
+        return kmeans.fit(
+            key,
+            bank,
+            config.n_clusters,
+            init=options.init,
+            n_init=options.n_init,
+            max_iter=options.init_max_iter,
+            empty=options.empty,
+            weights=weights,
+            index=index,
+            axis_name=axis_name,
+        )
+
+    return fit
+
+
+def assign_by(predict: Callable, clusters, bank, weights, axis_name: AxisName) -> Assigned:
+    """The bank as ``predict`` assigns it; see `Method`."""
+    labels, distances = predict(clusters, bank)
+    found = kmeans.cluster_statistics(
+        bank,
+        labels,
+        clusters.centroids.shape[0],
+        weights=weights,
+        distances=distances,
+        axis_name=axis_name,
+    )
+    none = jnp.zeros_like(found.counts[0], jnp.int32)
+    return Assigned(labels, distances, found.counts, found.inertia, none)
+
+
+def assigned(result: kmeans.KMeansResult) -> Assigned:
+    """What k-means says of the bank."""
+    return Assigned(
+        result.labels, result.distances, result.counts, result.inertia, result.n_relocated
+    )
+
+
+def reconstruction_error(network, z: jax.Array, x: jax.Array) -> jax.Array:
+    """‖x − g(z)‖² / d of each example: [b]."""
+    error = (x - network.decode(z)).reshape(z.shape[0], -1)
+    return jnp.mean(error * error, axis=-1)
+
+
+def all_squared_distances(z: jax.Array, centroids: jax.Array) -> jax.Array:
+    """‖z_i − c_k‖² of all pairs: [b, k]; differentiable with respect to both."""
+    middle = jax.lax.stop_gradient(jnp.mean(centroids, axis=0, keepdims=True))
+    z, centroids = z - middle, centroids - middle
+    products = jnp.dot(z, centroids.T, precision=jax.lax.Precision.HIGHEST)
+    squared = (
+        jnp.sum(z * z, axis=-1, keepdims=True)
+        - 2 * products
+        + jnp.sum(centroids * centroids, axis=-1)[None, :]
+    )
+    return jnp.maximum(squared, 0.0)
+
+
+def mean_terms(terms: list[dict[str, jax.Array]]) -> dict[str, jax.Array]:
+    """The mean of each term over what the network saw of an example."""
+    if len(terms) == 1:
+        return terms[0]
+    return {name: jnp.mean(jnp.stack([one[name] for one in terms]), axis=0) for name in terms[0]}

@@ -30,13 +30,26 @@ both terms are divided by their dimension, so that λ carries over between image
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from jkmeans import kmeans
-from jkmeans.methods.base import Assigned, Batch, Clusters, Method
+from jkmeans.errors import UserError
+from jkmeans.fields import choice, number
+from jkmeans.kmeans.collectives import AxisName
+from jkmeans.methods.autoencoder import with_kmeans
+from jkmeans.methods.base import (
+    Batch,
+    Clusters,
+    Method,
+    MethodSpec,
+    all_squared_distances,
+    mean_terms,
+    reconstruction_error,
+)
 from jkmeans.naming import resolve
 
 
@@ -71,23 +84,26 @@ def objective(
       embeddings [b, p] and ``{"reconstruction": [b], "centroid": [b], "balance": [b]}``, of which
       only the terms that stand are present.
     """
-    z = network.encode(batch.view)
-    terms = {}
-    if decoder:
-        error = (batch.x - network.decode(z)).reshape(z.shape[0], -1)
-        weight = reconstruction_weight if batch.clustering else 1.0
-        terms["reconstruction"] = weight * jnp.mean(error * error, axis=-1)
-    if batch.clustering:
-        weight = centroid_weight * warmup(batch.progress, warmup_epochs)
-        if assignment == "nearest":
-            distances = kmeans.assign(z, clusters.centroids).distances
-        else:
-            distances = kmeans.squared_distances(z, clusters.centroids, batch.labels)
-        terms["centroid"] = weight * distances / z.shape[-1]
-        if balance_weight > 0:
-            value = imbalance(z, clusters.centroids, temperature, batch)
-            terms["balance"] = balance_weight * jnp.broadcast_to(value, z.shape[:1])
-    return z, terms
+
+    def terms_of(z) -> dict[str, jax.Array]:
+        terms = {}
+        if decoder:
+            weight = reconstruction_weight if batch.clustering else 1.0
+            terms["reconstruction"] = weight * reconstruction_error(network, z, batch.x)
+        if batch.clustering:
+            weight = centroid_weight * warmup(batch.progress, warmup_epochs)
+            if assignment == "nearest":
+                distances = kmeans.assign(z, clusters.centroids).distances
+            else:
+                distances = kmeans.squared_distances(z, clusters.centroids, batch.labels)
+            terms["centroid"] = weight * distances / z.shape[-1]
+            if balance_weight > 0:
+                value = imbalance(z, clusters.centroids, temperature, batch)
+                terms["balance"] = balance_weight * jnp.broadcast_to(value, z.shape[:1])
+        return terms
+
+    embeddings = [network.encode(seen) for seen in batch.inputs]
+    return embeddings[0], mean_terms([terms_of(z) for z in embeddings])
 
 
 def warmup(progress: jax.Array, warmup_epochs: float) -> jax.Array:
@@ -97,11 +113,7 @@ def warmup(progress: jax.Array, warmup_epochs: float) -> jax.Array:
 
 def imbalance(z, centroids, temperature: float, batch: Batch) -> jax.Array:
     """Log K − H(p̄) in nats, over the batch of all devices: 0 (balanced) to log K (one cluster)."""
-    squared = (
-        jnp.sum(z * z, axis=-1, keepdims=True)
-        - 2 * jnp.dot(z, centroids.T, precision=jax.lax.Precision.HIGHEST)
-        + jnp.sum(centroids * centroids, axis=-1)[None, :]
-    )
+    squared = all_squared_distances(z, centroids)
     usage = batch.mean(jax.nn.softmax(-squared / temperature, axis=-1))
     return jnp.log(usage.shape[0]) + jnp.sum(usage * jnp.log(jnp.maximum(usage, 1e-12)))
 
@@ -109,7 +121,7 @@ def imbalance(z, centroids, temperature: float, batch: Batch) -> jax.Array:
 OBJECTIVES: dict[str, Callable] = {"joint": objective}
 
 
-def joint(config, axis_name: str | None) -> Method:
+def joint(config, axis_name: AxisName) -> Method:
     """Joint deep k-means as a `Method`.
 
     Args:
@@ -131,39 +143,34 @@ def joint(config, axis_name: str | None) -> Method:
             assignment=config.objective.assignment,
             decoder=config.network.decoder,
         )
-    options = config.centroids
+    return with_kmeans(config, axis_name, chosen, config.objective.warmup_epochs)
 
-    def initialize(key, bank, weights, index):
-        result = kmeans.fit(
-            key,
-            bank,
-            config.n_clusters,
-            init=options.init,
-            n_init=options.n_init,
-            max_iter=options.init_max_iter,
-            empty=options.empty,
-            weights=weights,
-            index=index,
-            axis_name=axis_name,
+
+def _check(values: Mapping[str, Any]) -> None:
+    if values["network.decoder"] or values["objective.name"] != "joint":
+        return
+    if not values["network.normalize"] or values["objective.balance_weight"] == 0:
+        raise UserError(
+            "config.network.decoder is False, so nothing keeps the embeddings apart; accepted: "
+            "network.normalize = True together with objective.balance_weight above 0"
         )
-        return Clusters(result.centroids), _assigned(result)
-
-    def update(key, clusters, bank, weights, index, n_iterations):
-        del key, index  # Lloyd from the current centroids draws nothing.
-        result = kmeans.lloyd(
-            bank,
-            clusters.centroids,
-            weights=weights,
-            max_iter=n_iterations,
-            empty=options.empty,
-            axis_name=axis_name,
+    if values["training.n_pretrain_epochs"] > 0:
+        raise UserError(
+            f"config.training.n_pretrain_epochs is {values['training.n_pretrain_epochs']}, but "
+            "without a decoder there is nothing to pretrain; accepted: 0"
         )
-        return Clusters(result.centroids), _assigned(result)
-
-    return Method(initialize, chosen, update)
 
 
-def _assigned(result: kmeans.KMeansResult) -> Assigned:
-    return Assigned(
-        result.labels, result.distances, result.counts, result.inertia, result.n_relocated
-    )
+SPEC = MethodSpec(
+    joint,
+    {
+        "assignment": choice(("nearest", "stored"), "of an example in a step"),
+        "reconstruction_weight": number("ρ, while clustering"),
+        "centroid_weight": number("λ"),
+        "warmup_epochs": number("T, epochs over which λ rises"),
+        "balance_weight": number("β"),
+        "temperature": number("τ of the balance term", positive=True),
+    },
+    _check,
+    "Song et al. 2013, Auto-encoder based data clustering; Yang et al. 2017 (DCN)",
+)

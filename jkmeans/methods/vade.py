@@ -1,0 +1,199 @@
+"""VaDE: variational deep embedding, an autoencoder whose prior is a mixture of Gaussians.
+
+With the prior p(c) = π_c, p(z|c) = N(z; μ_c, diag σ_c²), the decoder p(x|z) = Π_d Bernoulli(x_d;
+g_d(z)) and the encoder q(z|x) = N(z; μ̃(x), diag σ̃²(x)), the objective of an example is the
+negative evidence lower bound per pixel, with one sample z = μ̃ + σ̃ ε,
+
+    (1/d) · { − log p(x|z)  +  ½ Σ_c γ_c Σ_j [ log σ²_cj + (σ̃²_j + (μ̃_j − μ_cj)²) / σ²_cj ]
+              − Σ_c γ_c log(π_c / γ_c)  −  ½ Σ_j (1 + log σ̃²_j) },     γ_c = p(c|z) (eq. 16)
+
+Mixture and network learn by gradient. While pretraining, the
+objective is the cross-entropy alone, of the mean z = μ̃(x). The mixture begins as k-means on the
+pretrained embeddings, refined by ``em_iterations`` of expectation and maximisation for a diagonal
+mixture. The cluster of an example is the most probable at z = μ̃(x).
+
+The network must be ``variational`` (see `jkmeans.networks`): pixels are in 0 to 1 and decode(z)
+holds their logits.
+
+Source: Jiang, Zheng, Tan, Tang and Zhou 2017, "Variational deep embedding", eqs. 11 to 16.
+Deviations: the whole is divided by the number of pixels, so that learning rates compare with those
+of the other methods (Adam does not feel it); weights are the softmax of logits and variances the
+exponential of logarithms, where the authors clip; pretraining is end to end.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jkmeans import kmeans
+from jkmeans.errors import UserError
+from jkmeans.fields import integer
+from jkmeans.kmeans.collectives import AxisName, all_sum
+from jkmeans.methods.base import (
+    Batch,
+    Method,
+    MethodSpec,
+    assign_by,
+    check_pretraining,
+    example_keys,
+    first_kmeans,
+    mean_terms,
+)
+
+_LEAST_VARIANCE = 1e-6
+
+
+class Mixture(NamedTuple):
+    """A mixture of Gaussians with diagonal covariance, all of it learned.
+
+    Attributes:
+      centroids: [k, p] float32, the means μ.
+      log_variances: [k, p] float32, log σ².
+      logits: [k] float32; their softmax is π.
+    """
+
+    centroids: jax.Array
+    log_variances: jax.Array
+    logits: jax.Array
+
+
+def log_joint(z: jax.Array, mixture: Mixture) -> jax.Array:
+    """Log π_c + log N(z; μ_c, σ_c²): [b, k] of z [b, p]."""
+    precisions = jnp.exp(-mixture.log_variances)
+    # Σ_j (z_j − μ_cj)² / σ²_cj as three products, around a point amid the means.
+    middle = jax.lax.stop_gradient(jnp.mean(mixture.centroids, axis=0, keepdims=True))
+    z, means = z - middle, mixture.centroids - middle
+    highest = jax.lax.Precision.HIGHEST
+    squared = (
+        jnp.dot(z * z, precisions.T, precision=highest)
+        - 2.0 * jnp.dot(z, (means * precisions).T, precision=highest)
+        + jnp.sum(means * means * precisions, axis=1)[None, :]
+    )
+    constant = jnp.sum(mixture.log_variances, axis=1) + z.shape[1] * math.log(2 * math.pi)
+    log_weights = jax.nn.log_softmax(mixture.logits)
+    return log_weights[None, :] - 0.5 * (constant[None, :] + squared)
+
+
+def responsibilities(z: jax.Array, mixture: Mixture) -> jax.Array:
+    """γ_c = p(c|z): [b, k]."""
+    return jax.nn.softmax(log_joint(z, mixture), axis=-1)
+
+
+def cross_entropy(logits: jax.Array, x: jax.Array) -> jax.Array:
+    """− log p(x|z) of Bernoulli pixels, their mean for each example, in nats: [b]."""
+    losses = jax.nn.softplus(logits) - x * logits
+    return jnp.mean(losses.reshape(losses.shape[0], -1), axis=-1)
+
+
+def divergence(mean, log_variance, z, mixture: Mixture) -> jax.Array:
+    """The bound without its reconstruction, in nats, of each example: [b]."""
+    log_gamma = jax.nn.log_softmax(log_joint(z, mixture), axis=-1)
+    gamma = jnp.exp(log_gamma)
+    precisions = jnp.exp(-mixture.log_variances)
+    squared = (mean[:, None, :] - mixture.centroids[None, :, :]) ** 2
+    spread = (jnp.exp(log_variance)[:, None, :] + squared) * precisions[None, :, :]
+    of_cluster = jnp.sum(mixture.log_variances[None, :, :] + spread, axis=-1)
+    log_weights = jax.nn.log_softmax(mixture.logits)
+    prior = 0.5 * jnp.sum(gamma * of_cluster, axis=-1)
+    choice = jnp.sum(gamma * (log_gamma - log_weights[None, :]), axis=-1)
+    return prior + choice - 0.5 * jnp.sum(1.0 + log_variance, axis=-1)
+
+
+def objective(network, mixture: Mixture, batch: Batch):
+    """The terms of the module's formula; the cross-entropy alone while pretraining."""
+    noise_of = example_keys(batch.key, batch.index)
+
+    def terms_of(seen, number: int):
+        mean, log_variance = network.encode_distribution(seen)
+        if not batch.clustering:
+            return mean, {"reconstruction": cross_entropy(network.decode(mean), batch.x)}
+        keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(noise_of, number)
+        noise = jax.vmap(lambda key: jax.random.normal(key, mean.shape[1:]))(keys)
+        z = mean + jnp.exp(0.5 * log_variance) * noise
+        n_pixels = math.prod(batch.x.shape[1:])
+        return mean, {
+            "reconstruction": cross_entropy(network.decode(z), batch.x),
+            "divergence": divergence(mean, log_variance, z, mixture) / n_pixels,
+        }
+
+    found = [terms_of(seen, number) for number, seen in enumerate(batch.inputs)]
+    return found[0][0], mean_terms([terms for _, terms in found])
+
+
+def maximize(bank, weights, gamma, axis_name: AxisName) -> Mixture:
+    """The mixture of greatest likelihood for responsibilities gamma [n, k] of the local rows."""
+    gamma = gamma * weights[:, None]
+    counts = all_sum(jnp.sum(gamma, axis=0), axis_name)
+    n_each = jnp.maximum(counts, 1e-6)[:, None]
+    means = all_sum(gamma.T @ bank, axis_name) / n_each
+    # Around one point for all clusters, whose distance from the means is of the size of the data.
+    middle = jnp.mean(means, axis=0, keepdims=True)
+    squares = all_sum(gamma.T @ (bank - middle) ** 2, axis_name) / n_each
+    variances = jnp.maximum(squares - (means - middle) ** 2, _LEAST_VARIANCE)
+    return Mixture(means, jnp.log(variances), jnp.log(jnp.maximum(counts, 1e-6)))
+
+
+def vade(config, axis_name: AxisName) -> Method:
+    """VaDE as a `Method`.
+
+    Args:
+      config: a whole, validated config; ``centroids`` is of the k-means at the start.
+      axis_name: mesh axis of the examples.
+    """
+    first = first_kmeans(config, axis_name)
+
+    def initialize(key, bank, weights, index):
+        result = first(key, bank, weights, index)
+        hard = jax.nn.one_hot(result.labels, config.n_clusters, dtype=jnp.float32)
+        mixture = maximize(bank, weights, hard, axis_name)
+
+        def improve(_, mixture):
+            return maximize(bank, weights, responsibilities(bank, mixture), axis_name)
+
+        mixture = jax.lax.fori_loop(0, config.objective.em_iterations, improve, mixture)
+        return mixture, assign_by(predict, mixture, bank, weights, axis_name)
+
+    def update(key, mixture, bank, weights, index, n_iterations):
+        del key, index, n_iterations
+        return mixture, assign_by(predict, mixture, bank, weights, axis_name)
+
+    def blank(k: int, p: int, n: int) -> Mixture:
+        del n
+        zeros = jnp.zeros((k, p), jnp.float32)
+        return Mixture(zeros, zeros, jnp.zeros((k,), jnp.float32))
+
+    return Method(initialize, objective, update, blank, predict, learned=Mixture._fields)
+
+
+def predict(mixture: Mixture, embeddings: jax.Array) -> kmeans.Assignment:
+    """The most probable component of each embedding, and the distance to its mean."""
+    labels = jnp.argmax(log_joint(embeddings, mixture), axis=-1).astype(jnp.int32)
+    return kmeans.Assignment(
+        labels, kmeans.squared_distances(embeddings, mixture.centroids, labels)
+    )
+
+
+def _check(values: Mapping[str, Any]) -> None:
+    check_pretraining(values)
+    if values["network.name"] != "variational" and ":" not in values["network.name"]:
+        raise UserError(
+            f"config.network.name is {values['network.name']!r}, but vade needs the variance of "
+            "embeddings; accepted: 'variational' or 'module:function' with encode_distribution"
+        )
+    if values["network.normalize"]:
+        raise UserError(
+            "config.network.normalize is True, but the embeddings of vade are Gaussian; "
+            "accepted: False"
+        )
+
+
+SPEC = MethodSpec(
+    vade,
+    {"em_iterations": integer(0, "of the diagonal mixture at the start")},
+    _check,
+    "Jiang et al. 2017, Variational deep embedding",
+    pretraining="cross-entropy",
+)

@@ -1,0 +1,108 @@
+"""Pretrained networks that runs share: what pretraining gives, kept under all that it depends on.
+
+Methods that differ only in their clustering begin with the same network. Where a config names
+``training.pretrained_folder``, the first run with some seed, data, network and pretraining leaves
+the network there, and the next one takes it up where its own pretraining would have ended: with the
+same bits, because everything that these depend on is part of the name.
+"""
+
+import hashlib
+import json
+import os
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jkmeans.methods import METHODS, method_spec
+
+_TRAINING = (
+    "batch_size",
+    "n_pretrain_epochs",
+    "optimizer",
+    "learning_rate",
+    "schedule",
+    "weight_decay",
+)
+_SECONDS, _VARIANCE = "#seconds", "#variance"
+
+
+class Pretrained(NamedTuple):
+    """What pretraining gives.
+
+    Attributes:
+      parameters: of the network, by path.
+      reference_variance: of the embeddings after the first epoch.
+      seconds: that it took.
+    """
+
+    parameters: Mapping[str, Any]
+    reference_variance: float
+    seconds: float
+
+
+def description(config, data_record: dict[str, Any]) -> dict[str, Any]:
+    """All that pretraining depends on, as plain JSON types."""
+    name = config.objective.name
+    augmentation = config.augmentation
+    return {
+        "data": data_record,
+        "n_shards": config.data.n_shards,
+        "seed": config.seed,
+        "network": config.network.to_dict(),
+        "views": [augmentation.shift, augmentation.rotation, augmentation.zoom],
+        "training": {field: config.training[field] for field in _TRAINING},
+        "objective": method_spec(name).pretraining if name in METHODS else name,
+    }
+
+
+def load(config, data_record: dict[str, Any]) -> Pretrained | None:
+    """The network that some other run has pretrained as this one would; None if there is none.
+
+    A file that cannot be read counts as none; it is written over.
+    """
+    path = _path(config, data_record)
+    if path is None or not path.exists():
+        return None
+    try:
+        with np.load(path) as arrays:
+            values = {name: arrays[name] for name in arrays.files}
+    except (OSError, ValueError, zipfile.BadZipFile, EOFError) as error:
+        print(f"warning: {path} cannot be read ({error}); pretraining anew")
+        return None
+    seconds, variance = float(values.pop(_SECONDS)), float(values.pop(_VARIANCE))
+    return Pretrained(values, variance, seconds)
+
+
+def save(config, data_record: dict[str, Any], found: Pretrained) -> None:
+    """Leaves a network for other runs; nothing where the config names no folder.
+
+    Raises:
+      OSError: the folder cannot be written.
+    """
+    path = _path(config, data_record)
+    if path is None or path.exists():
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(temporary, "wb") as file:
+            np.savez(
+                file,
+                **{name: np.asarray(value) for name, value in found.parameters.items()},  # type: ignore[arg-type]
+                **{_SECONDS: found.seconds, _VARIANCE: found.reference_variance},  # type: ignore[arg-type]
+            )
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _path(config, data_record: dict[str, Any]) -> Path | None:
+    if not config.training.pretrained_folder or not config.training.n_pretrain_epochs:
+        return None
+    text = json.dumps(description(config, data_record), sort_keys=True)
+    return (
+        Path(config.training.pretrained_folder) / f"{hashlib.sha256(text.encode()).hexdigest()}.npz"
+    )
