@@ -73,7 +73,6 @@ def train_and_evaluate(config: Config, workdir: str | os.PathLike) -> dict[str, 
       Interrupted: SIGTERM or Ctrl-C came; everything up to the last step is saved.
     """
     config = configuration.validate(config)
-    workdir = Path(workdir).absolute()
     dataset = datasets.load(
         config.data.name,
         split=config.data.split,
@@ -81,6 +80,19 @@ def train_and_evaluate(config: Config, workdir: str | os.PathLike) -> dict[str, 
         labels_path=config.data.labels_path,
         n_examples=config.data.n_examples,
     )
+    return train(config, dataset, workdir)
+
+
+def train(config: Config, dataset: datasets.Dataset, workdir: str | os.PathLike) -> dict[str, Any]:
+    """`train_and_evaluate` on data that is there already.
+
+    Args:
+      config: complete; what it says of ``data`` by name and path is not looked at.
+      dataset: the examples, and labels if there are any.
+      workdir: folder of the run.
+    """
+    config = configuration.validate(config)
+    workdir = Path(workdir).absolute()
     configuration.check_data(config, dataset.n_examples, dataset.example_shape)
     mesh = make_mesh(config.n_devices)
     run = _Run(config, workdir, dataset, mesh)

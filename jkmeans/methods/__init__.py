@@ -1,5 +1,10 @@
 """Deep clustering methods, one paper per file, each a factory of pure functions."""
 
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from jkmeans.errors import UserError
 from jkmeans.methods import autoencoder, dcn, dec, deepcluster_v2, dkm, idec, joint, swav, vade
 from jkmeans.methods.base import (
     Assigned,
@@ -34,6 +39,31 @@ def make_method(config, axis_name: str | None) -> Method:
     return method_spec(config.objective.name).make(config, axis_name)
 
 
+def with_method(config: Any, name: str, **changes: Any) -> Any:
+    """A config of the same data and network for another method.
+
+    Args:
+      config: complete, an ``ml_collections.ConfigDict``; it is not changed.
+      name: a key of `METHODS`.
+      **changes: fields by their full names with ``__`` between groups, over the method's settings.
+
+    Raises:
+      UserError: there is no such method.
+    """
+    if name not in METHODS:
+        raise UserError(f"the method is {name!r}; accepted: {', '.join(map(repr, METHODS))}")
+    changed = config.copy_and_resolve_references()
+    changed.objective = ConfigDict({"name": name})
+    named = {field.replace("__", "."): value for field, value in changes.items()}
+    for field, value in {**METHODS[name].settings, **named}.items():
+        *groups, leaf = field.split(".")
+        node = changed
+        for group in groups:
+            node = node[group]
+        node[leaf] = value
+    return changed
+
+
 __all__ = [
     "METHODS",
     "Assigned",
@@ -44,4 +74,5 @@ __all__ = [
     "example_keys",
     "make_method",
     "method_spec",
+    "with_method",
 ]

@@ -72,4 +72,10 @@ def with_kmeans(config, axis_name: AxisName, objective, warmup_epochs: float = 0
     return Method(initialize, objective, update, warmup_epochs=warmup_epochs)
 
 
-SPEC = MethodSpec(autoencoder, {}, check_pretraining, "Hinton and Salakhutdinov 2006, and k-means")
+SPEC = MethodSpec(
+    autoencoder,
+    {},
+    check_pretraining,
+    "Hinton and Salakhutdinov 2006, and k-means",
+    {"training.n_epochs": 0},
+)

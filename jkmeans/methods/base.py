@@ -154,6 +154,8 @@ class MethodSpec(NamedTuple):
       fields: what ``config.objective`` holds besides its name.
       check: ``(values by full name)``; raises UserError where fields contradict each other.
       source: the paper.
+      settings: what a config of this method says, by full names: its own fields as in the paper,
+        and what it cannot do without. See `jkmeans.methods.with_method`.
       pretraining: what the network learns before there are clusters; methods of the same
         pretraining can share a network.
     """
@@ -162,6 +164,7 @@ class MethodSpec(NamedTuple):
     fields: Mapping[str, Field]
     check: Callable[[Mapping[str, Any]], None]
     source: str
+    settings: Mapping[str, Any]
     pretraining: str = "reconstruction"
 
 

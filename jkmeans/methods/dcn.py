@@ -116,4 +116,5 @@ SPEC = MethodSpec(
     },
     check_pretraining,
     "Yang et al. 2017, Towards k-means-friendly spaces",
+    {"objective.centroid_weight": 0.05, "objective.initial_count": 100.0},
 )

@@ -155,6 +155,13 @@ def check_targets(values: Mapping[str, Any]) -> None:
         )
 
 
+TARGETS = {"centroids.bank": "refreshed", "centroids.every": 1, "centroids.n_iterations": 1}
+"""Settings of methods whose targets are made anew after every epoch."""
+
 SPEC = MethodSpec(
-    dec, {}, check_targets, "Xie et al. 2016, Unsupervised deep embedding for clustering analysis"
+    dec,
+    {},
+    check_targets,
+    "Xie et al. 2016, Unsupervised deep embedding for clustering analysis",
+    TARGETS,
 )

@@ -139,4 +139,10 @@ SPEC = MethodSpec(
     {"temperature": number("τ", positive=True)},
     check_sphere,
     "Caron et al. 2020, Unsupervised learning by contrasting cluster assignments",
+    {
+        "objective.temperature": 0.1,
+        "network.normalize": True,
+        "centroids.bank": "refreshed",
+        "centroids.n_iterations": 10,
+    },
 )

@@ -110,4 +110,9 @@ SPEC = MethodSpec(
     },
     check_pretraining,
     "Fard et al. 2020, Deep k-means",
+    {
+        "objective.centroid_weight": 0.01,
+        "objective.alpha": 1000.0,
+        "objective.n_temperatures": 1,
+    },
 )

@@ -17,7 +17,7 @@ import functools
 from jkmeans.fields import number
 from jkmeans.kmeans.collectives import AxisName
 from jkmeans.methods.base import Batch, Method, MethodSpec, mean_terms, reconstruction_error
-from jkmeans.methods.dec import DECClusters, check_targets, divergence, self_training
+from jkmeans.methods.dec import TARGETS, DECClusters, check_targets, divergence, self_training
 
 
 def objective(network, clusters: DECClusters, batch: Batch, *, cluster_weight: float):
@@ -50,4 +50,5 @@ SPEC = MethodSpec(
     {"cluster_weight": number("γ, of the divergence")},
     check_targets,
     "Guo et al. 2017, Improved deep embedded clustering with local structure preservation",
+    TARGETS | {"objective.cluster_weight": 0.1},
 )

@@ -173,4 +173,12 @@ SPEC = MethodSpec(
     },
     _check,
     "Song et al. 2013, Auto-encoder based data clustering; Yang et al. 2017 (DCN)",
+    {
+        "objective.assignment": "nearest",
+        "objective.reconstruction_weight": 1.0,
+        "objective.centroid_weight": 0.1,
+        "objective.warmup_epochs": 10.0,
+        "objective.balance_weight": 0.0,
+        "objective.temperature": 1.0,
+    },
 )

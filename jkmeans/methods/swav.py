@@ -141,4 +141,12 @@ SPEC = MethodSpec(
     },
     _check,
     "Caron et al. 2020, Unsupervised learning by contrasting cluster assignments",
+    {
+        "objective.temperature": 0.1,
+        "objective.epsilon": 0.05,
+        "objective.sinkhorn_iterations": 3,
+        "network.normalize": True,
+        "augmentation.shift": 1.0,
+        "augmentation.rotation": 10.0,
+    },
 )

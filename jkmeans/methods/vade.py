@@ -195,5 +195,6 @@ SPEC = MethodSpec(
     {"em_iterations": integer(0, "of the diagonal mixture at the start")},
     _check,
     "Jiang et al. 2017, Variational deep embedding",
+    {"objective.em_iterations": 20, "network.name": "variational", "network.normalize": False},
     pretraining="cross-entropy",
 )
