@@ -30,6 +30,7 @@ from jkmeans.report import (
     NEAREST,
     PHASE_NAMES,
     ClusteredExamples,
+    EmbeddingMap,
     agreement_names,
     are_images,
     as_pictures,
@@ -72,6 +73,7 @@ def write_page(
     config: Any = None,
     seed: int = 0,
     title: str = "",
+    embedding_map: EmbeddingMap | None = None,
 ) -> Path:
     """Writes the page of a run: one HTML file to look through with a browser, without a network.
 
@@ -98,6 +100,8 @@ def write_page(
         config: of the run: a mapping, nested or not, or anything with `to_dict`.
         seed: picks the examples in the map.
         title: heads the page: data set, method.
+        embedding_map: where `map_embeddings` has placed these embeddings, if it has: t-SNE takes
+            seconds.
 
     Returns:
         The file written.
@@ -112,7 +116,7 @@ def write_page(
     results = complete_results(results, clusters, metrics)
     data = {
         "curves": _curves(metrics),
-        "map": _map(clusters, seed),
+        "map": _map(clusters, embedding_map or map_embeddings(clusters, seed)),
         "clusters": _legend_of_clusters(clusters),
         "classes": _legend_of_classes(clusters),
         "gallery": _gallery(clusters),
@@ -130,8 +134,8 @@ def write_page(
         title=_escape(title or "A run of jkmeans"),
         data=embeddable_json(data),
         cards=_cards(results),
-        results=_definitions(results),
-        config=_definitions(flatten_config(config)),
+        results=_definitions(results, _shown),
+        config=_definitions(flatten_config(config), _as_written),
         signs=_signs(failure_signs(clusters, metrics)),
         confusion=_confusion(clusters),
     )
@@ -364,9 +368,10 @@ def _curves(metrics: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     others = dict.fromkeys(
         name for r in metrics for name in r if name not in shown and name not in _NOT_METRICS
     )
+    readable = {name: name.replace("_", " ") for name in others}
     extra = [
-        _panel(name.replace("_", " ").capitalize(), metrics, {name: name.replace("_", " ")})
-        for name in others
+        _panel(text[:1].upper() + text[1:], metrics, {name: text})
+        for name, text in readable.items()
     ]
     panels = [panel for panel in panels if panel["lines"]]
     panels += [panel for panel in extra if panel["lines"]][:_UNKNOWN_PANELS]
@@ -397,8 +402,7 @@ def _panel(
     return {"title": title, "scale": scale, "lines": lines}
 
 
-def _map(clusters: ClusteredExamples, seed: int) -> dict[str, Any]:
-    placed = map_embeddings(clusters, seed)
+def _map(clusters: ClusteredExamples, placed: EmbeddingMap) -> dict[str, Any]:
     rows = placed.rows
     everything = np.concatenate([placed.points, placed.centroids])
     low = everything.min(axis=0) if len(everything) else np.zeros(2)
@@ -685,11 +689,11 @@ def _cards(results: Mapping[str, Any]) -> str:
     )
 
 
-def _definitions(values: Mapping[str, Any]) -> str:
+def _definitions(values: Mapping[str, Any], show: Callable[[Any], str]) -> str:
     if not values:
         return '<p class="quiet">Nothing was handed over.</p>'
     rows = "\n".join(
-        f'<tr><th scope="row">{_escape(str(name))}</th><td>{_escape(_shown(value))}</td></tr>'
+        f'<tr><th scope="row">{_escape(str(name))}</th><td>{_escape(show(value))}</td></tr>'
         for name, value in values.items()
     )
     return f'<table class="definitions">\n{rows}\n</table>'
@@ -709,9 +713,9 @@ def _confusion(clusters: ClusteredExamples) -> str:
         return ""
     matrix, names, heads, below = readable_confusion(clusters)
     share = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
-    head = "".join(f'<th scope="col">{_escape(text)}</th>' for text in heads)
+    head = "".join(_heading("col", text) for text in heads)
     body = "\n".join(
-        f'<tr><th scope="row">{_escape(name)}</th>'
+        f"<tr>{_heading('row', name)}"
         + "".join(
             # The style sheet has eleven shades: the policy of the page allows no inline style.
             f'<td class="s{round(10 * s)}">{f"{count:,}" if count else ""}</td>'
@@ -728,6 +732,12 @@ def _confusion(clusters: ClusteredExamples) -> str:
         f'<table class="confusion"><thead><tr><td></td>{head}</tr></thead>\n'
         f"<tbody>{body}</tbody></table>\n</div>\n</section>"
     )
+
+
+def _heading(scope: str, text: str) -> str:
+    # The style sheet cuts long names.
+    text = _escape(text)
+    return f'<th scope="{scope}" title="{text}">{text}</th>'
 
 
 # --- text ------------------------------------------------------------------------------------
@@ -797,7 +807,12 @@ def _shown(value: Any) -> str:
         return f"{value:,}"
     if isinstance(value, float):
         return _number(value, 4)
-    text = str(value)
+    return _as_written(value)
+
+
+def _as_written(value: Any) -> str:
+    """The value as a config file has it: no digit is lost, the empty string can be seen."""
+    text = str(value) or "''"
     return text if len(text) <= _LONGEST_VALUE else text[:_LONGEST_VALUE] + " …"
 
 

@@ -49,6 +49,7 @@ def write_report(
     class_names: Sequence[str] | None = None,
     seed: int = 0,
     title: str = "",
+    embedding_map: EmbeddingMap | None = None,
 ) -> list[Path]:
     """Writes the pictures of a run as PNG files.
 
@@ -71,6 +72,8 @@ def write_report(
         class_names: names of the classes 0, 1, …
         seed: picks the examples in the map.
         title: heads the pictures: data set, method.
+        embedding_map: where `map_embeddings` has placed these embeddings, if it has: t-SNE takes
+            seconds.
 
     Returns:
         The files written.
@@ -83,17 +86,17 @@ def write_report(
         embeddings, labels, distances, centroids, examples, truth, class_names
     )
     folder.mkdir(parents=True, exist_ok=True)
-    embedding_map = map_embeddings(clusters, seed)
+    placed = embedding_map or map_embeddings(clusters, seed)
 
     figures: dict[str, Callable[[], Figure]] = {}
     if metrics:
         figures["curves"] = lambda: _curves(metrics, title)
-    figures["map"] = lambda: _map(clusters, embedding_map, title)
+    figures["map"] = lambda: _map(clusters, placed, title)
     figures["nearest"] = lambda: _nearest(clusters, title)
     if clusters.truth is not None and 1 <= len(clusters.class_names) <= MAX_CLASSES:
         figures["confusion"] = lambda: _confusion(clusters, title)
     figures["sizes"] = lambda: _sizes(clusters, title)
-    figures["summary"] = lambda: _summary(clusters, embedding_map, metrics, title)
+    figures["summary"] = lambda: _summary(clusters, placed, metrics, title)
 
     written = []
     for name, draw in figures.items():

@@ -97,13 +97,13 @@ def pixels_of(sprite, index):
 def test_page_shows_results_and_config(tmp_path):
     arguments = run() | {
         "results": {"acc": 0.87654, "n_epochs": 12, "data": "digits"},
-        "config": {"training": {"n_epochs": 12}, "seed": 3},
+        "config": {"training": {"n_epochs": 12, "tol": 0.1234567}, "seed": 3, "path": ""},
         "title": "digits, K = 4",
     }
     found = Reader(written(tmp_path, arguments)).texts
     assert "digits, K = 4" in found["h1"]
     assert found["h1"].strip() == found["title"].strip()
-    for cell in ("0.8765", "120", "12", "nmi", "training.n_epochs", "digits"):
+    for cell in ("0.8765", "120", "12", "nmi", "training.n_epochs", "0.1234567", "''", "digits"):
         assert cell in found["dl"] + found["table"]
 
 
@@ -240,6 +240,16 @@ def test_arrays_that_do_not_fit(tmp_path):
     assert not (tmp_path / "a").exists()
 
 
+def test_map_that_is_at_hand_is_not_made_again(tmp_path, monkeypatch):
+    from jkmeans.report import map_embeddings
+
+    arguments = run(n=40)
+    placed = map_embeddings(clusters_of(arguments), seed=0)
+    expected = data_of(written(tmp_path, arguments))["map"]
+    monkeypatch.setattr(page, "map_embeddings", None)
+    assert data_of(written(tmp_path, arguments | {"embedding_map": placed}))["map"] == expected
+
+
 # --- what the page shows ---------------------------------------------------------------------
 
 
@@ -336,8 +346,10 @@ def test_confusion_matrix(tmp_path):
     arguments["truth"] = np.array([0, 0, 0, 1, 1, 1])
     arguments["labels"] = np.array([1, 1, 1, 0, 0, 1])
     text = written(tmp_path, arguments | {"class_names": ["bag", "boot"]})
-    assert '<th scope="row">bag</th><td class="s10">3</td><td class="s0"></td>' in text
-    assert '<th scope="row">boot</th><td class="s3">1</td><td class="s7">2</td>' in text
+    assert '<th scope="row" title="bag">bag</th><td class="s10">3</td><td class="s0"></td>' in text
+    assert (
+        '<th scope="row" title="boot">boot</th><td class="s3">1</td><td class="s7">2</td>' in text
+    )
     assert "accuracy 83.3%" in text
     assert "confusion-title" not in written(tmp_path, arguments | {"truth": None})
     for n_classes in (30, 31):
@@ -575,12 +587,41 @@ async function visit() {
   seen.zooms = (await painted()) !== first;
   press(canvas, "0");
   seen.resets = (await painted()) === first;
+  const point = (kind, x, y, id = 1) => canvas.dispatchEvent(new PointerEvent(kind,
+    { clientX: box.left + x, clientY: box.top + y, pointerId: id, bubbles: true }));
+  canvas.setPointerCapture = () => {}; // these pointers are not real
+  point("pointerdown", 200, 200);
+  point("pointermove", 260, 230);
+  point("pointerup", 260, 230);
+  seen.drags = (await painted()) !== first;
+  point("pointerdown", 260, 230);
+  point("pointermove", 200, 200);
+  point("pointerup", 200, 200);
+  seen.drags_back = (await painted()) === first;
+  point("pointerdown", 200, 200, 1);
+  point("pointerdown", 300, 200, 2);
+  point("pointermove", 400, 200, 2);
+  point("pointerup", 200, 200, 1);
+  point("pointerup", 400, 200, 2);
+  seen.pinches = (await painted()) !== first;
+  all("#map-zoom button")[2].click();
+  const wheel = () => canvas.dispatchEvent(new WheelEvent("wheel",
+    { deltaY: -100, clientX: box.left + 90, clientY: box.top + 90, cancelable: true }));
+  canvas.blur();
+  seen.scrolls = wheel() && (await painted()) === first;
+  canvas.focus();
+  seen.wheels = !wheel() && (await painted()) !== first;
+  all("#map-zoom button")[2].click();
   all("#map-colour button")[1].click();
   seen.classes = all("#map-legend button span").map((s) => s.textContent);
   seen.curves = all("#curves svg").length;
   press(all("#curves svg")[0], "ArrowRight");
   seen.epoch = all("#curves figcaption span").map((s) => s.textContent);
   seen.loss = all("#curves .keys")[0].textContent;
+  const chart = all("#curves svg")[0].getBoundingClientRect();
+  all("#curves svg")[0].dispatchEvent(new PointerEvent("pointermove",
+    { clientX: chart.right - 1, clientY: chart.top + 50 }));
+  seen.hovered_epoch = all("#curves figcaption span")[2].textContent;
   seen.nameless = all("button, [role=img], [role=application], [tabindex]").filter((node) =>
     !(node.getAttribute("aria-label") || node.getAttribute("aria-labelledby") ||
       node.textContent.trim())).length;
@@ -616,11 +657,13 @@ def test_page_answers_its_visitor(tmp_path):
         assert float(read["distance"]) == pytest.approx(arguments["distances"][row], rel=1e-3)
     assert (seen["tile"], seen["let_go"]) == (1, [])
     assert seen["pressed"] == ["false", "true", "false", "false"]
-    assert [seen[name] for name in ("same", "highlights", "zooms", "resets")] == [True] * 4
+    moves = ["same", "highlights", "zooms", "resets", "drags", "drags_back", "pinches"]
+    assert {name: seen[name] for name in [*moves, "scrolls", "wheels"] if not seen[name]} == {}
     assert seen["classes"] == names
     assert seen["curves"] == 5
-    assert set(seen["epoch"]) == {"epoch 1, pretraining"}
+    assert set(seen["epoch"]) == {"epoch 1"}
     assert seen["loss"] == "total 1reconstruction 1centroid –"
+    assert seen["hovered_epoch"] == "epoch 12"
     assert seen["nameless"] == 0
     assert (seen["tiles"], seen["bars"]) == (4 * (NEAREST + page.FARTHEST), 4)
     assert 0 <= seen["framed"] <= 3

@@ -202,7 +202,7 @@
         cursor.setAttribute("x2", x(epochs[index]));
       }
       head.textContent = index === null
-        ? "last values" : `epoch ${epochs[index].toLocaleString("en")}, ${phases[index]}`;
+        ? "last values" : `epoch ${epochs[index].toLocaleString("en")}`;
       for (const { line, dot, value } of drawn) {
         const at = index === null ? lastKnown(line.values) : index;
         const found = at < 0 ? null : line.values[at];
@@ -621,7 +621,7 @@
       const cluster = clusters[entry.cluster];
       const box = element("div", { class: "cluster" }, element("h3", {},
         element("i", { colour: cluster.colour, "aria-hidden": "true" }),
-        cluster.name, element("small", {}, cluster.about)));
+        element("span", {}, cluster.name), element("small", {}, cluster.about)));
       if (!entry.nearest.length) box.append(element("p", { class: "quiet" }, "no example"));
       else if (image) box.append(imageRow(gallery, entry, cluster, classes, image));
       else if (gallery.lines) box.append(linesOf(gallery, entry, cluster));
