@@ -196,10 +196,17 @@ def make_programs(
         learned = {name: getattr(clusters, name) for name in method.learned}
         return {"network": parameters, "clusters": learned}
 
-    def loss(variables, clusters, batch):
+    def resting(parameters: Parameters, clustering: bool) -> Parameters:
+        """The parameters that have no part in a phase: their gradients and moments stay 0."""
+        if method.decodes or not clustering:
+            return {}
+        starts = getattr(merge(graphdef, parameters), "decoder_layers", ())
+        return {k: v for k, v in parameters.items() if k.startswith(starts)}
+
+    def loss(variables, rest, clusters, batch):
         """Sum, not mean, of the local losses: sums add up over devices."""
         clusters = clusters._replace(**variables["clusters"])
-        embeddings, terms = objective(variables["network"], clusters, batch)
+        embeddings, terms = objective(variables["network"] | rest, clusters, batch)
         sums = {name: jnp.sum(batch.weights * values) for name, values in terms.items()}
         return sum(sums.values(), jnp.float32(0)), (embeddings, sums)
 
@@ -223,19 +230,25 @@ def make_programs(
             invariance=augmentation.invariance,
             axis_name=axis,
         )
-        before = trained(state.parameters, state.clusters)
-        local = to_varying(before, axis)
+        rest = resting(state.parameters, clustering)
+        active = {k: v for k, v in state.parameters.items() if k not in rest}
+        local = to_varying(trained(active, state.clusters), axis)
         (_, (embeddings, sums)), gradients = jax.value_and_grad(loss, has_aux=True)(
-            local, state.clusters, batch
+            local, rest, state.clusters, batch
         )
         # Everything that devices must agree on in a step crosses the mesh here, at once.
         sums = to_varying(sums | {_COUNT: jnp.sum(weights)}, axis)
         gradients, sums = all_sum((gradients, sums), axis)
         n_batch = jnp.maximum(sums[_COUNT], 1.0)
         gradients = jax.tree.map(lambda g: g / n_batch, gradients)
+        before = trained(state.parameters, state.clusters)
+        gradients["network"] |= jax.tree.map(jnp.zeros_like, rest)
         updates, optimizer_state = optimizer.update(gradients, state.optimizer, before)
+        # What rests is not computed at all.
+        optimizer_state = _with_leaves_of(state.optimizer, optimizer_state, rest)
         rate = learning_rate(options, clustering, epoch, state.step, layout.n_steps)
         after = jax.tree.map(lambda p, u: p - rate * u, before, updates)
+        after["network"] |= rest
         clusters = state.clusters
         if clustering:
             clusters = clusters._replace(**after["clusters"])
@@ -319,6 +332,7 @@ def make_programs(
 
     def adopt(state: TrainState, rows: Rows, clusters, assigned: Assigned):
         """Takes new clusters into the state and says what changed."""
+        clusters = state.clusters._replace(**clusters._asdict())
         variance, change = measure(state, rows, assigned.labels != state.labels)
         metrics = {
             "embedding_variance": variance,
@@ -440,6 +454,16 @@ def make_programs(
         assign=parallel(assign, (states, SHARDED, REPLICATED), (states, REPLICATED)),
         shardings=shardings,
     )
+
+
+def _with_leaves_of(old, new, names):
+    """A state of the optimizer with the old moments of the parameters ``names``."""
+
+    def choose(path, before, after):
+        rests = any(getattr(key, "key", None) in names for key in path)
+        return before if rests else after
+
+    return jax.tree_util.tree_map_with_path(choose, old, new) if names else new
 
 
 def _forget_clusters(optimizer_state):

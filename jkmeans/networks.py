@@ -5,7 +5,8 @@ A network is made by a factory ``factory(example_shape, options, rngs) -> nnx.Mo
 * ``encode(x: [b, *example_shape] float32) -> [b, embedding_dim] float32``,
 * where there is a decoder, ``decode(z: [b, embedding_dim]) -> [b, *example_shape]``,
 * for soft resets, ``hidden_layers``, a tuple of the starts of the names of the parameters that they
-  mix with fresh ones: the layers of the encoder before the embedding.
+  mix with fresh ones: the layers of the encoder before the embedding,
+* to save work, ``decoder_layers``, the same for the parameters that only ``decode`` uses.
 
 `make_network` takes one of the names in `NETWORKS` or the user's own ``module:function``. The
 network must be a deterministic function of one example at a time: its only variables are
@@ -59,6 +60,7 @@ class FullyConnectedAutoencoder(nnx.Module):
         self.encoder = _dense_layers(sizes, rngs)
         self.decoder = _dense_layers(sizes[::-1], rngs) if decoder else None
         self.hidden_layers = tuple(f"encoder/{i}/" for i in range(len(widths)))
+        self.decoder_layers = ("decoder/",)
 
     def encode(self, x: jax.Array) -> jax.Array:
         """Embeddings [b, z] of examples [b, *example_shape]."""
@@ -146,6 +148,7 @@ class ConvolutionalAutoencoder(nnx.Module):
             [nnx.Conv(i, o, kernel_init=_glorot, **options) for i, o in pairs]
         )
         self.hidden_layers = ("convolutions/",)
+        self.decoder_layers = ("from_embedding/", "decoder/")
         n_coarse = math.prod(self.coarse_shape)
         self.to_embedding = nnx.Linear(n_coarse, embedding_dim, kernel_init=_glorot, rngs=rngs)
         if not decoder:

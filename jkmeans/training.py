@@ -348,6 +348,9 @@ class _Run:
         state, values = program(state, self.rows, n_iterations)
         self._await(values, 1.0)
         found = {name: float(value) for name, value in values.items()}
+        if self.method.on_host is not None:
+            state, changed = self.cluster_on_host(state)
+            found |= changed
         results: dict[str, Any] = {
             "data": self.dataset.name,
             "n_examples": self.dataset.n_examples,
@@ -363,6 +366,24 @@ class _Run:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         results["peak_host_mebibytes"] = peak // (2**20 if sys.platform == "darwin" else 2**10)
         return state, results
+
+    def cluster_on_host(self, state: TrainState) -> tuple[TrainState, dict[str, float]]:
+        """The clusters of a method that makes them on the host, at the end."""
+        assert self.method.on_host is not None
+        self.recorder.say("clustering the embeddings on the host")
+        embeddings = gather_examples(state.bank, self.layout)
+        clusters, labels = self.method.on_host(embeddings, self.config.seed)
+        index = self.layout.row_index()
+        distances = np.sum((embeddings - clusters.centroids[labels]) ** 2, axis=1, dtype=np.float64)
+        counts = np.bincount(labels, minlength=self.config.n_clusters)
+        state = state._replace(
+            clusters=jax.device_put(clusters, self.programs.shardings.clusters),
+            labels=place(np.where(index >= 0, labels[index], 0), self.mesh, SHARDED),
+        )
+        return state, {
+            "inertia": float(np.sum(distances)),
+            "empty_clusters": float(np.sum(counts == 0)),
+        }
 
     def report(self, state: TrainState, results: dict[str, Any]) -> dict[str, Any]:
         """Writes results.json and the pictures, prints the table."""

@@ -5,7 +5,18 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from jkmeans.errors import UserError
-from jkmeans.methods import autoencoder, dcn, dec, deepcluster_v2, dkm, idec, joint, swav, vade
+from jkmeans.methods import (
+    autoencoder,
+    dcn,
+    dec,
+    deepcluster_v2,
+    dkm,
+    idec,
+    joint,
+    n2d,
+    swav,
+    vade,
+)
 from jkmeans.methods.base import (
     Assigned,
     Batch,
@@ -25,6 +36,7 @@ METHODS: dict[str, MethodSpec] = {
     "vade": vade.SPEC,
     "deepcluster_v2": deepcluster_v2.SPEC,
     "swav": swav.SPEC,
+    "n2d": n2d.SPEC,
 }
 """The methods by the name that ``config.objective.name`` gives them."""
 

@@ -121,7 +121,8 @@ class Method(NamedTuple):
     """A deep clustering method.
 
     Attributes:
-      initialize: ``(key, bank, weights, index) -> (clusters, assigned)``; bank [n, p] local.
+      initialize: ``(key, bank, weights, index) -> (clusters, assigned)``; bank [n, p] local. Fields
+        of ``blank`` that the clusters do not have stay as they are.
       objective: ``(network, clusters, batch) -> (embeddings [b, p], terms {name: [b]})``; the loss
         of an example is the sum of its terms.
       update: ``(key, clusters, bank, weights, index, n_iterations) -> (clusters, assigned)``;
@@ -133,7 +134,10 @@ class Method(NamedTuple):
       learned: names of the fields of the clusters that the optimizer changes, by the gradient of
         the objective, as it changes the network.
       after_step: ``(clusters, embeddings [b, p], batch) -> clusters`` after each step, or None.
+      on_host: ``(embeddings [n, p], seed) -> (clusters, labels [n])`` of NumPy arrays, the last
+        thing of a run, or None.
       warmup_epochs: epochs of clustering before losses of different epochs compare.
+      decodes: whether clustering uses the decoder; where it does not, the decoder stays as it is.
     """
 
     initialize: Callable
@@ -143,7 +147,9 @@ class Method(NamedTuple):
     predict: Callable = nearest_centroid
     learned: tuple[str, ...] = ()
     after_step: Callable | None = None
+    on_host: Callable | None = None
     warmup_epochs: float = 0.0
+    decodes: bool = True
 
 
 class MethodSpec(NamedTuple):

@@ -90,7 +90,7 @@ def objective(network, clusters: DECClusters, batch: Batch):
     return embeddings[0], mean_terms(terms)
 
 
-def self_training(config, axis_name: AxisName, objective) -> Method:
+def self_training(config, axis_name: AxisName, objective, *, decodes: bool) -> Method:
     """DEC's clusters with an objective: what DEC and its descendants share."""
     first = first_kmeans(config, axis_name)
 
@@ -116,7 +116,7 @@ def self_training(config, axis_name: AxisName, objective) -> Method:
         zeros = jnp.zeros((k, p), jnp.float32)
         return DECClusters(zeros, zeros, jnp.zeros((k,), jnp.float32))
 
-    return Method(initialize, objective, update, blank, learned=("centroids",))
+    return Method(initialize, objective, update, blank, learned=("centroids",), decodes=decodes)
 
 
 def dec(config, axis_name: AxisName) -> Method:
@@ -127,7 +127,7 @@ def dec(config, axis_name: AxisName) -> Method:
         the k-means at the start, and ``every`` is the interval of P in epochs.
       axis_name: mesh axis of the examples.
     """
-    return self_training(config, axis_name, objective)
+    return self_training(config, axis_name, objective, decodes=False)
 
 
 def check_targets(values: Mapping[str, Any]) -> None:

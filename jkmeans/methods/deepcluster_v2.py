@@ -113,7 +113,7 @@ def deepcluster_v2(config, axis_name: AxisName) -> Method:
         return clusters, assign_by(nearest_centroid, clusters, bank, weights, axis_name)
 
     chosen = functools.partial(objective, temperature=config.objective.temperature)
-    return Method(initialize, chosen, update)
+    return Method(initialize, chosen, update, decodes=False)
 
 
 def check_sphere(values: Mapping[str, Any]) -> None:

@@ -42,7 +42,7 @@ def idec(config, axis_name: AxisName) -> Method:
       axis_name: mesh axis of the examples.
     """
     chosen = functools.partial(objective, cluster_weight=config.objective.cluster_weight)
-    return self_training(config, axis_name, chosen)
+    return self_training(config, axis_name, chosen, decodes=True)
 
 
 SPEC = MethodSpec(

@@ -119,7 +119,9 @@ def swav(config, axis_name: AxisName) -> Method:
         epsilon=options.epsilon,
         sinkhorn_iterations=options.sinkhorn_iterations,
     )
-    return Method(initialize, chosen, update, predict=predict, learned=("centroids",))
+    return Method(
+        initialize, chosen, update, predict=predict, learned=("centroids",), decodes=False
+    )
 
 
 def _check(values: Mapping[str, Any]) -> None:
