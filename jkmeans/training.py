@@ -48,6 +48,7 @@ RESULTS_FILE = "results.json"
 CHECKPOINT_FOLDER = "checkpoints"
 REPORT_FOLDER = "report"
 SEEDS_FILE = "seeds.json"
+PAGE_FILE = "report.html"
 
 _MODEL = ("parameters", "clusters")
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
@@ -59,8 +60,9 @@ def train_and_evaluate(config: Config, workdir: str | os.PathLike) -> dict[str, 
     Args:
       config: complete, as the files in ``configs/``; see `jkmeans.configuration.FIELDS`.
       workdir: folder of the run. It receives ``config.json``, ``checkpoints/``,
-        ``metrics.jsonl``, ``tensorboard/``, ``results.json`` and ``report/``. Where it holds an
-        unfinished run of the same config, that run goes on; a finished one is reported again.
+        ``metrics.jsonl``, ``tensorboard/``, ``results.json``, ``report/`` and ``report.html``.
+        Where it holds an unfinished run of the same config, that run goes on; a finished one is
+        reported again.
 
     Returns:
       The results that are in ``results.json``: ``n_examples``, ``n_clusters``, ``inertia``,
@@ -389,25 +391,38 @@ class _Run:
         """Writes results.json and the pictures, prints the table."""
         write_json(self.workdir / RESULTS_FILE, results)
         if self.config.report.pictures:
-            from jkmeans.report import write_report
-
-            bank = gather_examples(state.bank, self.layout)
-            labels = gather_examples(state.labels, self.layout)
-            centroids = to_host(state.clusters.centroids)
-            write_report(
-                self.workdir / REPORT_FOLDER,
-                metrics=read_metrics(self.workdir),
-                embeddings=bank,
-                labels=labels,
-                distances=np.sum((bank - centroids[labels]) ** 2, axis=1),
-                centroids=centroids,
-                examples=self.dataset.examples,
-                truth=self.dataset.labels,
-                seed=self.config.seed,
-                title=f"{self.dataset.name}, K = {self.config.n_clusters}",
-            )
+            self._draw(state, results)
         results_table(results, f"Results in {self.workdir}")
         return results
+
+    def _draw(self, state: TrainState, results: dict[str, Any]) -> None:
+        from jkmeans.page import write_page
+        from jkmeans.report import ClusteredExamples, map_embeddings, write_report
+
+        bank = gather_examples(state.bank, self.layout)
+        labels = gather_examples(state.labels, self.layout)
+        centroids = to_host(state.clusters.centroids)
+        arrays = {
+            "embeddings": bank,
+            "labels": labels,
+            "distances": np.sqrt(np.sum((bank - centroids[labels]) ** 2, axis=1)),
+            "centroids": centroids,
+            "examples": self.dataset.examples,
+            "truth": self.dataset.labels,
+        }
+        seed = self.config.seed
+        placed = map_embeddings(ClusteredExamples.of(**arrays, class_names=None), seed)
+        shared: dict[str, Any] = {
+            "metrics": read_metrics(self.workdir),
+            "seed": seed,
+            "title": f"{self.dataset.name}, {self.config.objective.name}, "
+            f"K = {self.config.n_clusters}",
+            "embedding_map": placed,
+            **arrays,
+        }
+        write_report(self.workdir / REPORT_FOLDER, **shared)
+        config = configuration.to_json(self.config)
+        write_page(self.workdir / PAGE_FILE, results=results, config=config, **shared)
 
     def check_collapse(self, values: dict[str, float], state: TrainState, epoch: int) -> None:
         """Raises CollapseError where there is nothing left to cluster."""
