@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from jkmeans.estimators import (
         BisectingKMeans,
+        DeepClustering,
         HierarchicalKMeans,
         KMeans,
         MiniBatchKMeans,
@@ -15,6 +16,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BisectingKMeans",
+    "DeepClustering",
     "HierarchicalKMeans",
     "KMeans",
     "MiniBatchKMeans",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import datetime
 import json
 import math
@@ -10,7 +11,7 @@ import os
 import sys
 import time
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,18 @@ TENSORBOARD_FOLDER = "tensorboard"
 RECENT_EPOCHS = 10
 
 _RESERVED = ("epoch", "phase", "time", "seconds", "examples_per_second")
+
+_silent = contextvars.ContextVar("silent", default=False)
+
+
+@contextlib.contextmanager
+def silence() -> Iterator[None]:
+    """Recorders made inside, and `results_table`, print nothing; what is written stays the same."""
+    token = _silent.set(True)
+    try:
+        yield
+    finally:
+        _silent.reset(token)
 
 
 class Recorder:
@@ -74,6 +87,7 @@ class Recorder:
         self._seconds_left: float | None = None
         self._epoch_ended = time.monotonic()
         self._position = position
+        self._silent = _silent.get()
 
         with contextlib.ExitStack() as stack:
             self._metrics = stack.enter_context(open(workdir / METRICS_FILE, "a", encoding="utf-8"))
@@ -82,7 +96,8 @@ class Recorder:
             purge_step = kept + 1 if folder.exists() else None
             self._writer = SummaryWriter(str(folder), purge_step=purge_step)
             stack.callback(self._writer.close)
-            self._bar = self._start_bar() if _is_terminal(sys.stderr) else None
+            has_bar = _is_terminal(sys.stderr) and not self._silent
+            self._bar = self._start_bar() if has_bar else None
             if self._bar is not None:
                 stack.callback(self._bar.stop)
             self._stack = stack.pop_all()
@@ -189,7 +204,8 @@ class Recorder:
         self.close()
 
     def _print(self, text: str) -> None:
-        print(text, file=sys.stderr, flush=True)
+        if not self._silent:
+            print(text, file=sys.stderr, flush=True)
 
     def _start_bar(self) -> Progress:
         recorder = self
@@ -299,6 +315,8 @@ def results_table(rows: Mapping[str, str | float | int], title: str) -> None:
         rows: values by name, in the order in which they are printed.
         title: the heading.
     """
+    if _silent.get():
+        return
     cells = {name: _cell(value) for name, value in rows.items()}
     if _is_terminal(sys.stdout):
         table = Table(title=Text(title), show_header=False)

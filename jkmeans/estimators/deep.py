@@ -1,0 +1,678 @@
+"""Deep clustering in scikit-learn's interface: a run of `jkmeans.training` behind an estimator."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import math
+import os
+import shutil
+import tempfile
+import warnings
+import weakref
+from collections.abc import Iterator, Mapping
+from numbers import Integral, Real
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+from scipy.sparse import issparse
+from sklearn.base import (
+    BaseEstimator,
+    ClassNamePrefixFeaturesOutMixin,
+    ClusterMixin,
+    TransformerMixin,
+)
+from sklearn.utils import check_array, check_random_state
+from sklearn.utils._param_validation import Interval, StrOptions
+from sklearn.utils.validation import check_is_fitted, validate_data
+
+from jkmeans import configuration, datasets, evaluation, training
+from jkmeans.configuration import Config
+from jkmeans.errors import CollapseError, UserError
+from jkmeans.estimators.base import at_least
+from jkmeans.interruption import Interrupted
+from jkmeans.methods import METHODS, with_method
+from jkmeans.recorder import METRICS_FILE, read_metrics, silence
+
+BASE: dict[str, Any] = {
+    "seed": 0,  # Root of all random keys: from random_state.
+    "n_seeds": 1,  # An estimator is one model.
+    "n_devices": 0,  # All.
+    "n_clusters": 10,  # K.
+    # Examples come from `fit`; name and path are there because a config is complete.
+    "data.name": "npy",
+    "data.split": "all",
+    "data.path": "/the array that was given to DeepClustering.fit",
+    "data.labels_path": "",  # Labels are never looked at.
+    "data.n_examples": 0,  # All.
+    "data.n_shards": 8,  # Most devices that share the work; part of what makes the bits.
+    "data.placement": "auto",  # On the devices, if they have the room.
+    "data.chunk_mebibytes": 64,  # What the host feeds at once, if they have not.
+    # Random views of images; all 0 for none.
+    "augmentation.shift": 0.0,  # Pixels.
+    "augmentation.rotation": 0.0,  # Degrees.
+    "augmentation.zoom": 0.0,  # Part of the size.
+    "augmentation.invariance": False,  # Clustering sees examples and views, or views only.
+    "network.name": "fully_connected",  # A key of jkmeans.networks.NETWORKS.
+    "network.embedding_dim": 10,  # p.
+    "network.widths": (500, 500, 2000),  # Of hidden layers; mirrored in the decoder.
+    "network.decoder": True,  # Whether there is a reconstruction.
+    "network.normalize": False,  # Whether embeddings have length one.
+    # The first centroids: k-means on the pretrained embeddings.
+    "centroids.init": "k-means++",
+    "centroids.n_init": 20,  # Restarts, of which the best is kept.
+    "centroids.init_max_iter": 100,  # Lloyd iterations of each.
+    # Their re-computation while clustering.
+    "centroids.n_iterations": 10,  # Lloyd iterations each time.
+    "centroids.every": 1,  # Epochs from one to the next.
+    "centroids.bank": "stored",  # Embeddings of the pass, not of its final weights.
+    "centroids.empty": "farthest",  # An empty cluster takes a far example.
+    "centroids.final_max_iter": 300,  # Lloyd iterations after the last epoch.
+    "training.batch_size": 256,
+    "training.n_pretrain_epochs": 50,  # Of the autoencoder alone.
+    "training.pretrained_folder": "",  # Where runs share pretrained networks; '' for nowhere.
+    "training.n_epochs": 50,  # Of clustering.
+    "training.optimizer": "adam",
+    "training.learning_rate": 1e-3,  # Of pretraining.
+    "training.clustering_learning_rate": 1e-3,  # Of clustering.
+    "training.schedule": "constant",  # Of the rate, in each phase.
+    "training.weight_decay": 0.0,  # Of adamw.
+    "training.collapse_ratio": 1e-4,  # Of the first variance; a run stops below it.
+    "reset.every": 0,  # Epochs from one soft reset to the next; 0 for none.
+    "reset.kept": 0.8,  # Part of each weight that a soft reset keeps.
+    "checkpoint.every": 5,  # Epochs from one checkpoint to the next.
+    "checkpoint.keep": 2,  # Newest ones that are kept, besides the best.
+    "report.pictures": False,  # Whether to draw them in the folder of the run.
+}
+"""The config of an estimator by full names, but for the fields of its method."""
+
+FITTED_FILE = "fitted.npz"
+"""What `DeepClustering.save` adds to the folder of a run: labels and embeddings of the fit."""
+
+_FIELDS = {
+    "n_clusters": "n_clusters",
+    "embedding_dim": "network.embedding_dim",
+    "widths": "network.widths",
+    "network": "network.name",
+    "n_pretrain_epochs": "training.n_pretrain_epochs",
+    "n_epochs": "training.n_epochs",
+    "batch_size": "training.batch_size",
+    "learning_rate": "training.learning_rate",
+    "clustering_learning_rate": "training.clustering_learning_rate",
+    "n_devices": "n_devices",
+}
+_OF_THE_DATA = ("data.name", "data.split", "data.path", "data.labels_path", "data.n_examples")
+_GROUPS = {"objective", *(name.split(".")[0] for name in BASE if "." in name)}
+_AUGMENTATION = ("shift", "rotation", "zoom", "invariance")
+_LARGEST_SEED = 2**31 - 1
+# float64 first: it is what anything else, such as lists and objects, becomes.
+_DTYPES = [np.dtype(name) for name in ("float64", *datasets.DTYPES)]
+_STOPPED_BY_CTRL_C = 130
+
+
+class DeepClustering(
+    ClassNamePrefixFeaturesOutMixin, TransformerMixin, ClusterMixin, BaseEstimator
+):
+    """Deep clustering: a network and its centroids, trained together.
+
+    ``fit`` is a run of ``jkmeans.training.train``: an autoencoder is pretrained, k-means on its
+    embeddings gives the first centroids, and the method trains both further. The run has the same
+    bits as one of ``train_and_evaluate`` with the config ``config_`` on the same examples, scale
+    and devices. The same ``random_state`` on the same machine gives the same bits.
+
+    Parameters that still have their default give way to what the method cannot do without (VaDE
+    has a variational network, the autoencoder has no clustering epochs, SwAV has views); others
+    stand, and what contradicts the method is refused.
+
+    Examples are vectors [n, d] or images [n, h, w] or [n, h, w, c]: NumPy arrays, memory maps,
+    anything with ``__array__``, data frames of numbers. Networks compute in float32.
+
+    Args:
+      method: a key of ``jkmeans.methods.METHODS``, such as "idec", "dec", "dcn", "dkm", "vade".
+      n_clusters: K.
+      embedding_dim: p, numbers of an embedding.
+      widths: of the hidden layers, or channels of the convolutions.
+      network: "fully_connected", "convolutional", …, a key of ``jkmeans.networks.NETWORKS``, or a
+        ``module:function`` of your own.
+      n_pretrain_epochs: epochs of the autoencoder alone.
+      n_epochs: epochs of clustering.
+      batch_size: over all devices.
+      learning_rate: of pretraining.
+      clustering_learning_rate: of clustering.
+      augmentation: random views of images: a dictionary with any of shift (pixels), rotation
+        (degrees), zoom (part of the size) and invariance (whether clustering sees examples and
+        views, or views only); None for those of the method, which are none but for SwAV.
+      scale: examples are multiplied by it, in ``fit`` and ever after. "auto" divides unsigned
+        bytes by 255 and leaves all other types as they are; features are best of about unit
+        variance. Give ``predict`` the units that ``fit`` had.
+      options: further fields of the config by their full names, which win over everything above,
+        such as ``{"objective.cluster_weight": 0.1, "centroids.n_init": 5}``; see
+        ``jkmeans.configuration.FIELDS`` and the method.
+      random_state: a seed, a RandomState (a seed is drawn from it), or None for a seed from
+        NumPy's global generator, or that of the run which ``workdir`` holds.
+      n_devices: of the mesh; 0 for all.
+      workdir: folder of the run, with its checkpoints, metrics and TensorBoard events. Where it
+        holds an interrupted run of the same parameters and data, ``fit`` goes on with it. None for
+        a temporary folder, which is removed with the estimator.
+      verbose: whether to show a progress bar, or a line per epoch, and the results.
+
+    Attributes:
+      labels_: [n] int32, the cluster of each example; not there after `load` of a folder that
+        `save` has not written.
+      embeddings_: [n, p] float32, where labels_ is.
+      cluster_centers_: [k, p] float32, in the space of the embeddings.
+      inertia_: sum of squared distances of embeddings to the centers of their clusters.
+      n_features_in_: numbers of an example.
+      feature_names_in_: [d], if X was a data frame with names.
+      n_epochs_: epochs that were trained, pretraining included.
+      history_: a dictionary for each epoch: epoch, phase, loss, …, as in metrics.jsonl.
+      config_: of the run, an ``ml_collections.ConfigDict``.
+      workdir_: path of the folder of the run.
+    """
+
+    _parameter_constraints: ClassVar[dict] = {
+        "method": [str],
+        "n_clusters": [at_least(Integral, 1)],
+        "embedding_dim": [at_least(Integral, 1)],
+        "widths": ["array-like"],
+        "network": [str],
+        "n_pretrain_epochs": [at_least(Integral, 0)],
+        "n_epochs": [at_least(Integral, 0)],
+        "batch_size": [at_least(Integral, 1)],
+        "learning_rate": [Interval(Real, 0, None, closed="neither")],
+        "clustering_learning_rate": [Interval(Real, 0, None, closed="neither")],
+        "augmentation": [dict, None],
+        "scale": [StrOptions({"auto"}), Interval(Real, 0, None, closed="neither")],
+        "options": [dict, None],
+        "random_state": ["random_state"],
+        "n_devices": [at_least(Integral, 0)],
+        "workdir": [str, os.PathLike, None],
+        "verbose": ["verbose"],
+    }
+
+    cluster_centers_: np.ndarray
+    labels_: np.ndarray
+    embeddings_: np.ndarray
+    inertia_: float
+    n_features_in_: int
+    feature_names_in_: np.ndarray
+    n_epochs_: int
+    history_: list[dict[str, Any]]
+    config_: Config
+
+    def __init__(
+        self,
+        method="idec",
+        n_clusters=10,
+        *,
+        embedding_dim=10,
+        widths=(500, 500, 2000),
+        network="fully_connected",
+        n_pretrain_epochs=50,
+        n_epochs=50,
+        batch_size=256,
+        learning_rate=1e-3,
+        clustering_learning_rate=1e-3,
+        augmentation=None,
+        scale: Any = "auto",
+        options=None,
+        random_state=None,
+        n_devices=0,
+        workdir=None,
+        verbose=False,
+    ):
+        self.method = method
+        self.n_clusters = n_clusters
+        self.embedding_dim = embedding_dim
+        self.widths = widths
+        self.network = network
+        self.n_pretrain_epochs = n_pretrain_epochs
+        self.n_epochs = n_epochs
+        self.batch_size = batch_size
+        self.learning_rate = learning_rate
+        self.clustering_learning_rate = clustering_learning_rate
+        self.augmentation = augmentation
+        self.scale = scale
+        self.options = options
+        self.random_state = random_state
+        self.n_devices = n_devices
+        self.workdir = workdir
+        self.verbose = verbose
+
+    def fit(self, X: Any, y: Any = None) -> DeepClustering:
+        """Trains the network and its centroids, or goes on with the run that workdir holds.
+
+        Args:
+          X: [n, d], [n, h, w] or [n, h, w, c], see the class.
+          y: ignored.
+
+        Returns:
+          The estimator.
+
+        Raises:
+          ValueError: a parameter, X or workdir cannot be used.
+          CollapseError: the embeddings shrank to a point or ran away, or the loss is not finite.
+          KeyboardInterrupt: Ctrl-C; with a workdir, the same fit goes on where it stopped.
+        """
+        self._validate_params()
+        X = self._read(X, reset=True)
+        with _value_errors(), _said(self.verbose):
+            config = self._config(self._seed())
+            if len(X) < config.n_clusters:
+                raise ValueError(f"n_samples={len(X)} should be >= n_clusters={config.n_clusters}.")
+            dataset = datasets.from_arrays(X, name="X", scale=self._scale(X))
+            run = _RunFolder.temporary() if self.workdir is None else _RunFolder(self.workdir)
+            with _stops(kept=self.workdir is not None):
+                training.train(config, dataset, run.path)
+            self._adopt(run)
+            found = self._predict(dataset.examples)
+        self.labels_, self.embeddings_ = found.labels, found.embeddings
+        return self
+
+    def fit_transform(self, X: Any, y: Any = None) -> np.ndarray:
+        """Trains, and returns the embeddings of the examples: [n, p] float32.
+
+        Args:
+          X: as for `fit`.
+          y: ignored.
+        """
+        return self.fit(X).embeddings_.copy()
+
+    def predict(self, X: Any) -> np.ndarray:
+        """The cluster of each example.
+
+        Args:
+          X: [n, …] of the shape and in the units of the fit; of any accepted type.
+
+        Returns:
+          [n] int32.
+
+        Raises:
+          NotFittedError: there was no fit.
+          ValueError: X has another shape, or is not finite.
+        """
+        return self._found(X).labels
+
+    def transform(self, X: Any) -> np.ndarray:
+        """The embedding of each example.
+
+        Args:
+          X: as for `predict`.
+
+        Returns:
+          [n, p] float32.
+        """
+        return self._found(X).embeddings
+
+    def score(self, X: Any, y: Any = None) -> float:
+        """Minus the sum of squared distances of embeddings to the centers of their clusters.
+
+        Args:
+          X: as for `predict`.
+          y: ignored.
+        """
+        return -float(np.sum(self._found(X).distances, dtype=np.float64))
+
+    def save(self, folder: str | os.PathLike) -> None:
+        """Writes network, centroids, K and config to a folder, for `load`.
+
+        It is the folder of a run, with its newest checkpoint: ``python -m experiments.predict
+        --workdir FOLDER`` and ``jkmeans.evaluation.load_model`` read it. It appears under its name
+        only when it is whole.
+
+        Args:
+          folder: a new or empty one, or one that `save` has written, which is replaced.
+
+        Raises:
+          NotFittedError: there was no fit.
+          ValueError: the folder holds something else.
+          OSError: it cannot be written.
+        """
+        check_is_fitted(self)
+        folder = Path(folder).expanduser().absolute()
+        _refuse_to_replace(folder)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        new = folder.with_name(f".{folder.name}.new-{os.getpid()}")
+        old = folder.with_name(f".{folder.name}.old-{os.getpid()}")
+        try:
+            self._run.files().write(new)
+            arrays: dict[str, Any] = {}
+            if hasattr(self, "labels_"):
+                arrays |= {"labels": self.labels_, "embeddings": self.embeddings_}
+            if hasattr(self, "feature_names_in_"):
+                arrays["feature_names"] = np.asarray(self.feature_names_in_, str)
+            np.savez(new / FITTED_FILE, **arrays)
+            if folder.exists():
+                os.rename(folder, old)
+            os.rename(new, folder)
+        finally:
+            shutil.rmtree(new, ignore_errors=True)
+            if old.exists() and not folder.exists():
+                os.rename(old, folder)
+            shutil.rmtree(old, ignore_errors=True)
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike, *, n_devices: int | None = None) -> DeepClustering:
+        """A fitted estimator from a folder that `save` has written, or from that of any run.
+
+        The folder may go afterwards. The parameters are those of the run's config: a clone that
+        is fitted on the same data finds the same.
+
+        Args:
+          folder: of `save`, or the workdir of ``experiments.train``.
+          n_devices: of the mesh; None for as many as the run had, 0 for all.
+
+        Raises:
+          ValueError: it holds no checkpoint that can be read.
+        """
+        folder = Path(folder).expanduser().absolute()
+        if not (folder / training.CONFIG_FILE).is_file():
+            raise ValueError(
+                f"{folder} holds no {training.CONFIG_FILE}; accepted: a folder that "
+                f"{cls.__name__}.save has written, or that of a run"
+            )
+        with _value_errors(), _said(verbose=False):
+            there = _RunFolder(folder)
+            trained = there.model(0)
+            config = trained.config
+            estimator = cls(**_parameters(cls, config, trained.scale))
+            if n_devices is not None:
+                estimator.set_params(n_devices=n_devices)
+            estimator._adopt(there.files().unpacked())
+        estimator.n_features_in_ = math.prod(trained.example_shape)
+        if (folder / FITTED_FILE).is_file():
+            with np.load(folder / FITTED_FILE) as arrays:
+                if "labels" in arrays:
+                    estimator.labels_ = arrays["labels"]
+                    estimator.embeddings_ = arrays["embeddings"]
+                if "feature_names" in arrays:
+                    estimator.feature_names_in_ = arrays["feature_names"].astype(object)
+        return estimator
+
+    # The run
+
+    def _config(self, seed: int) -> Config:
+        return configuration.validate(configuration.nest(self._values(seed)))
+
+    def _values(self, seed: int) -> dict[str, Any]:
+        """The config by full names: base, method, parameters, options, each over the last."""
+        values = _flat(with_method(configuration.nest(BASE), self.method))
+        given = {field: _plain(getattr(self, name)) for name, field in _FIELDS.items()}
+        settings = METHODS[self.method].settings
+        for field, value in given.items():
+            if field not in settings or value != BASE[field]:
+                values[field] = value
+        for name, value in (self.augmentation or {}).items():
+            if name not in _AUGMENTATION:
+                raise ValueError(
+                    f"augmentation has a key {name!r}; accepted: {', '.join(_AUGMENTATION)}"
+                )
+            values[f"augmentation.{name}"] = _plain(value)
+        values["seed"] = seed
+        options = {str(name): _plain(value) for name, value in (self.options or {}).items()}
+        for name in options:
+            # Groups are known; a field that is not is refused with all others.
+            group, dot, _ = name.partition(".")
+            if name not in values and not (dot and group in _GROUPS):
+                raise ValueError(
+                    f"options has a key {name!r}; accepted: full names of fields, such as "
+                    "'objective.cluster_weight'"
+                )
+        if options.get("n_seeds", 1) != 1:
+            raise ValueError(
+                f"options has n_seeds = {options['n_seeds']!r}; accepted: 1, and other estimators "
+                "for other seeds"
+            )
+        return values | options
+
+    def _seed(self) -> int:
+        if isinstance(self.random_state, Integral) and self.random_state <= _LARGEST_SEED:
+            return int(self.random_state)
+        if self.random_state is None and self.workdir is not None:
+            with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+                path = Path(self.workdir) / training.CONFIG_FILE
+                return int(json.loads(path.read_text())["seed"])
+        return int(check_random_state(self.random_state).randint(_LARGEST_SEED))
+
+    def _scale(self, X: np.ndarray) -> float:
+        if isinstance(self.scale, str):
+            return 1 / 255 if X.dtype == np.uint8 else 1.0
+        return float(self.scale)
+
+    def _adopt(self, run: _RunFolder) -> None:
+        """Takes over what the folder of a run holds, all of it or nothing."""
+        model = run.model(self.n_devices)
+        history, results = read_metrics(run.path), run.results()
+        self._run, self.config_, self.workdir_ = run, model.config, str(run.path)
+        self.cluster_centers_ = np.array(model.centroids)
+        self.n_epochs_, self.history_ = model.epoch, history
+        if results is not None:
+            self.inertia_ = float(results["inertia"])
+
+    # Examples
+
+    def _read(self, X: Any, *, reset: bool) -> np.ndarray:
+        """The examples, in a type that the trainer knows; their values are not looked at yet."""
+        if not issparse(X) and hasattr(X, "__array__") and not hasattr(X, "columns"):
+            X = X if isinstance(X, np.ndarray) else np.asarray(X)
+        checks: Any = {"dtype": _DTYPES, "ensure_all_finite": False}
+        if np.ndim(X) <= 2:
+            rows: Any = validate_data(self, X, reset=reset, **checks)
+            return rows
+        X = check_array(X, allow_nd=True, input_name="X", estimator=self, **checks)
+        if reset:
+            # Takes back the names of the features of a fit before.
+            validate_data(self, X, reset=True, skip_check_array=True)
+            self.n_features_in_ = math.prod(X.shape[1:])
+        return X
+
+    def _found(self, X: Any) -> evaluation.Prediction:
+        check_is_fitted(self)
+        X = self._read(X, reset=False)
+        with _value_errors(), _said(verbose=False):
+            return self._predict(datasets.check_examples(X, expected_shape=self._shape, name="X"))
+
+    def _predict(self, examples: np.ndarray) -> evaluation.Prediction:
+        return evaluation.predict(self._run.model(self.n_devices), examples)
+
+    @property
+    def _shape(self) -> tuple[int, ...]:
+        return self._run.model(self.n_devices).example_shape
+
+    def __sklearn_is_fitted__(self) -> bool:
+        # A fit that was interrupted has left the features, and no model.
+        return hasattr(self, "_run")
+
+    @property
+    def _n_features_out(self) -> int:
+        return self.cluster_centers_.shape[1]
+
+    def __sklearn_tags__(self):
+        tags = super().__sklearn_tags__()
+        tags.input_tags.three_d_array = True
+        tags.transformer_tags.preserves_dtype = ["float32"]
+        return tags
+
+
+class _Files(dict[str, bytes]):
+    """What of the folder of a run makes a model, by relative path."""
+
+    def write(self, folder: Path) -> None:
+        for name, content in self.items():
+            path = folder / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
+
+    def unpacked(self) -> _RunFolder:
+        run = _RunFolder.temporary()
+        self.write(run.path)
+        return run
+
+
+class _RunFolder:
+    """The folder of a run and the model in it; a pickle holds the files that make the model."""
+
+    def __init__(self, path: str | os.PathLike):
+        self.path = Path(path).expanduser().absolute()
+        self._loaded: dict[int, evaluation.TrainedModel] = {}
+
+    @classmethod
+    def temporary(cls) -> _RunFolder:
+        """A new folder, which is removed with the object."""
+        run = cls.__new__(cls)
+        run._make_temporary()
+        return run
+
+    def _make_temporary(self) -> None:
+        _RunFolder.__init__(self, tempfile.mkdtemp(prefix="jkmeans-"))
+        weakref.finalize(self, _remove, self.path, os.getpid())
+
+    def model(self, n_devices: int) -> evaluation.TrainedModel:
+        """The newest model on so many devices, read once."""
+        n_devices = int(n_devices)
+        if n_devices not in self._loaded:
+            self._loaded[n_devices] = evaluation.load_model(self.path, n_devices=n_devices)
+        return self._loaded[n_devices]
+
+    def results(self) -> dict[str, Any] | None:
+        """What results.json holds; None where the run has not come so far."""
+        try:
+            return json.loads((self.path / training.RESULTS_FILE).read_text())
+        except FileNotFoundError:
+            return None
+
+    def files(self) -> _Files:
+        """The files that make the model: what `jkmeans.evaluation` reads, and the record.
+
+        Raises:
+          ValueError: the folder is gone.
+        """
+        position = max(self._loaded.values(), key=lambda model: model.position).position
+        checkpoint = self.path / training.CHECKPOINT_FOLDER / str(position)
+        optional = [self.path / name for name in (training.RESULTS_FILE, METRICS_FILE)]
+        paths = [
+            self.path / training.CONFIG_FILE,
+            *(path for path in optional if path.exists()),
+            *(path for path in sorted(checkpoint.rglob("*")) if path.is_file()),
+        ]
+        try:
+            if not checkpoint.is_dir():
+                raise FileNotFoundError(2, "No such folder", str(checkpoint))
+            return _Files({str(p.relative_to(self.path)): p.read_bytes() for p in paths})
+        except OSError as error:
+            raise ValueError(
+                f"the folder {self.path} of this estimator's run is gone or cannot be read "
+                f"({error.strerror}); accepted: the folder as fit has left it"
+            ) from error
+
+    def __getstate__(self) -> dict[str, Any]:
+        if not self._loaded:
+            self.model(0)
+        return {"files": self.files()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._make_temporary()
+        state["files"].write(self.path)
+
+
+def _remove(path: Path, process: int) -> None:
+    # A forked process has the object as well, but the folder is its parent's.
+    if os.getpid() == process:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _refuse_to_replace(folder: Path) -> None:
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return
+    if not (folder / FITTED_FILE).is_file() or not (folder / training.CONFIG_FILE).is_file():
+        raise ValueError(
+            f"{folder} is there already and was not written by save; accepted: a new or empty "
+            "folder, or one of an earlier save"
+        )
+
+
+def _parameters(cls: type, config: Config, scale: float) -> dict[str, Any]:
+    """Parameters of an estimator whose config is this one, but for where its data was."""
+    values = _flat(config)
+    name = values["objective.name"]
+    views = {name: values[f"augmentation.{name}"] for name in _AUGMENTATION}
+    parameters: dict[str, Any] = {
+        # A user's own objective is one of joint k-means.
+        "method": name if name in METHODS else "joint",
+        **{name: values[field] for name, field in _FIELDS.items()},
+        "augmentation": views if any(views.values()) else None,
+        "scale": scale,
+        "random_state": values["seed"],
+    }
+    start = cls(**parameters)._values(values["seed"])
+    options = {
+        field: value
+        for field, value in values.items()
+        if start.get(field) != value and field not in _OF_THE_DATA
+    }
+    return parameters | {"options": options or None}
+
+
+def _flat(config: Config) -> dict[str, Any]:
+    """The values of a config by their full names."""
+    flat = {}
+    for name, value in config.to_dict().items():
+        if isinstance(value, Mapping):
+            flat |= {f"{name}.{leaf}": inner for leaf, inner in value.items()}
+        else:
+            flat[name] = value
+    return flat
+
+
+def _plain(value: Any) -> Any:
+    """Python's own type of what may be NumPy's: fields of configs accept these only."""
+    if isinstance(value, np.ndarray | np.generic):
+        value = value.tolist()
+    return tuple(_plain(one) for one in value) if isinstance(value, list | tuple) else value
+
+
+@contextlib.contextmanager
+def _value_errors() -> Iterator[None]:
+    """What is a UserError in the commands is a ValueError here, as in scikit-learn."""
+    try:
+        yield
+    except UserError as error:
+        raise ValueError(str(error)) from error
+
+
+@contextlib.contextmanager
+def _stops(kept: bool) -> Iterator[None]:
+    """What stops a run, as a caller of an estimator knows it.
+
+    Args:
+      kept: whether the folder of the run stays.
+    """
+    try:
+        yield
+    except Interrupted as error:
+        # An Exception would be taken for a failed fit, by a grid search for one, which goes on.
+        if error.exit_status == _STOPPED_BY_CTRL_C:
+            raise KeyboardInterrupt(str(error)) from error
+        raise SystemExit(error.exit_status) from error
+    except CollapseError as error:
+        if kept:
+            raise
+        raise CollapseError(
+            f"{error} (a temporary folder, which is removed: give a workdir to keep it)"
+        ) from error
+
+
+@contextlib.contextmanager
+def _said(verbose: Any) -> Iterator[None]:
+    """Lets the trainer speak, or only its warnings, as warnings."""
+    if verbose:
+        yield
+        return
+    text = io.StringIO()
+    with silence(), contextlib.redirect_stdout(text):
+        yield
+    for line in text.getvalue().splitlines():
+        if line.startswith("warning: "):
+            warnings.warn(line.removeprefix("warning: "), RuntimeWarning, stacklevel=4)
