@@ -17,6 +17,7 @@ def get_config() -> Config:
     """The config; every field is explained in jkmeans/configuration.py."""
     config: Config = ConfigDict()
     config.seed = 0
+    config.n_seeds = 1  # Side by side in one program, from seed on.
     config.n_devices = 0  # All.
     config.n_clusters = 10
 

@@ -23,6 +23,7 @@ Config = Any
 
 FIELDS: dict[str, Field] = {
     "seed": integer(0, "the root of all random keys"),
+    "n_seeds": integer(1, "runs from seed on, side by side in one program"),
     "n_devices": integer(0, "devices of the mesh; 0 for all"),
     "n_clusters": integer(1, "K"),
     "data.name": choice(("digits", "mnist", "fashion-mnist", "npy"), "the data set"),

@@ -22,7 +22,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jkmeans.augmentation import affine_views
 from jkmeans.errors import UserError
-from jkmeans.kmeans.collectives import all_sum
+from jkmeans.kmeans.collectives import all_sum, axis_index
 from jkmeans.methods import Assigned, Batch, Method, example_keys
 from jkmeans.networks import Parameters, fresh_hidden_layers, merge, network_input
 from jkmeans.sharding import (
@@ -36,6 +36,11 @@ from jkmeans.sharding import (
 )
 
 _COUNT = "#examples"  # Among the totals, which otherwise go by the names of loss terms.
+
+
+def axis_of(layout: Layout, mesh: Mesh) -> str | None:
+    """The mesh axis of the examples; None where every device has all of them."""
+    return DATA_AXIS if layout.n_devices == mesh.size else None
 
 
 class Rows(NamedTuple):
@@ -82,10 +87,15 @@ class TrainState(NamedTuple):
     key: jax.Array
 
     @classmethod
-    def specs(cls) -> "TrainState":
-        """How each field lies on the mesh, as a prefix of the state."""
+    def specs(cls, stacked: bool = False) -> "TrainState":
+        """How each field lies on the mesh, as a prefix of the state.
+
+        Args:
+          stacked: whether there is an axis of seeds in front.
+        """
         everywhere = dict.fromkeys(cls._fields, REPLICATED)
-        return cls(**everywhere | {"bank": SHARDED, "labels": SHARDED})  # type: ignore[arg-type]
+        by_row = BY_STEP if stacked else SHARDED
+        return cls(**everywhere | {"bank": by_row, "labels": by_row})  # type: ignore[arg-type]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,7 +169,12 @@ def learning_rate(options, clustering: bool, epoch, step, n_steps: int) -> jax.A
 def make_programs(
     config, graphdef, method: Method, layout: Layout, mesh: Mesh, example_shape, scale: float
 ) -> Programs:
-    """Builds the programs of a run.
+    """Builds the programs of a run, or of ``config.n_seeds`` runs side by side.
+
+    With several seeds the state and the metrics have an axis of seeds in front, over which every
+    program is a ``vmap``; rows have none. Examples must then be on the devices. Where ``layout`` is
+    of one device and the mesh has several, it is the seeds that are sharded, and every device has
+    all rows.
 
     Args:
       config: a validated config; ``training``, ``centroids`` and ``network`` are read.
@@ -172,7 +187,8 @@ def make_programs(
     """
     options = config.training
     optimizer = OPTIMIZERS[options.optimizer](options)
-    axis = DATA_AXIS
+    n_seeds = config.n_seeds
+    axis = axis_of(layout, mesh)
 
     augmentation = config.augmentation
     augmenting = any((augmentation.shift, augmentation.rotation, augmentation.zoom))
@@ -292,7 +308,7 @@ def make_programs(
 
     def order_of(state: TrainState):
         """Rows of each step: [n_steps, shards_per_device · rows_per_step] int32, local."""
-        first = jax.lax.axis_index(axis) * layout.shards_per_device
+        first = axis_index(axis) * layout.shards_per_device
         shards = jnp.arange(layout.shards_per_device)
         epoch_key = _epoch_key(state, 0)
 
@@ -423,35 +439,43 @@ def make_programs(
             key=key,
         )
 
-    states = TrainState.specs()
+    by_row = SHARDED if axis else REPLICATED
+    metrics = REPLICATED if axis else SHARDED
+    states = TrainState.specs(stacked=n_seeds > 1) if axis else SHARDED
     shardings = jax.tree.map(
         lambda spec: NamedSharding(mesh, spec),
-        states,
+        states if axis else TrainState(**dict.fromkeys(TrainState._fields, SHARDED)),  # type: ignore[arg-type]
         is_leaf=lambda leaf: isinstance(leaf, PartitionSpec),
     )
 
     def parallel(function, in_specs, out_specs, *, donate: bool = True):
         """Compiles over the mesh; ``clustering``, where there is one, is static."""
+        axes = [0 if specs is states else None for specs in in_specs]
 
         def call(*arguments, **static):
-            return data_parallel(
-                lambda *local: function(*local, **static), mesh, in_specs, out_specs
-            )(*arguments)
+            def local(*local):
+                return function(*local, **static)
+
+            over_seeds = jax.vmap(local, axes) if n_seeds > 1 else local
+            # Seeds that devices share have no collectives, and nothing replicated to prove.
+            return data_parallel(over_seeds, mesh, in_specs, out_specs, check=axis is not None)(
+                *arguments
+            )
 
         return jax.jit(call, donate_argnums=(0,) if donate else (), static_argnames=("clustering",))
 
     return Programs(
-        create=jax.jit(create, out_shardings=shardings),
-        epoch=parallel(epoch, (states, SHARDED), (states, REPLICATED)),
+        create=jax.jit(jax.vmap(create) if n_seeds > 1 else create, out_shardings=shardings),
+        epoch=parallel(epoch, (states, by_row), (states, metrics)),
         order=parallel(order_of, (states,), BY_STEP, donate=False),
-        steps=parallel(run_steps, (states, SHARDED, BY_STEP, BY_STEP), states),
-        finish=parallel(finish, (states, SHARDED), (states, REPLICATED)),
-        refresh=parallel(refresh, (states, SHARDED), states),
+        steps=parallel(run_steps, (states, by_row, BY_STEP, BY_STEP), states),
+        finish=parallel(finish, (states, by_row), (states, metrics)),
+        refresh=parallel(refresh, (states, by_row), states),
         fill=parallel(fill, (states, BY_STEP, BY_STEP), states),
-        initialize=parallel(initialize, (states, SHARDED), (states, REPLICATED)),
+        initialize=parallel(initialize, (states, by_row), (states, metrics)),
         reset=parallel(reset, (states,), states),
-        restart=parallel(restart, (states, SHARDED), (states, REPLICATED)),
-        assign=parallel(assign, (states, SHARDED, REPLICATED), (states, REPLICATED)),
+        restart=parallel(restart, (states, by_row), (states, metrics)),
+        assign=parallel(assign, (states, by_row, REPLICATED), (states, metrics)),
         shardings=shardings,
     )
 

@@ -186,12 +186,14 @@ def device_dtype(dtype: np.dtype) -> np.dtype:
     return np.dtype(dtype) if small else np.dtype(np.float32)
 
 
-def place_rows(examples: np.ndarray, layout: Layout, mesh: Mesh) -> jax.Array:
-    """Puts examples on the devices: [n_rows, *example_shape], sharded.
+def place_rows(
+    examples: np.ndarray, layout: Layout, mesh: Mesh, spec: PartitionSpec = SHARDED
+) -> jax.Array:
+    """Puts examples on the devices: [n_rows, *example_shape], sharded, or as ``spec`` says.
 
     Each process reads the rows of its own devices only.
     """
-    sharding = NamedSharding(mesh, SHARDED)
+    sharding = NamedSharding(mesh, spec)
 
     def read(index: Any) -> np.ndarray:
         start, stop, _ = index[0].indices(layout.n_rows)
@@ -209,7 +211,9 @@ def place(array: np.ndarray, mesh: Mesh, spec: PartitionSpec) -> jax.Array:
     )
 
 
-def relayout(rows: jax.Array | np.ndarray, layout: Layout, mesh: Mesh) -> jax.Array:
+def relayout(
+    rows: jax.Array | np.ndarray, layout: Layout, mesh: Mesh, spec: PartitionSpec = SHARDED
+) -> jax.Array:
     """Moves rows that were laid out for another number of devices onto this mesh.
 
     Args:
@@ -217,13 +221,14 @@ def relayout(rows: jax.Array | np.ndarray, layout: Layout, mesh: Mesh) -> jax.Ar
         of padding at the end may differ.
       layout: on this mesh.
       mesh: of the data axis.
+      spec: how they lie on it.
     """
     wanted = layout.n_rows
     rows = np.asarray(rows)[:wanted]
     if len(rows) < wanted:
         padding = np.zeros((wanted - len(rows), *rows.shape[1:]), rows.dtype)
         rows = np.concatenate([rows, padding])
-    return place(rows, mesh, SHARDED)
+    return place(rows, mesh, spec)
 
 
 def gather_examples(rows: jax.Array, layout: Layout) -> np.ndarray:

@@ -12,7 +12,7 @@ import resource
 import sys
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +47,6 @@ CONFIG_FILE = "config.json"
 RESULTS_FILE = "results.json"
 CHECKPOINT_FOLDER = "checkpoints"
 REPORT_FOLDER = "report"
-SEEDS_FILE = "seeds.json"
 PAGE_FILE = "report.html"
 
 _MODEL = ("parameters", "clusters")
@@ -68,6 +67,7 @@ def train_and_evaluate(config: Config, workdir: str | os.PathLike) -> dict[str, 
       The results that are in ``results.json``: ``n_examples``, ``n_clusters``, ``inertia``,
       ``embedding_variance``, ``empty_clusters``, ``n_epochs``, ``train_seconds``,
       ``peak_host_mebibytes`` and, where labels exist, ``acc``, ``nmi``, ``ari`` and ``purity``.
+      With ``n_seeds`` above 1, see `jkmeans.seeds.train_side_by_side`.
 
     Raises:
       UserError: the config, the data or the workdir cannot be used.
@@ -96,8 +96,12 @@ def train(config: Config, dataset: datasets.Dataset, workdir: str | os.PathLike)
     config = configuration.validate(config)
     workdir = Path(workdir).absolute()
     configuration.check_data(config, dataset.n_examples, dataset.example_shape)
+    if config.n_seeds > 1:
+        from jkmeans.seeds import train_side_by_side
+
+        return train_side_by_side(config, dataset, workdir)
     mesh = make_mesh(config.n_devices)
-    run = _Run(config, workdir, dataset, mesh)
+    run = Run(config, workdir, dataset, mesh)
     claim_workdir(workdir, config)
     with (
         only_process_in(workdir),
@@ -106,7 +110,7 @@ def train(config: Config, dataset: datasets.Dataset, workdir: str | os.PathLike)
         return run.execute(checkpoints)
 
 
-class _Run:
+class Run:
     """One run in one process: what stays the same from its first epoch to its last."""
 
     def __init__(self, config: Config, workdir: Path, dataset: datasets.Dataset, mesh):
@@ -200,7 +204,7 @@ class _Run:
                 seconds += time.perf_counter() - started
                 if values is not None:
                     epoch += 1
-                    self.check_collapse(values, state, epoch)
+                    self.check_collapse(values, float(state.reference_variance), epoch)
                     if epoch == self.config.training.n_pretrain_epochs:
                         self.keep_pretrained(state, seconds)
                 due = epoch % self.config.checkpoint.every == 0 or epoch == self.n_epochs
@@ -251,7 +255,7 @@ class _Run:
         else:
             program = self._program("epoch", state, self.rows, clustering=clustering)
             state, values = program(state, self.rows)
-        self._await(values, None)
+        self.await_devices(values, None)
         seconds = time.perf_counter() - started - self._compiling
         named = {name: float(value) for name, value in values.items()}
         if clustering:
@@ -275,7 +279,7 @@ class _Run:
             state = program(state, self.rows, rows, examples)
             # One chunk at a time: see docs/architecture.md, "Fake devices".
             done += len(rows)
-            self._await(state.step, done / self.n_steps)
+            self.await_devices(state.step, done / self.n_steps)
             self.recorder.waiting(done / self.n_steps)
             if self.interruption.requested and done < self.n_steps:
                 return state, None
@@ -289,7 +293,7 @@ class _Run:
             return self._program("refresh", state, self.rows)(state, self.rows)
         for rows, examples in self.feeder.chunks(self.feeder.in_row_order()):
             state = self._program("fill", state, rows, examples)(state, rows, examples)
-            self._await(state.step, 0.0)
+            self.await_devices(state.step, 0.0)
         return state
 
     def begin_epoch(self, state: TrainState, n_done: int) -> TrainState:
@@ -301,7 +305,7 @@ class _Run:
             return state
         state = self._program("reset", state)(state)
         state, values = self._restart(self.refresh(state))
-        self._await(values, 0.0)
+        self.await_devices(values, 0.0)
         self.recorder.say(f"soft reset, new clusters: inertia {float(values['inertia']):.4g}")
         return state
 
@@ -312,7 +316,7 @@ class _Run:
         """The first centroids, from the embeddings of all examples."""
         state = self.refresh(state)
         state, values = self._program("initialize", state, self.rows)(state, self.rows)
-        self._await(values, 0.0)
+        self.await_devices(values, 0.0)
         found = {name: float(value) for name, value in values.items()}
         text = (
             f"first centroids ({self.config.centroids.init}): inertia {found['inertia']:.4g}, "
@@ -334,9 +338,13 @@ class _Run:
 
     def scores(self, state: TrainState) -> dict[str, float]:
         """ACC, NMI, ARI and purity of the clusters; empty where the data has no labels."""
+        return self.scores_of(gather_examples(state.labels, self.layout))
+
+    def scores_of(self, labels: np.ndarray) -> dict[str, float]:
+        """The same for labels [n_examples] in the order of the examples."""
         if self.dataset.labels is None:
             return {}
-        return metrics.summarize(self.dataset.labels, gather_examples(state.labels, self.layout))
+        return metrics.summarize(self.dataset.labels, labels)
 
     def finish(self, state: TrainState, seconds: float) -> tuple[TrainState, dict[str, Any]]:
         """Final centroids and labels: k-means on the embeddings by the final weights."""
@@ -348,8 +356,15 @@ class _Run:
         n_iterations = np.int32(self.config.centroids.final_max_iter)
         program = self._program("assign", state, self.rows, n_iterations)
         state, values = program(state, self.rows, n_iterations)
-        self._await(values, 1.0)
+        self.await_devices(values, 1.0)
         found = {name: float(value) for name, value in values.items()}
+        return self.conclude(state, found, seconds + time.perf_counter() - started)
+
+    def conclude(
+        self, state: TrainState, found: dict[str, float], seconds: float
+    ) -> tuple[TrainState, dict[str, Any]]:
+        """The results of a state that is trained and assigned, with what its programs found."""
+        started = time.perf_counter()
         if self.method.on_host is not None:
             state, changed = self.cluster_on_host(state)
             found |= changed
@@ -424,15 +439,20 @@ class _Run:
         config = configuration.to_json(self.config)
         write_page(self.workdir / PAGE_FILE, results=results, config=config, **shared)
 
-    def check_collapse(self, values: dict[str, float], state: TrainState, epoch: int) -> None:
-        """Raises CollapseError where there is nothing left to cluster."""
+    def check_collapse(self, values: dict[str, float], reference: float, epoch: int) -> None:
+        """Raises CollapseError where there is nothing left to cluster.
+
+        Args:
+          values: the metrics of the epoch.
+          reference: the variance of the embeddings that theirs is compared with.
+          epoch: that ended.
+        """
         kept = f"what was saved before is in {self.workdir / CHECKPOINT_FOLDER}"
         if not np.isfinite(values["loss"]) or not np.isfinite(values["embedding_variance"]):
             raise CollapseError(
                 f"the loss is {values['loss']} in epoch {epoch}: training diverged; try a smaller "
                 f"training.learning_rate or objective.centroid_weight; {kept}"
             )
-        reference = float(state.reference_variance)
         least = self.config.training.collapse_ratio * reference
         most = reference / max(self.config.training.collapse_ratio, 1e-30)
         if values["embedding_variance"] > most:
@@ -473,9 +493,16 @@ class _Run:
         )
         return state, found.seconds
 
-    def restore(self, checkpoints: Checkpoints) -> tuple[TrainState, dict[str, Any]] | None:
-        """The newest state that can be read, with its record; None where there is none."""
-        positions = checkpoints.positions()
+    def restore(
+        self, checkpoints: Checkpoints, among: Collection[int] | None = None
+    ) -> tuple[TrainState, dict[str, Any]] | None:
+        """The newest state that can be read, with its record; None where there is none.
+
+        Args:
+          checkpoints: of the run.
+          among: only these positions; all if None.
+        """
+        positions = [p for p in checkpoints.positions() if among is None or p in among]
         for position in reversed(positions):
             try:
                 record = checkpoints.record(position)
@@ -573,7 +600,7 @@ class _Run:
             self._compiling += time.perf_counter() - started
         return self._compiled[key]
 
-    def _await(self, values, fraction: float | None) -> None:
+    def await_devices(self, values, fraction: float | None) -> None:
         """Waits for the devices with an open ear for signals, which a blocking call has not."""
         leaves = jax.tree.leaves(values)
         pause = 0.0005
@@ -638,37 +665,3 @@ def describe_data(dataset: datasets.Dataset) -> dict[str, Any]:
         "scale": dataset.scale,
         "checksum": zlib.crc32(sample.tobytes()),
     }
-
-
-def train_seeds(config: Config, workdir: str | os.PathLike, n_seeds: int) -> dict[str, Any]:
-    """Trains the same config from seeds 0 to n_seeds − 1, one run after the other.
-
-    Args:
-      config: as for `train_and_evaluate`; its seed is replaced.
-      workdir: receives a folder ``seed_<i>`` for each run and ``seeds.json``. Runs that are there
-        already are gone on with, or only read.
-      n_seeds: at least 1.
-
-    Returns:
-      ``{metric: {"mean", "sd", "values"}}`` of every numeric result; sd is the sample standard
-      deviation, 0 for a single seed.
-
-    Raises:
-      UserError, CollapseError, Interrupted: as `train_and_evaluate`.
-    """
-    workdir = Path(workdir)
-    runs = []
-    for seed in range(n_seeds):
-        one = config.copy_and_resolve_references()
-        one.seed = seed
-        runs.append(train_and_evaluate(one, workdir / f"seed_{seed}"))
-    summary = {}
-    for name, first in runs[0].items():
-        if isinstance(first, int | float):
-            values = [run[name] for run in runs]
-            sd = float(np.std(values, ddof=1)) if n_seeds > 1 else 0.0
-            summary[name] = {"mean": float(np.mean(values)), "sd": sd, "values": values}
-    write_json(workdir / SEEDS_FILE, summary)
-    rows = {name: f"{found['mean']:.4g} ± {found['sd']:.2g}" for name, found in summary.items()}
-    results_table(rows, f"{n_seeds} seeds in {workdir}")
-    return summary

@@ -30,7 +30,7 @@ class Listener:
 
 def make_run(dataset=None, **changes):
     config = training.configuration.validate(tiny.config(**changes))
-    run = training._Run(config, None, dataset or tiny.dataset(), make_mesh(config.n_devices))
+    run = training.Run(config, None, dataset or tiny.dataset(), make_mesh(config.n_devices))
     run.recorder = run.interruption = Listener()
     return run
 

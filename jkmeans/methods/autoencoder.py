@@ -19,6 +19,7 @@ from jkmeans.methods.base import (
     assigned,
     check_pretraining,
     first_kmeans,
+    lloyd_algorithm,
     mean_terms,
     reconstruction_error,
 )
@@ -65,6 +66,7 @@ def with_kmeans(config, axis_name: AxisName, objective, warmup_epochs: float = 0
             weights=weights,
             max_iter=n_iterations,
             empty=config.centroids.empty,
+            algorithm=lloyd_algorithm(config),
             axis_name=axis_name,
         )
         return Clusters(result.centroids), assigned(result)

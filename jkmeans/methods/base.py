@@ -206,10 +206,16 @@ def first_kmeans(config, axis_name: AxisName) -> Callable:
             empty=options.empty,
             weights=weights,
             index=index,
+            algorithm=lloyd_algorithm(config),
             axis_name=axis_name,
         )
 
     return fit
+
+
+def lloyd_algorithm(config) -> str:
+    """What `kmeans.lloyd` is to use: bounds are not made for a ``vmap`` over seeds."""
+    return "auto" if config.n_seeds == 1 else "lloyd"
 
 
 def assign_by(predict: Callable, clusters, bank, weights, axis_name: AxisName) -> Assigned:
