@@ -1,0 +1,137 @@
+"""Several seeds in one program are the runs that each of them would be."""
+
+import json
+
+import numpy as np
+import pytest
+
+from jkmeans import evaluation, training
+from jkmeans.errors import CollapseError, UserError
+from jkmeans.interruption import Interrupted
+from jkmeans.methods import with_method
+from jkmeans.recorder import read_metrics
+from tests import tiny
+
+N_SEEDS = 4
+
+
+def side_by_side(workdir, config, **changes):
+    for name, value in {"n_seeds": N_SEEDS, "seed": 3, **changes}.items():
+        setattr(config, name, value)
+    return training.train(config, tiny.dataset(), workdir)
+
+
+def alone(workdir, config, seed):
+    config = config.copy_and_resolve_references()
+    config.n_seeds, config.seed = 1, seed
+    return training.train(config, tiny.dataset(), workdir)
+
+
+def records(workdir):
+    timed = ("seconds", "examples_per_second")
+    return [
+        {k: v for k, v in record.items() if k not in timed and isinstance(v, float)}
+        for record in read_metrics(workdir)
+    ]
+
+
+# One method that re-clusters, one with learned clusters, one with steps of its own.
+@pytest.mark.parametrize(
+    ("method", "n_devices"),
+    [
+        ("joint", 1),
+        ("dec", 2),
+        pytest.param("dcn", 1, marks=pytest.mark.slow),
+        pytest.param("dec", 3, marks=pytest.mark.slow),
+    ],
+)
+def test_equal_to_runs_of_their_own(tmp_path, method, n_devices):
+    config = with_method(tiny.config(n_devices=n_devices), method)
+    summary = side_by_side(tmp_path / "together", config)
+    for i, seed in enumerate((3, 6)):
+        one = alone(tmp_path / f"alone_{seed}", config, seed)
+        folder = tmp_path / "together" / f"seed_{seed}"
+        results = json.loads((folder / "results.json").read_text())
+        position = (0, 3)[i]
+        assert summary["inertia"]["values"][position] == results["inertia"]
+        np.testing.assert_allclose(results["inertia"], one["inertia"], rtol=1e-4)
+        assert results["acc"] == one["acc"]
+        pairs = zip(records(folder), records(tmp_path / f"alone_{seed}"), strict=True)
+        for ours, theirs in pairs:
+            assert ours.keys() == theirs.keys()
+            for name in ours:
+                np.testing.assert_allclose(ours[name], theirs[name], rtol=1e-3, atol=1e-5)
+        model = evaluation.load_model(folder)
+        x, _ = tiny.blobs()
+        np.testing.assert_allclose(
+            model.centroids,
+            evaluation.load_model(tmp_path / f"alone_{seed}").centroids,
+            rtol=1e-3,
+            atol=1e-3,
+        )
+        assert evaluation.predict(model, x).labels.shape == (len(x),)
+
+
+def test_seeds_differ_and_are_summarised(tmp_path):
+    summary = side_by_side(tmp_path, tiny.config())
+    values = summary["inertia"]["values"]
+    assert len(set(values)) == N_SEEDS
+    np.testing.assert_allclose(summary["inertia"]["mean"], np.mean(values))
+    np.testing.assert_allclose(summary["inertia"]["sd"], np.std(values, ddof=1))
+    assert json.loads((tmp_path / "seeds.json").read_text()) == summary
+    means = [record["loss"] for record in read_metrics(tmp_path)]
+    each = [
+        [record["loss"] for record in read_metrics(tmp_path / f"seed_{seed}")]
+        for seed in range(3, 3 + N_SEEDS)
+    ]
+    np.testing.assert_allclose(means, np.mean(each, axis=0), rtol=1e-6)
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, monkeypatch):
+    whole = side_by_side(tmp_path / "whole", tiny.config())
+
+    class Once:
+        """An interruption that is asked for in the second epoch."""
+
+        requested = True
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *exception):
+            return None
+
+        def announced(self):
+            return False
+
+        def leave(self):
+            raise Interrupted(15)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("jkmeans.seeds.Interruption", Once)
+        with pytest.raises(Interrupted):
+            side_by_side(tmp_path / "parts", tiny.config())
+    assert len(read_metrics(tmp_path / "parts")) == 1
+    parts = side_by_side(tmp_path / "parts", tiny.config())
+    assert parts["inertia"]["values"] == whole["inertia"]["values"]
+    assert len(read_metrics(tmp_path / "parts" / "seed_3")) == 4
+    # And a finished one is only read.
+    again = side_by_side(tmp_path / "parts", tiny.config())
+    assert again["inertia"] == parts["inertia"]
+
+
+def test_a_run_that_one_seed_left_can_go_on_alone(tmp_path):
+    side_by_side(tmp_path, tiny.config())
+    config = tiny.config()
+    assert alone(tmp_path / "seed_4", config, 4)["n_epochs"] == 4
+
+
+def test_fed_examples_are_refused(tmp_path):
+    with pytest.raises(UserError, match=r"n_seeds is 4, but the examples are fed .* accepted: 1"):
+        side_by_side(tmp_path, tiny.config(data__placement="host"))
+
+
+def test_the_collapse_of_one_seed_ends_them_all(tmp_path):
+    config = tiny.config(training__collapse_ratio=0.999)
+    with pytest.raises(CollapseError):
+        side_by_side(tmp_path, config)
