@@ -35,6 +35,8 @@ from jkmeans.sharding import (
     to_varying,
 )
 
+CLUSTER_SIZES = "cluster_sizes"
+"""The one metric that is not a scalar: [k], examples of each cluster."""
 _COUNT = "#examples"  # Among the totals, which otherwise go by the names of loss terms.
 
 
@@ -356,6 +358,7 @@ def make_programs(
             "inertia": assigned.inertia,
             "empty_clusters": jnp.sum(assigned.counts == 0).astype(jnp.int32),
             "relocated_clusters": assigned.n_relocated,
+            CLUSTER_SIZES: assigned.counts,
         }
         return state._replace(clusters=clusters, labels=assigned.labels), metrics
 

@@ -28,9 +28,10 @@ TENSORBOARD_FOLDER = "tensorboard"
 
 # The remaining time follows the last few epochs: long enough to average over epochs that also
 # re-cluster, short enough to follow a machine that has become slower.
+MOST_SIZES = 200  # More clusters than that are not recorded one by one.
 RECENT_EPOCHS = 10
 
-_RESERVED = ("epoch", "phase", "time", "seconds", "examples_per_second")
+_RESERVED = ("epoch", "phase", "time", "seconds", "examples_per_second", "cluster_sizes")
 
 _silent = contextvars.ContextVar("silent", default=False)
 
@@ -109,6 +110,7 @@ class Recorder:
         metrics: Mapping[str, Any],
         n_examples: int,
         seconds: float,
+        sizes: np.ndarray | None = None,
     ) -> None:
         """Records a finished epoch.
 
@@ -118,6 +120,8 @@ class Recorder:
             metrics: scalars by name; NaN and infinity are written as null.
             n_examples: examples seen in the epoch.
             seconds: duration of the epoch, compilation left out.
+            sizes: examples of each cluster, [k]; written as ``cluster_sizes`` where there are at
+                most MOST_SIZES.
 
         Raises:
             ValueError: a metric has the name of a field that the recorder writes itself.
@@ -144,6 +148,8 @@ class Recorder:
             "examples_per_second": None if rate is None else round(rate, 1),
             **values,
         }
+        if sizes is not None and len(sizes) <= MOST_SIZES:
+            record["cluster_sizes"] = [round(float(size)) for size in sizes]
         # One write per line: a run that is killed leaves at most one torn line, the last.
         self._metrics.write(json.dumps(record, allow_nan=False) + "\n")
         self._metrics.flush()

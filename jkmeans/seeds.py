@@ -19,7 +19,7 @@ import numpy as np
 from jkmeans import datasets
 from jkmeans.checkpoints import Checkpoints
 from jkmeans.configuration import Config
-from jkmeans.epoch import Rows, TrainState, axis_of, make_programs
+from jkmeans.epoch import CLUSTER_SIZES, Rows, TrainState, axis_of, make_programs
 from jkmeans.errors import UserError
 from jkmeans.interruption import Interruption
 from jkmeans.methods import make_method
@@ -39,6 +39,7 @@ from jkmeans.training import (
     CHECKPOINT_FOLDER,
     Run,
     claim_workdir,
+    scalars,
     train_and_evaluate,
 )
 from jkmeans.workdir import device_room, only_process_in, write_json
@@ -234,8 +235,11 @@ class _SideBySide:
             named = self._named(state, values)
             phase = "cluster" if epoch > config.training.n_pretrain_epochs else "pretrain"
             n_examples = self.dataset.n_examples
-            for one, found in zip(recorders, named, strict=True):
-                one.epoch(phase, epoch, found, n_examples, duration - self._compiling)
+            sizes = (
+                to_host(values[CLUSTER_SIZES]) if CLUSTER_SIZES in values else [None] * len(named)
+            )
+            for one, found, of_one in zip(recorders, named, sizes, strict=True):
+                one.epoch(phase, epoch, found, n_examples, duration - self._compiling, of_one)
             means = {name: float(np.mean([found[name] for found in named])) for name in named[0]}
             recorder.epoch(phase, epoch, means, n_examples * len(named), duration - self._compiling)
             references = to_host(state.reference_variance)
@@ -281,14 +285,17 @@ class _SideBySide:
         seconds = (seconds + time.perf_counter() - started) / len(self.runs)
         ends = []
         for i, (run, one) in enumerate(zip(self.runs, self._unstack(state), strict=True)):
-            found = {name: float(to_host(value)[i]) for name, value in values.items()}
+            found = scalars({name: to_host(value)[i] for name, value in values.items()})
             ends.append(run.conclude(one, found, seconds))
         return [results for _, results in ends], [one for one, _ in ends]
 
     def _named(self, state: TrainState, values) -> list[dict[str, float]]:
         """The metrics of an epoch, of each seed."""
         hosts = {name: to_host(value) for name, value in values.items()}
-        named = [{k: float(v[i]) for k, v in hosts.items()} for i in range(len(self.runs))]
+        named = [
+            scalars({name: value[i] for name, value in hosts.items()})
+            for i in range(len(self.runs))
+        ]
         if "inertia" in hosts:
             labels = to_host(state.labels)[:, self.layout.row_index() >= 0]
             for run, found, one in zip(self.runs, named, labels, strict=True):

@@ -12,7 +12,7 @@ import resource
 import sys
 import time
 import zlib
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ import numpy as np
 from jkmeans import configuration, datasets, metrics, pretrained
 from jkmeans.checkpoints import Checkpoints, DamagedError
 from jkmeans.configuration import Config
-from jkmeans.epoch import Rows, TrainState, make_programs
+from jkmeans.epoch import CLUSTER_SIZES, Rows, TrainState, make_programs
 from jkmeans.errors import CollapseError, UserError
 from jkmeans.feeding import HostFeeder
 from jkmeans.interruption import Interruption
@@ -257,7 +257,7 @@ class Run:
             state, values = program(state, self.rows)
         self.await_devices(values, None)
         seconds = time.perf_counter() - started - self._compiling
-        named = {name: float(value) for name, value in values.items()}
+        named = scalars(values)
         if clustering:
             named |= self.scores(state)
         self.recorder.epoch(
@@ -266,6 +266,7 @@ class Run:
             named,
             round(self.dataset.n_examples * (1 - first_step / self.n_steps)),
             seconds,
+            to_host(values[CLUSTER_SIZES]) if CLUSTER_SIZES in values else None,
         )
         return state, named
 
@@ -317,7 +318,7 @@ class Run:
         state = self.refresh(state)
         state, values = self._program("initialize", state, self.rows)(state, self.rows)
         self.await_devices(values, 0.0)
-        found = {name: float(value) for name, value in values.items()}
+        found = scalars(values)
         text = (
             f"first centroids ({self.config.centroids.init}): inertia {found['inertia']:.4g}, "
             f"variance of the embeddings {found['embedding_variance']:.4g}, "
@@ -357,7 +358,7 @@ class Run:
         program = self._program("assign", state, self.rows, n_iterations)
         state, values = program(state, self.rows, n_iterations)
         self.await_devices(values, 1.0)
-        found = {name: float(value) for name, value in values.items()}
+        found = scalars(values)
         return self.conclude(state, found, seconds + time.perf_counter() - started)
 
     def conclude(
@@ -612,6 +613,11 @@ class Run:
             if self.interruption.announced():
                 self.recorder.say("stopping at the next safe place; once more to stop at once")
         jax.block_until_ready(leaves)
+
+
+def scalars(values: Mapping[str, jax.Array]) -> dict[str, float]:
+    """The metrics of a program that are numbers."""
+    return {name: float(value) for name, value in values.items() if name != CLUSTER_SIZES}
 
 
 def claim_workdir(workdir: Path, config: Config) -> None:
