@@ -12,7 +12,14 @@ from ml_collections import ConfigDict
 
 from jkmeans.errors import UserError
 from jkmeans.naming import resolve
-from jkmeans.networks import NETWORKS, make_network, merge, split, unit_norm
+from jkmeans.networks import (
+    NETWORKS,
+    fresh_hidden_layers,
+    make_network,
+    merge,
+    split,
+    unit_norm,
+)
 
 SHAPES = ((8, 8), (28, 28), (7, 5, 3), (12,))
 CASES = [
@@ -55,7 +62,10 @@ def test_shapes_and_gradients(name, shape):
             network = merge(graphdef, parameters)
             z = network.encode(x)
             reconstruction = network.decode(z)
-            return jnp.mean((reconstruction - x) ** 2), (z, reconstruction)
+            value = jnp.mean((reconstruction - x) ** 2)
+            if name == "variational":
+                value += jnp.mean(network.encode_distribution(x)[1])
+            return value, (z, reconstruction)
 
         return jax.grad(loss, has_aux=True)(parameters)
 
@@ -142,6 +152,25 @@ def test_fully_connected_equals_numpy():
     np.testing.assert_allclose(network.decode(jnp.asarray(z, jnp.float32)), out, atol=1e-5)
 
 
+# The variational one.
+
+
+def test_distributions_equal_numpy():
+    network = network_of("variational", (7, 5, 3))
+    w = {k: np.asarray(v, np.float64) for k, v in split(network)[1].items()}
+    assert w["log_variance/kernel"].shape == (5, 4)
+    h = np.float64(examples((7, 5, 3))).reshape(3, -1)
+    for i in range(2):
+        h = np.maximum(h @ w[f"encoder/{i}/kernel"] + w[f"encoder/{i}/bias"], 0)
+    mean, log_variance = network.encode_distribution(examples((7, 5, 3)))
+    expected = h @ w["log_variance/kernel"] + w["log_variance/bias"]
+    np.testing.assert_allclose(log_variance, expected, atol=1e-5)
+    expected = h @ w["encoder/2/kernel"] + w["encoder/2/bias"]
+    np.testing.assert_allclose(mean, expected, atol=1e-5)
+    # What is clustered is the mean.
+    np.testing.assert_array_equal(mean, network.encode(examples((7, 5, 3))))
+
+
 # The convolutional one.
 
 
@@ -198,6 +227,40 @@ def test_split_and_merge_of_more_than_ten_layers():
     numbered = {name: np.float32(i) for i, name in enumerate(parameters)}
     # Through a tree map, which sorts names as text.
     assert split(merge(graphdef, jax.tree.map(lambda leaf: leaf, numbered)))[1] == numbered
+
+
+# Parts of a network.
+
+
+@pytest.mark.parametrize(("name", "shape"), [*CASES[:1], ("variational", (12,)), CASES[-1]])
+def test_hidden_layers_are_those_before_the_embedding(name, shape):
+    network = network_of(name, shape)
+    parameters = numpy_parameters(network)
+    fresh = fresh_hidden_layers(options(name), shape, jax.random.key(9))
+    heads = {"encoder/2", "to_embedding", "log_variance"}
+    of_encoder = {p for p in parameters if not p.startswith(network.decoder_layers)}
+    assert set(fresh) == {p for p in of_encoder if p.rsplit("/", 1)[0] not in heads}
+    assert len(fresh) == 4  # Weights and biases of two layers.
+    for path, value in fresh.items():
+        assert value.shape == parameters[path].shape
+        if path.endswith("kernel"):
+            assert not np.any(value == parameters[path])
+    assert set(fresh_hidden_layers(options(name, decoder=False), shape, jax.random.key(9))) == {
+        *fresh
+    }
+
+
+@pytest.mark.parametrize(("name", "shape"), [*CASES[:1], ("variational", (12,)), CASES[-1]])
+def test_decoder_layers_are_those_of_the_decoder_alone(name, shape):
+    whole = set(numpy_parameters(network_of(name, shape)))
+    half = set(numpy_parameters(network_of(name, shape, decoder=False)))
+    starts = network_of(name, shape).decoder_layers
+    assert {path for path in whole if path.startswith(starts)} == whole - half
+
+
+def test_a_network_without_hidden_layers_is_not_reset():
+    with pytest.raises(UserError, match="which has no hidden_layers .* accepted: reset.every = 0"):
+        fresh_hidden_layers(options("tests.user_code:good"), (12,), jax.random.key(0))
 
 
 # The user's own.
