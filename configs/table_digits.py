@@ -26,7 +26,7 @@ def get_config() -> Config:
 
     config: Config = ConfigDict()
     config.n_seeds = 5
-    config.runs = ConfigDict()
+    config.runs = ConfigDict(sort_keys=False)  # The order of the rows.
     config.runs["autoencoder"] = with_method(base, "autoencoder")
     config.runs["joint"] = with_method(base, "joint")
     config.runs["dec"] = with_method(base, "dec")

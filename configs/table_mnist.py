@@ -14,7 +14,7 @@ def get_config() -> Config:
     """The config: ``runs`` holds one complete config for each row."""
     config: Config = ConfigDict()
     config.n_seeds = 3
-    config.runs = ConfigDict(rows(mnist.get_config()))
+    config.runs = ConfigDict(rows(mnist.get_config()), sort_keys=False)  # In this order.
     return config
 
 

@@ -2,8 +2,9 @@
 
     python -m experiments.table --config configs/table_digits.py --workdir runs/table
 
-Finished runs are not trained again: the same command goes on where it stopped. --methods=dec,idec
-trains only these rows.
+Runs that have ended are not trained again: the same command goes on where it stopped.
+--methods=dec,idec trains only these rows; a name with a comma has double quotes:
+--methods='dec,"dec, BRB"'.
 """
 
 from absl import flags

@@ -4,26 +4,28 @@ import csv
 import io
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from ml_collections import ConfigDict
 
-from jkmeans import configuration
+from jkmeans import configuration, training
 from jkmeans.configuration import Config
 from jkmeans.errors import CollapseError, UserError
 from jkmeans.fields import integer
-from jkmeans.published import PUBLISHED, Published
+from jkmeans.published import Published, published_result
 from jkmeans.recorder import results_table
 from jkmeans.workdir import write_json
 
-TABLE_NAMES = ("table.md", "table.tex", "table.csv", "runs.csv", "table.png")
+TABLE_NAMES = ("table.md", "table.tex", "table.csv", "runs.csv", "table.json", "table.png")
 PRETRAINED_FOLDER = "pretrained"
+COLLAPSE_FILE = "collapsed.json"
 SCORES = ("acc", "nmi", "ari")
 
 _N_SEEDS = integer(1, "seeds of every method, from 0 on")
+_LONGEST_NAME = 100  # Letters may take four bytes each, and names of files 255.
 
 
 class Row(NamedTuple):
@@ -47,49 +49,46 @@ def compare(
 ) -> dict[str, dict[str, Any]]:
     """Trains every method of a table from every seed, and writes the table.
 
-    Networks are pretrained once for each seed and kind of network, and shared. Runs that are
-    finished are only read; one that was interrupted goes on. A run that collapses is counted as
-    such and the others go on. The table is written anew after every run.
+    Networks are pretrained once for each seed and kind of network, and shared. A run that has ended
+    is only read; one that was interrupted goes on. A run that collapses is counted as such and the
+    others go on; since it would collapse again, it is not trained again until its folder is
+    deleted. The table is written anew after every run.
 
     Args:
-      config: ``n_seeds``, and ``runs``: by the name of its row, the complete config of each.
+      config: ``n_seeds``, and ``runs``: by the name of its row, the complete config of each. The
+        seeds are 0 to n_seeds − 1, whatever these say. Rows have the order of ``runs``: that of the
+        author in a ``ConfigDict(sort_keys=False)``, that of the alphabet in any other.
       workdir: receives a folder ``<row>/seed_<i>`` for each run, ``pretrained/``, ``table.md``,
-        ``table.tex``, ``table.csv``, ``runs.csv`` (every run), ``table.png`` and ``table.json``.
-      only: names of the rows to train; all if empty. The table has every row that was run.
+        ``table.tex``, ``table.csv``, ``runs.csv`` (every run), ``table.json`` and, where data have
+        labels, ``table.png``.
+      only: names of the rows to train; all if empty. The others are in the table as far as they
+        have been trained before.
 
     Returns:
       What is in ``table.json``: by row and metric, ``mean``, ``sd`` (sample standard deviation,
-      0 for one seed) and ``values``.
+      0 for one seed) and ``values``; and ``failures``, a seed and a sentence each.
 
     Raises:
-      UserError: a config cannot be used, or there is no such row.
+      UserError: a config cannot be used or is not the one of the run that is there, or there is no
+        such row.
       Interrupted: Ctrl-C or SIGTERM came; everything is saved.
     """
-    from jkmeans.training import train_and_evaluate
-
-    n_seeds, runs = _validated(config, only)
+    n_seeds, configs = _validated(config, only)
     workdir = Path(workdir).absolute()
-    rows = {name: Row(name, [], [], _published(name, one)) for name, one in runs.items()}
-    chosen = [name for name in runs if not only or name in only]
-    # Seed by seed, so that an unfinished table has something of every method.
-    for seed in range(n_seeds):
-        for name in chosen:
-            one = runs[name].copy_and_resolve_references()
-            one.seed = seed
-            if not one.training.pretrained_folder:
-                one.training.pretrained_folder = str(workdir / PRETRAINED_FOLDER)
-            folder = run_folder(workdir, name, seed)
-            print(f"— {name}, seed {seed} of {n_seeds}: {folder}", flush=True)
-            try:
-                results = _finished(folder, one) or train_and_evaluate(one, folder)
-                rows[name].runs.append({"seed": seed, **results})
-            except CollapseError as error:
-                rows[name].failures.append((seed, str(error)))
-                print(f"{name}, seed {seed}: {error}", flush=True)
-            summary = write_tables(workdir, list(rows.values()))
+    runs = _runs_of(configs, n_seeds, workdir)
+    chosen = [run for run in runs if not only or run.name in only]
+    for run in chosen:
+        run.check_folder()
+    for number, run in enumerate(chosen, start=1):
+        if run.has_ended():
+            continue
+        print(f"— run {number} of {len(chosen)}: {run.name}, seed {run.seed}", flush=True)
+        run.train()
+        write_tables(workdir, _rows(runs))
+    summary = write_tables(workdir, _rows(runs))
     results_table(
-        {name: _cell(found.get("acc") or found["inertia"]) for name, found in summary.items()},
-        f"{n_seeds} seeds in {workdir}",
+        {name: _headline(found) for name, found in summary.items()},
+        f"{n_seeds} seed{'s' if n_seeds > 1 else ''} in {workdir}",
     )
     return summary
 
@@ -100,9 +99,101 @@ def run_folder(workdir: Path, name: str, seed: int) -> Path:
     return workdir / plain / f"seed_{seed}"
 
 
+class _Run(NamedTuple):
+    """One seed of one row. What became of it is read from its folder, never remembered."""
+
+    name: str
+    seed: int
+    config: Config
+    folder: Path
+
+    def check_folder(self) -> None:
+        """Refuses a folder with another config now, not after hours of other runs."""
+        if (self.folder / training.CONFIG_FILE).exists():
+            training.claim_workdir(self.folder, self.config)
+
+    def train(self) -> None:
+        try:
+            training.train_and_evaluate(self.config, self.folder)
+        except CollapseError as error:
+            write_json(self.folder / COLLAPSE_FILE, {"error": str(error)})
+            print(f"{self.name}, seed {self.seed}: {error}", flush=True)
+        except UserError as error:
+            raise UserError(f"config.runs[{self.name!r}], seed {self.seed}: {error}") from error
+
+    def has_ended(self) -> bool:
+        """Whether there is nothing to train; where its data may have changed, it sees to that."""
+        results, collapse = self.outcome()
+        ended = training.RESULTS_FILE if results else COLLAPSE_FILE
+        return bool(results or collapse) and not self._data_may_differ(self.folder / ended)
+
+    def outcome(self) -> tuple[dict[str, Any] | None, str | None]:
+        """The results, or else the sentence of the collapse, where there is one of this config."""
+        there = self._config_there()
+        if there is None or configuration.differences(self.config, there):
+            return None, None
+        results = _read_object(self.folder / training.RESULTS_FILE)
+        if results:
+            return results, None
+        collapse = _read_object(self.folder / COLLAPSE_FILE)
+        return None, collapse.get("error")
+
+    def _config_there(self) -> Config | None:
+        try:
+            return configuration.from_json(_read_object(self.folder / training.CONFIG_FILE))
+        except UserError:
+            return None
+
+    def _data_may_differ(self, ended: Path) -> bool:
+        there = self._config_there()
+        ours = (self.config.data.path, self.config.data.labels_path)
+        if there is None or ours != (there.data.path, there.data.labels_path):
+            return True
+        files = [Path(name) for name in ours if name]
+        return any(f.exists() and f.stat().st_mtime > ended.stat().st_mtime for f in files)
+
+
+def _runs_of(configs: Mapping[str, Config], n_seeds: int, workdir: Path) -> list[_Run]:
+    """Seed by seed, so that an unfinished table has something of every method."""
+    runs = []
+    for seed in range(n_seeds):
+        for name, config in configs.items():
+            one = config.copy_and_resolve_references()
+            one.seed = seed
+            if not one.training.pretrained_folder:
+                one.training.pretrained_folder = str(workdir / PRETRAINED_FOLDER)
+            runs.append(_Run(name, seed, one, run_folder(workdir, name, seed)))
+    return runs
+
+
+def _rows(runs: Sequence[_Run]) -> list[Row]:
+    """The rows as they are on disk, where other processes may have trained some of them."""
+    rows: dict[str, Row] = {}
+    for run in runs:
+        row = rows.setdefault(run.name, Row(run.name, [], [], published_result(run.config)))
+        results, collapse = run.outcome()
+        if results:
+            row.runs.append({"seed": run.seed, **results})
+        elif collapse:
+            row.failures.append((run.seed, collapse))
+    return list(rows.values())
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file; empty where there is none that can be read."""
+    try:
+        values = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return values if isinstance(values, dict) else {}
+
+
 def _validated(config: Config, only: Sequence[str]) -> tuple[int, dict[str, Config]]:
-    unknown = sorted(set(config.keys()) - {"n_seeds", "runs"})
-    missing = sorted({"n_seeds", "runs"} - set(config.keys()))
+    fields = {"n_seeds", "runs"}
+    if not isinstance(config, ConfigDict):
+        raise UserError(f"the config of a table is {config!r}; accepted: n_seeds and runs")
+    unknown = sorted(map(str, set(config.keys()) - fields))
+    missing = sorted(fields - set(config.keys()))
     if unknown or missing:
         what = f"has a field {unknown[0]!r}" if unknown else f"lacks the field {missing[0]!r}"
         raise UserError(f"the config of a table {what}; accepted: n_seeds and runs")
@@ -113,39 +204,53 @@ def _validated(config: Config, only: Sequence[str]) -> tuple[int, dict[str, Conf
             f"config.n_seeds is {config.n_seeds!r}; accepted: {_N_SEEDS.accepted}"
         ) from None
     if not isinstance(config.runs, ConfigDict) or not config.runs:
-        raise UserError(f"config.runs is {config.runs!r}; accepted: configs by the name of a row")
-    runs = {}
-    for name, one in config.runs.items():
-        try:
-            runs[name] = configuration.validate(one)
-        except UserError as error:
-            raise UserError(f"config.runs[{name!r}]: {error}") from None
-    folders = {run_folder(Path(), name, 0) for name in runs}
-    if len(folders) < len(runs):
-        raise UserError(
-            f"config.runs has rows {', '.join(map(repr, runs))}, of which two share a folder; "
-            "accepted: names that differ in letters and digits"
-        )
+        raise UserError(f"config.runs is {_shown(config.runs)}; accepted: configs by names of rows")
+    _refuse_names(list(config.runs))
+    runs = {name: _validated_run(name, one) for name, one in config.runs.items()}
     strange = [name for name in only if name not in runs]
     if strange:
         raise UserError(f"--methods names {strange[0]!r}; accepted: {', '.join(map(repr, runs))}")
     return n_seeds, runs
 
 
-def _published(name: str, config: Config) -> Published | None:
-    if config.data.split != "all" or config.data.n_examples:
-        return None
-    return PUBLISHED.get(config.data.name, {}).get(name)
-
-
-def _finished(folder: Path, config: Config) -> dict[str, Any] | None:
-    """The results of a run that is finished, without loading its data again."""
+def _validated_run(name: str, config: Config) -> Config:
+    if not isinstance(config, ConfigDict):
+        raise UserError(f"config.runs[{name!r}] is {config!r}; accepted: a complete config")
     try:
-        there = configuration.from_json(json.loads((folder / "config.json").read_text()))
-        results = json.loads((folder / "results.json").read_text())
-    except (OSError, ValueError, UserError):
-        return None
-    return None if configuration.differences(config, there) else results
+        config = configuration.validate(config)
+    except UserError as error:
+        raise UserError(f"config.runs[{name!r}]: {error}") from None
+    if config.n_seeds != 1:
+        raise UserError(
+            f"config.runs[{name!r}].n_seeds is {config.n_seeds}; accepted: 1, since n_seeds of the "
+            "table says how many"
+        )
+    return config
+
+
+def _refuse_names(names: Sequence[Any]) -> None:
+    folders: dict[str, str] = {PRETRAINED_FOLDER: "the folder of pretrained networks"}
+    for name in names:
+        # Printable text has no line breaks, which would cut a row of a table in two.
+        text = isinstance(name, str) and name.isprintable() and name.strip() == name
+        if not text or not 0 < len(name) <= _LONGEST_NAME:
+            raise UserError(
+                f"config.runs has a row {_shown(name)}; accepted: 1 to {_LONGEST_NAME} printable "
+                "characters, with no space before or after them"
+            )
+        # Some file systems take small and capital letters for the same.
+        folder = run_folder(Path(), name, 0).parent.name.casefold()
+        if folder in folders:
+            raise UserError(
+                f"config.runs has a row {name!r}, which would share a folder with "
+                f"{folders[folder]}; accepted: names that differ in letters and digits"
+            )
+        folders[folder] = f"the row {name!r}"
+
+
+def _shown(value: Any) -> str:
+    shown = repr(value.to_dict() if isinstance(value, ConfigDict) else value)
+    return shown if len(shown) <= 100 else f"{shown[:100]}…"
 
 
 def write_tables(workdir: Path, rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
@@ -153,20 +258,25 @@ def write_tables(workdir: Path, rows: Sequence[Row]) -> dict[str, dict[str, Any]
     rows = [row for row in rows if row.runs or row.failures]
     workdir.mkdir(parents=True, exist_ok=True)
     summary = {row.name: summarize(row) for row in rows}
-    write_json(workdir / "table.json", summary)
     forms = {
+        "table.json": json.dumps(summary, indent=2) + "\n",
         "table.md": markdown(rows, summary),
         "table.tex": latex(rows, summary),
         "table.csv": comma_separated(rows, summary),
         "runs.csv": every_run(rows),
     }
     for name, text in forms.items():
-        temporary = workdir / f".{name}.tmp"
-        temporary.write_text(text)
-        os.replace(temporary, workdir / name)
-    if any("acc" in found for found in summary.values()):
-        _draw(workdir / "table.png", rows)
+        _write_whole(workdir / name, text.encode())
+    if _has_scores(summary):
+        _write_whole(workdir / "table.png", picture(rows))
     return summary
+
+
+def _write_whole(path: Path, content: bytes) -> None:
+    # With the process in the name: others may train other rows of the same table.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_bytes(content)
+    os.replace(temporary, path)
 
 
 def summarize(row: Row) -> dict[str, Any]:
@@ -181,12 +291,34 @@ def summarize(row: Row) -> dict[str, Any]:
     return summary
 
 
-def _cell(found: Mapping[str, Any] | None, percent: bool = True) -> str:
+def _has_scores(summary: Mapping[str, Mapping[str, Any]]) -> bool:
+    return any("acc" in found for found in summary.values())
+
+
+def _headline(found: Mapping[str, Any]) -> str:
+    """What a row comes to, for the terminal."""
+    if "acc" in found:
+        return f"ACC {_percent(found['acc'])}"
+    return f"inertia {_plain(found['inertia'])}" if "inertia" in found else "collapsed"
+
+
+def _percent(found: Mapping[str, Any] | None) -> str:
+    return _cell(found, lambda value: f"{100 * value:.1f}")
+
+
+def _seconds(found: Mapping[str, Any] | None) -> str:
+    return _cell(found, lambda value: f"{value:.1f}")
+
+
+def _plain(found: Mapping[str, Any] | None) -> str:
+    return _cell(found, lambda value: f"{value:.4g}")
+
+
+def _cell(found: Mapping[str, Any] | None, written: Callable[[float], str]) -> str:
     if found is None:
         return "–"
-    factor = 100 if percent else 1
-    text = f"{factor * found['mean']:.1f}"
-    return f"{text} ± {factor * found['sd']:.1f}" if len(found["values"]) > 1 else text
+    mean, sd = written(found["mean"]), written(found["sd"])
+    return f"{mean} ± {sd}" if len(found["values"]) > 1 else mean
 
 
 def _published_cell(published: Published | None) -> str:
@@ -197,69 +329,118 @@ def _published_cell(published: Published | None) -> str:
     return " / ".join([acc, *others])
 
 
-_HEAD = ("method", "seeds", "ACC", "NMI", "ARI", "seconds", "published ACC / NMI / ARI", "source")
+class _Column(NamedTuple):
+    head: str
+    is_text: bool
+    cell: Callable[[Row, Mapping[str, Any]], str]
 
 
-def _cells(row: Row, found: Mapping[str, Any]) -> list[str]:
-    seeds = str(len(row.runs)) + (f" ({len(row.failures)} collapsed)" if row.failures else "")
-    scores = [_cell(found.get(name)) for name in SCORES]
-    seconds = _cell(found.get("train_seconds"), percent=False)
-    source = row.published.source if row.published else "–"
-    return [row.name, seeds, *scores, seconds, _published_cell(row.published), source]
+def _columns(rows: Sequence[Row], summary: Mapping[str, Mapping[str, Any]]) -> list[_Column]:
+    """The columns that these rows have something for."""
+
+    def seeds(row: Row, found: Mapping[str, Any]) -> str:
+        collapsed = f" ({len(row.failures)} collapsed)" if row.failures else ""
+        return f"{len(row.runs)}{collapsed}"
+
+    columns = [_Column("method", True, lambda row, _: row.name), _Column("seeds", False, seeds)]
+    if _has_scores(summary):
+        columns += [
+            _Column(
+                f"{name.upper()} %", False, lambda _, found, name=name: _percent(found.get(name))
+            )
+            for name in SCORES
+        ]
+    else:
+        columns.append(_Column("inertia", False, lambda _, found: _plain(found.get("inertia"))))
+    columns.append(_Column("seconds", False, lambda _, found: _seconds(found.get("train_seconds"))))
+    if any(row.published for row in rows):
+        columns += [
+            _Column(
+                "published ACC / NMI / ARI %", False, lambda row, _: _published_cell(row.published)
+            ),
+            _Column("source", True, lambda row, _: row.published.source if row.published else "–"),
+        ]
+    return columns
+
+
+def _table(rows: Sequence[Row], summary: Mapping[str, Mapping[str, Any]], escaped: Callable):
+    """The columns, and the lines of escaped cells: the head first."""
+    columns = _columns(rows, summary)
+    lines = [[escaped(column.head) for column in columns]]
+    lines += [[escaped(column.cell(row, summary[row.name])) for column in columns] for row in rows]
+    return columns, lines
+
+
+_MARKDOWN = str.maketrans({letter: f"\\{letter}" for letter in "\\`*_[]<>&|~$#"})
 
 
 def markdown(rows: Sequence[Row], summary: Mapping[str, Mapping[str, Any]]) -> str:
-    """The table in Markdown: percent, mean ± sample standard deviation over seeds."""
-    lines = [_HEAD, ["---"] * len(_HEAD)]
-    lines += [[c.replace("|", "\\|") for c in _cells(row, summary[row.name])] for row in rows]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    """The table in Markdown: mean ± sample standard deviation over seeds, scores in percent.
+
+    Without labels there is the inertia instead of scores: every method's in its own embedding, so
+    that it compares seeds of a method and not methods.
+    """
+    columns, lines = _table(rows, summary, lambda cell: cell.translate(_MARKDOWN))
+    widths = [max(3, *(len(line[i]) for line in lines)) for i in range(len(columns))]
+    rule = [
+        "-" * width if column.is_text else "-" * (width - 1) + ":"
+        for column, width in zip(columns, widths, strict=True)
+    ]
+
+    def padded(line: Sequence[str]) -> str:
+        cells = [
+            f"{cell:<{width}}" if column.is_text else f"{cell:>{width}}"
+            for cell, column, width in zip(line, columns, widths, strict=True)
+        ]
+        return f"| {' | '.join(cells)} |\n"
+
+    return "".join(padded(line) for line in (lines[0], rule, *lines[1:]))
+
+
+_LATEX = str.maketrans(
+    {letter: f"\\{letter}" for letter in "&%$#_{}"}
+    # A line that begins with one of the first two would be an argument of the \\ before it.
+    | {"[": "{[}", "*": "{*}", "]": "{]}"}
+    | {"\\": "\\textbackslash{}", "~": "\\textasciitilde{}", "^": "\\textasciicircum{}"}
+    | {"<": "\\textless{}", ">": "\\textgreater{}", "|": "\\textbar{}"}
+    | {"±": "$\\pm$", "–": "--"}
+)
 
 
 def latex(rows: Sequence[Row], summary: Mapping[str, Mapping[str, Any]]) -> str:
     """The table as a LaTeX ``tabular`` with rules of the package booktabs."""
-
-    def escaped(cell: str) -> str:
-        # The backslash first: the others bring new ones.
-        cell = cell.replace("\\", "\\textbackslash ")
-        for letter in "&%$#_{}":
-            cell = cell.replace(letter, f"\\{letter}")
-        return cell.replace("±", "$\\pm$").replace("–", "--")
-
-    body = [" & ".join(map(escaped, _cells(row, summary[row.name]))) for row in rows]
-    lines = [
-        f"\\begin{{tabular}}{{l{'r' * (len(_HEAD) - 2)}l}}",
-        "\\toprule",
-        " & ".join(_HEAD) + " \\\\",
-        "\\midrule",
-        *(f"{line} \\\\" for line in body),
-        "\\bottomrule",
-        "\\end{tabular}",
-    ]
-    return "\n".join(lines) + "\n"
+    columns, lines = _table(rows, summary, lambda cell: cell.translate(_LATEX))
+    head, *body = [f"{' & '.join(line)} \\\\\n" for line in lines]
+    places = "".join("l" if column.is_text else "r" for column in columns)
+    return (
+        f"\\begin{{tabular}}{{{places}}}\n\\toprule\n{head}\\midrule\n"
+        f"{''.join(body)}\\bottomrule\n\\end{{tabular}}\n"
+    )
 
 
 def comma_separated(rows: Sequence[Row], summary: Mapping[str, Mapping[str, Any]]) -> str:
     """The table with every number in a column of its own, fractions, not percent."""
-    names = [f"{name}_{part}" for name in (*SCORES, "train_seconds") for part in ("mean", "sd")]
+    parts = [
+        (name, part) for name in (*SCORES, "inertia", "train_seconds") for part in ("mean", "sd")
+    ]
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(["method", "seeds", "collapsed", *names, "published_acc", "source"])
+    published_names = [f"published_{name}" for name in SCORES]
+    numbers = [f"{name}_{part}" for name, part in parts]
+    writer.writerow(["method", "seeds", "collapsed", *numbers, *published_names, "source"])
     for row in rows:
         found = summary[row.name]
-        values = [
-            found[name][part] if name in found else ""
-            for name in (*SCORES, "train_seconds")
-            for part in ("mean", "sd")
-        ]
-        published = row.published
+        values = [found[name][part] if name in found else "" for name, part in parts]
+        published = [getattr(row.published, name, None) for name in SCORES]
         writer.writerow(
             [
                 row.name,
                 len(row.runs),
                 len(row.failures),
                 *values,
-                "" if published is None else published.acc / 100,
-                "" if published is None else published.source,
+                # Rounded, for 94.46 / 100 is not 0.9446.
+                *("" if value is None else round(value / 100, 6) for value in published),
+                row.published.source if row.published else "",
             ]
         )
     return out.getvalue()
@@ -277,32 +458,63 @@ def every_run(rows: Sequence[Row]) -> str:
     return out.getvalue()
 
 
-def _draw(path: Path, rows: Sequence[Row]) -> None:
-    """Accuracy of every run, the means, and what was published."""
+_BLUE, _RED, _GRAY = "#1f77b4", "#d62728", "#767676"
+
+
+def picture(rows: Sequence[Row]) -> bytes:
+    """A PNG: accuracy of every run, the means, and what was published.
+
+    Args:
+      rows: of which at least one has ``acc``.
+    """
     from matplotlib.figure import Figure
 
-    rows = [row for row in rows if row.runs and "acc" in row.runs[0]]
+    accuracies = [[100 * run["acc"] for run in row.runs if "acc" in run] for row in rows]
+    published = [row.published.acc if row.published else None for row in rows]
+    shown = [value for values in accuracies for value in values]
+    shown += [value for value in published if value is not None]
+    margin = max(1.0, 0.06 * (max(shown) - min(shown)))
     figure = Figure(figsize=(7, 1.3 + 0.36 * len(rows)), layout="constrained")
     axes = figure.subplots()
-    for place, row in enumerate(rows):
-        values = [100 * run["acc"] for run in row.runs]
-        axes.plot(values, [place] * len(values), "o", color="#1f77b4", alpha=0.5, ms=5, mew=0)
-        axes.plot(np.mean(values), place, "|", color="#1f77b4", ms=16, mew=2.5)
-        if row.published is not None:
-            axes.plot(row.published.acc, place, "D", mfc="none", mec="#d62728", ms=6)
-    handles = [
-        axes.plot([], [], "o", color="#1f77b4", alpha=0.5, ms=5, mew=0, label="a seed")[0],
-        axes.plot([], [], "|", color="#1f77b4", ms=12, mew=2.5, ls="", label="mean")[0],
-        axes.plot([], [], "D", mfc="none", mec="#d62728", ms=6, ls="", label="published")[0],
-    ]
-    axes.set_yticks(range(len(rows)), [row.name for row in rows])
+    axes.set_xlim(max(0.0, min(shown) - margin), min(100.0, max(shown) + margin))
     axes.set_ylim(len(rows) - 0.5, -0.5)
+    seed: dict[str, Any] = {
+        "marker": "o",
+        "color": _BLUE,
+        "alpha": 0.5,
+        "ms": 6,
+        "mew": 0,
+        "ls": "",
+    }
+    mean: dict[str, Any] = {"marker": "|", "color": _BLUE, "ms": 16, "mew": 2.5, "ls": ""}
+    other: dict[str, Any] = {"marker": "D", "mfc": "none", "mec": _RED, "ms": 6, "ls": ""}
+    # Not clipped: marks at 0 and 100 % are whole.
+    for place, (values, theirs) in enumerate(zip(accuracies, published, strict=True)):
+        axes.plot(values, [place] * len(values), **seed, clip_on=False)
+        if values:
+            axes.plot([np.mean(values)], [place], **mean, clip_on=False)
+        elif rows[place].failures:
+            axes.annotate(
+                "collapsed", (0.5, place), xycoords=axes.get_yaxis_transform(),
+                ha="center", va="center", color=_GRAY, fontsize=9, backgroundcolor="white",
+            )  # fmt: skip
+        if theirs is not None:
+            axes.plot([theirs], [place], **other, clip_on=False)
+    handles = [
+        axes.plot([], [], **seed, label="one seed")[0],
+        axes.plot([], [], **{**mean, "ms": 12}, label="mean")[0],
+    ]
+    if any(value is not None for value in published):
+        handles.append(axes.plot([], [], **other, label="published")[0])
+    axes.set_yticks(range(len(rows)), [row.name for row in rows])
+    for label in axes.get_yticklabels():
+        label.set_parse_math(False)  # A dollar sign in a name is a dollar sign.
     axes.set_xlabel("accuracy after matching, %")
-    axes.grid(axis="x", color="#e6e6e6")
+    axes.grid(color="#e6e6e6")
     axes.set_axisbelow(True)
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.tick_params(axis="y", length=0)
     figure.legend(handles=handles, loc="outside upper right", ncols=3, frameon=False, fontsize=9)
-    temporary = path.with_name(f".{path.name}.tmp")
-    figure.savefig(temporary, dpi=150, format="png")
-    os.replace(temporary, path)
+    out = io.BytesIO()
+    figure.savefig(out, dpi=150, format="png")
+    return out.getvalue()
