@@ -184,7 +184,17 @@ def run(
 
     def bring(argument):
         moves = isinstance(argument, jax.Array) and argument.sharding.device_set != home.device_set
-        return jax.device_put(argument, home) if moves else argument
+        if not moves:
+            return argument
+        if home.is_fully_addressable:
+            return jax.device_put(argument, home)
+        # Several processes, each of which holds the same value.
+        assert rows.mesh is not None
+        if not jnp.issubdtype(argument.dtype, jax.dtypes.prng_key):
+            return sharding.place(np.asarray(argument), rows.mesh, sharding.REPLICATED)
+        words = np.asarray(jax.random.key_data(argument))
+        words = sharding.place(words, rows.mesh, sharding.REPLICATED)
+        return jax.random.wrap_key_data(words, impl=jax.random.key_impl(argument))
 
     arguments = jax.tree.map(bring, arguments)
     # Waited for: see "Collectives on several CPU devices can hang" in docs/architecture.md; and
@@ -492,6 +502,10 @@ def _place(array: Any, n_padded: int, mesh: Mesh, padding: Any) -> jax.Array:
     n_rows = array.shape[0]
     if n_rows == n_padded and isinstance(array, jax.Array):
         return jax.device_put(array, layout)
+    if isinstance(array, jax.Array) and not array.is_fully_addressable:
+        # No process has all rows to read from.
+        fill = jax.jit(_fill, static_argnums=1, out_shardings=layout)
+        return fill(array, n_padded, padding)
 
     def read(index: Any) -> Any:
         start, stop, _ = index[0].indices(n_padded)

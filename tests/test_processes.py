@@ -1,0 +1,54 @@
+"""k-means over several processes: the same bits whatever the layout of processes and devices."""
+
+import json
+import socket
+import subprocess
+import sys
+
+import pytest
+
+
+def free_port() -> str:
+    with socket.socket() as listener:
+        listener.bind(("localhost", 0))
+        return str(listener.getsockname()[1])
+
+
+def fits(n_processes: int, n_devices: int) -> list[dict]:
+    """What each process found."""
+    port = free_port()
+    processes = [
+        subprocess.Popen(
+            [
+                sys.executable,
+                "-m",
+                "tests.processes",
+                *map(str, (number, n_processes, port, n_devices)),
+            ],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for number in range(n_processes)
+    ]
+    try:
+        outputs = [process.communicate(timeout=300) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    for process, (_, errors) in zip(processes, outputs, strict=True):
+        assert process.returncode == 0, errors
+    return [json.loads(out.splitlines()[-1]) for out, _ in outputs]
+
+
+@pytest.fixture(scope="module")
+def one_process():
+    return fits(1, 4)[0]
+
+
+@pytest.mark.parametrize(
+    ("n_processes", "n_devices"), [(2, 2), pytest.param(4, 1, marks=pytest.mark.slow)]
+)
+def test_the_same_bits_on_any_layout_of_processes(one_process, n_processes, n_devices):
+    for found in fits(n_processes, n_devices):
+        assert found == one_process
