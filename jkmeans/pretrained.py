@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,6 +28,17 @@ _TRAINING = (
     "weight_decay",
 )
 _SECONDS, _VARIANCE = "#seconds", "#variance"
+# Of a file that is cut, changed, empty, or something else: an array, a pickle, another archive.
+_UNREADABLE = (
+    OSError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    KeyError,
+    EOFError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
 
 
 class Pretrained(NamedTuple):
@@ -69,22 +81,29 @@ def load(config, data_record: dict[str, Any]) -> Pretrained | None:
     try:
         with np.load(path) as arrays:
             values = {name: arrays[name] for name in arrays.files}
-    except (OSError, ValueError, zipfile.BadZipFile, EOFError) as error:
+        seconds, variance = float(values.pop(_SECONDS)), float(values.pop(_VARIANCE))
+    except _UNREADABLE as error:
         print(f"warning: {path} cannot be read ({error}); pretraining anew")
         return None
-    seconds, variance = float(values.pop(_SECONDS)), float(values.pop(_VARIANCE))
     return Pretrained(values, variance, seconds)
 
 
 def save(config, data_record: dict[str, Any], found: Pretrained) -> None:
     """Leaves a network for other runs; nothing where the config names no folder.
 
-    Raises:
-      OSError: the folder cannot be written.
+    A folder that cannot be written is worth a warning, but not the run that has just pretrained.
     """
     path = _path(config, data_record)
-    if path is None or path.exists():
+    if path is None:
         return
+    try:
+        _write(path, found)
+    except OSError as error:
+        print(f"warning: the pretrained network is not kept for other runs ({error})")
+
+
+def _write(path: Path, found: Pretrained) -> None:
+    # Over what is there: a whole file would have been taken up, so this one is damaged.
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:

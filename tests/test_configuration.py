@@ -491,7 +491,7 @@ def test_a_field_of_another_method_is_refused(name, field):
 
 
 def test_no_method_of_this_name():
-    with pytest.raises(UserError, match="the method is 'dek'; accepted: 'joint', .*'dec', "):
+    with pytest.raises(UserError, match=r"the method is 'dek'; accepted: 'joint', .*'dec', "):
         with_method(tiny.config(), "dek")
 
 

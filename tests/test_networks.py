@@ -259,7 +259,7 @@ def test_decoder_layers_are_those_of_the_decoder_alone(name, shape):
 
 
 def test_a_network_without_hidden_layers_is_not_reset():
-    with pytest.raises(UserError, match="which has no hidden_layers .* accepted: reset.every = 0"):
+    with pytest.raises(UserError, match=r"which has no hidden_layers .* accepted: reset.every = 0"):
         fresh_hidden_layers(options("tests.user_code:good"), (12,), jax.random.key(0))
 
 

@@ -43,7 +43,12 @@ from jkmeans.networks import unit_norm
 
 def logits_of(z: jax.Array, centroids: jax.Array, temperature: float) -> jax.Array:
     """Z · c / τ for centroids brought to length one: [b, k]."""
-    return z @ unit_norm(centroids).T / temperature
+    return cosines(z, centroids) / temperature
+
+
+def cosines(z: jax.Array, centroids: jax.Array) -> jax.Array:
+    """Z · c of unit embeddings and centroids brought to length one: [b, k]."""
+    return jnp.dot(z, unit_norm(centroids).T, precision=jax.lax.Precision.HIGHEST)
 
 
 def pretraining_terms(network, z: jax.Array, batch: Batch) -> dict[str, jax.Array]:

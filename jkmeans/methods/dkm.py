@@ -59,8 +59,9 @@ def objective(
     network, clusters: Clusters, batch: Batch, *, centroid_weight: float, alphas, n_epochs: int
 ):
     """The terms of the module's formula; the reconstruction alone while pretraining."""
-    part = jnp.floor(batch.progress * len(alphas) / max(n_epochs, 1)).astype(jnp.int32)
-    alpha = jnp.asarray(alphas)[jnp.clip(part, 0, len(alphas) - 1)]
+    # By comparison: a quotient rounds, and a part would begin a step late.
+    starts = np.asarray([i * n_epochs / len(alphas) for i in range(len(alphas))], np.float32)
+    alpha = jnp.asarray(alphas)[jnp.sum(batch.progress >= starts) - 1]
 
     def terms_of(z):
         terms = {"reconstruction": reconstruction_error(network, z, batch.x)}

@@ -29,6 +29,7 @@ from jkmeans.kmeans.collectives import AxisName, all_max, all_sum
 from jkmeans.methods.base import Batch, Clusters, Method, MethodSpec, assign_by
 from jkmeans.methods.deepcluster_v2 import (
     check_sphere,
+    cosines,
     logits_of,
     pretraining_terms,
     spherical_start,
@@ -76,14 +77,13 @@ def objective(
     if not batch.clustering:
         return z, pretraining_terms(network, z, batch)
     other = network.encode(batch.other_view)
-    prototypes = unit_norm(clusters.centroids)
 
     def code(embeddings):
-        scores = embeddings @ prototypes.T
+        scores = cosines(embeddings, clusters.centroids)
         return sinkhorn(scores, batch.weights, epsilon, sinkhorn_iterations, batch.axis_name)
 
     def surprise(embeddings, q):
-        log_p = jax.nn.log_softmax(logits_of(embeddings, prototypes, temperature), axis=-1)
+        log_p = jax.nn.log_softmax(logits_of(embeddings, clusters.centroids, temperature))
         return -jnp.sum(q * log_p, axis=-1)
 
     return z, {"swapped": 0.5 * (surprise(z, code(other)) + surprise(other, code(z)))}
@@ -113,6 +113,10 @@ def swav(config, axis_name: AxisName) -> Method:
         del key, index, n_iterations
         return clusters, assign_by(predict, clusters, bank, weights, axis_name)
 
+    def after_step(clusters: Clusters, embeddings, batch: Batch) -> Clusters:
+        # Their length has no part in the objective, and would only grow.
+        return Clusters(unit_norm(clusters.centroids))
+
     chosen = functools.partial(
         objective,
         temperature=options.temperature,
@@ -120,7 +124,13 @@ def swav(config, axis_name: AxisName) -> Method:
         sinkhorn_iterations=options.sinkhorn_iterations,
     )
     return Method(
-        initialize, chosen, update, predict=predict, learned=("centroids",), decodes=False
+        initialize,
+        chosen,
+        update,
+        predict=predict,
+        learned=("centroids",),
+        after_step=after_step,
+        decodes=False,
     )
 
 

@@ -128,10 +128,12 @@ def maximize(bank, weights, gamma, axis_name: AxisName) -> Mixture:
     gamma = gamma * weights[:, None]
     counts = all_sum(jnp.sum(gamma, axis=0), axis_name)
     n_each = jnp.maximum(counts, 1e-6)[:, None]
-    means = all_sum(gamma.T @ bank, axis_name) / n_each
+    highest = jax.lax.Precision.HIGHEST  # A variance is a difference of two of these.
+    means = all_sum(jnp.dot(gamma.T, bank, precision=highest), axis_name) / n_each
     # Around one point for all clusters, whose distance from the means is of the size of the data.
     middle = jnp.mean(means, axis=0, keepdims=True)
-    squares = all_sum(gamma.T @ (bank - middle) ** 2, axis_name) / n_each
+    squares = jnp.dot(gamma.T, (bank - middle) ** 2, precision=highest)
+    squares = all_sum(squares, axis_name) / n_each
     variances = jnp.maximum(squares - (means - middle) ** 2, _LEAST_VARIANCE)
     return Mixture(means, jnp.log(variances), jnp.log(jnp.maximum(counts, 1e-6)))
 
