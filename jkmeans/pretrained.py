@@ -3,7 +3,8 @@
 Methods that differ only in their clustering begin with the same network. Where a config names
 ``training.pretrained_folder``, the first run with some seed, data, network and pretraining leaves
 the network there, and the next one takes it up where its own pretraining would have ended: with the
-same bits, because everything that these depend on is part of the name.
+same bits, because everything that these depend on is part of the name. The exception is the number
+of devices: as with a run that is resumed on others, sums then differ in rounding.
 """
 
 import hashlib
@@ -79,7 +80,8 @@ def load(config, data_record: dict[str, Any]) -> Pretrained | None:
     if path is None or not path.exists():
         return None
     try:
-        with np.load(path) as arrays:
+        # Opened here: NumPy leaves a damaged archive open.
+        with open(path, "rb") as file, np.load(file) as arrays:
             values = {name: arrays[name] for name in arrays.files}
         seconds, variance = float(values.pop(_SECONDS)), float(values.pop(_VARIANCE))
     except _UNREADABLE as error:
