@@ -148,7 +148,7 @@ BANK_INDEX = np.where(BANK_WEIGHTS > 0, np.arange(N), -1).astype(np.int32)
 @functools.cache
 def started(name):
     """The method and its first clusters on the bank, as the trainer keeps them."""
-    method = make_method(config_of(name), None)
+    method = make_method(config_of(name, centroids__empty="keep"), None)
     key = jax.random.key(1)
     clusters, found = jax.jit(method.initialize)(key, bank_of(name), BANK_WEIGHTS, BANK_INDEX)
     return method, method.blank(K, P, N)._replace(**clusters._asdict()), found
@@ -164,8 +164,7 @@ def check_assigned(name, clusters, found):
     assert (found.distances.shape, found.distances.dtype) == ((N,), jnp.float32)
     assert set(np.asarray(found.labels)) <= set(range(K))
     offsets = bank - np.asarray(clusters.centroids)[found.labels]
-    if found is not None:
-        np.testing.assert_allclose(found.distances, (offsets**2).sum(1), rtol=1e-3, atol=1e-5)
+    np.testing.assert_allclose(found.distances, (offsets**2).sum(1), rtol=1e-3, atol=1e-5)
     counts = np.bincount(found.labels, weights=BANK_WEIGHTS, minlength=K)
     np.testing.assert_array_equal(found.counts, counts)
     inertia = np.sum(BANK_WEIGHTS * np.asarray(found.distances))
@@ -324,12 +323,22 @@ def bits_of(run, state):
     return {k: v.tobytes() for k, v in found.items()}
 
 
-@pytest.mark.parametrize("name", METHODS)
+# Others run what these do: idec what dec does, and joint is in tests/test_epoch.py.
+OWN_PROGRAMS = {"dec", "dcn", "dkm", "vade", "deepcluster_v2", "swav"}
+SOME_SLOW = [
+    name if name in OWN_PROGRAMS else pytest.param(name, marks=pytest.mark.slow) for name in METHODS
+]
+
+
+@pytest.mark.parametrize("name", SOME_SLOW)
 def test_one_device_agrees_with_eight(name):
     one_run, one, values = trained(name, 1)
     run, many, others = trained(name, 8)
     for path, value in one.parameters.items():
-        np.testing.assert_allclose(many.parameters[path], value, rtol=2e-3, atol=2e-4, err_msg=path)
+        # Of a whole array: Adam makes a step of its rounding where one gradient is nearly zero.
+        difference = np.linalg.norm(np.asarray(many.parameters[path]) - np.asarray(value))
+        moved = np.linalg.norm(np.asarray(value) - np.asarray(one_run.parameters[path]))
+        assert difference < 0.02 * moved, path
     for field, value in one.clusters._asdict().items():
         found = getattr(many.clusters, field)
         np.testing.assert_allclose(found, value, rtol=5e-3, atol=5e-4, err_msg=field)
@@ -339,7 +348,9 @@ def test_one_device_agrees_with_eight(name):
     for mine, theirs in zip(values, others, strict=True):
         assert set(mine) == set(theirs)
         for metric, value in mine.items():
-            assert theirs[metric] == pytest.approx(value, rel=5e-3, abs=1e-2), metric
+            counted = metric in ("acc", "nmi", "ari", "purity", "label_change")
+            near = pytest.approx(value, rel=3e-3, abs=1e-2 if counted else 1e-4)
+            assert theirs[metric] == near, metric
     losses = [found["loss"] for found in values if "loss" in found]
     assert losses[1] < losses[0]
 
@@ -404,11 +415,12 @@ def test_fed_from_the_host_equals_resident(name):
         assert mine == pytest.approx(theirs, rel=1e-4, abs=1e-6)
 
 
-@pytest.mark.parametrize("name", METHODS)
+CLUSTERING = [name for name, spec in METHODS.items() if "training.n_epochs" not in spec.settings]
+
+
+@pytest.mark.parametrize("name", CLUSTERING)
 def test_what_clustering_does_not_use_rests(name):
     run, state, _ = trained(name, 1)
-    if run.config.training.n_epochs == 0:
-        pytest.skip("has no clustering epochs")
     start = run.create()
     for epoch in range(2):
         start, _ = run.run_epoch(start, epoch)
