@@ -13,11 +13,11 @@ jkmeans runs its own compiled epoch (`jkmeans.epoch`), ClustPy its own training 
 the same loop with two options of its public class that cost its user a few lines: a loader that
 gathers whole batches, and PyTorch's fused Adam.
 
-The work is not the same in two ways, which both make jkmeans' epoch the longer one. ClustPy makes
-the targets P of each batch from that batch; jkmeans makes them, as the paper does, from all
-examples: after the steps it embeds every image anew, counts the frequencies and assigns the
-clusters. And jkmeans' Adam passes over the decoder's parameters too, although their gradients are
-zero. Per step both encode a batch, go back through the encoder and change encoder and centroids.
+The work is not the same in one way, which makes jkmeans' epoch the longer one. ClustPy makes the
+targets P of each batch from that batch; jkmeans makes them, as the paper does, from all examples:
+after the steps it embeds every image anew, counts the frequencies and assigns the clusters. Per step
+both encode a batch, go back through the encoder and change encoder and centroids; neither touches
+the decoder.
 The divergence KL(P‖Q) of the first images before and after is computed for all in the same way.
 
 ClustPy is an extra: ``pip install -e .[benchmarks]``.
