@@ -15,9 +15,9 @@ gathers whole batches, and PyTorch's fused Adam.
 
 The work is not the same in one way, which makes jkmeans' epoch the longer one. ClustPy makes the
 targets P of each batch from that batch; jkmeans makes them, as the paper does, from all examples:
-after the steps it embeds every image anew, counts the frequencies and assigns the clusters. Per step
-both encode a batch, go back through the encoder and change encoder and centroids; neither touches
-the decoder.
+after the steps it embeds every image anew, counts the frequencies and assigns the clusters. Per
+step both encode a batch, go back through the encoder and change encoder and centroids; neither
+touches the decoder.
 The divergence KL(P‖Q) of the first images before and after is computed for all in the same way.
 
 ClustPy is an extra: ``pip install -e .[benchmarks]``.

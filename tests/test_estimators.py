@@ -510,7 +510,8 @@ def test_a_second_fit_compiles_nothing(make, blobs):
 def test_import_stays_light():
     program = (
         # scikit-learn imports pandas, and pandas much else, where it is installed.
-        "import sys; sys.modules['pandas'] = None; import jkmeans; jkmeans.KMeans if len(sys.argv) > 1 else 0;"
+        "import sys; sys.modules['pandas'] = None; import jkmeans;"
+        "jkmeans.KMeans if len(sys.argv) > 1 else 0;"
         "print(sorted({'jax', 'sklearn', 'matplotlib', 'pyarrow', 'zarr', 'torch'}"
         " & set(sys.modules)))"
     )
