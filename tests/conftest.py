@@ -1,5 +1,6 @@
 """Test set-up: eight fake CPU devices, strict promotion, data where it can be found."""
 
+import gc
 import os
 import signal
 from pathlib import Path
@@ -24,5 +25,28 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import jax  # noqa: E402
+import pytest  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+_MOST_MAPPINGS = 30_000
+"""Of memory, in one process. Linux allows 65,530; where there are no more, XLA crashes."""
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _few_compiled_programs(request):
+    """Forgets compiled programs, which each map memory, before a process has too many of them."""
+    yield
+    for value in vars(request.module).values():
+        if hasattr(value, "cache_clear"):  # Of functools.cache: what this module shares.
+            value.cache_clear()
+    if _n_mappings() > _MOST_MAPPINGS:
+        jax.clear_caches()
+        gc.collect()
+
+
+def _n_mappings() -> int:
+    """Mappings of memory that this process has; 0 where the system does not say."""
+    maps = Path("/proc/self/maps")
+    return maps.read_bytes().count(b"\n") if maps.exists() else 0

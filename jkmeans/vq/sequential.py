@@ -38,13 +38,15 @@ def quantize(
     samples = samples.astype(dtype)
     # Features first, so that sums over them run across prototypes, in vector instructions.
     w_dk = vary_like(prototypes.astype(dtype).T, samples, t)
-    numbers = jnp.arange(prototypes.shape[0])[None, :]
+    numbers = jnp.arange(prototypes.shape[0])
 
     def step(w_dk: jax.Array, sample: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
         z_d, epsilon = sample
-        nearest = jnp.argmin(jnp.sum((w_dk - z_d[:, None]) ** 2, axis=0))
-        rates = jnp.where(numbers == nearest, epsilon, 0)
-        return move_towards(w_dk, z_d[:, None], rates), None
+        distances = jnp.sum((w_dk - z_d[:, None]) ** 2, axis=0)
+        # Two minima, which become vector instructions, as an argmin on a CPU does not.
+        closest = jnp.where(distances == jnp.min(distances), numbers, numbers.size)
+        rates = jnp.where(numbers == jnp.min(closest), epsilon, 0)
+        return move_towards(w_dk, z_d[:, None], rates[None, :]), None
 
     numbered = jnp.asarray(t) + 1 + jnp.arange(samples.shape[0])
     epsilons = steps(numbered).astype(dtype)
