@@ -1,0 +1,428 @@
+"""Server and workers as Ray actors: started, watched, brought back, ended.
+
+The only module that knows Ray. What is computed comes as a `Job`; what is kept, and why nothing
+counts twice, is in `jkmeans.asynchronous.server`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+from jkmeans.asynchronous.journal import History, read_history
+from jkmeans.asynchronous.rules import Rule, Tree
+from jkmeans.asynchronous.server import JOURNAL_FILE, ParameterServer, Reply, Status
+from jkmeans.asynchronous.work import Work
+from jkmeans.asynchronous.worker import Read, work_on
+from jkmeans.configuration import Config
+from jkmeans.errors import UserError
+from jkmeans.interruption import Interruption
+
+_TICK_SECONDS = 0.2
+_CONNECT_SECONDS = 4.0
+# Each worker has one core; fake devices of tests are for the process that started them.
+_ENVIRONMENT = {"XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false"}
+
+
+class Job(Protocol):
+    """What server and workers do; it is pickled, and each process builds its part from it.
+
+    Attributes:
+      n_workers: M.
+      tau: τ, samples between two looks of a worker for the answer.
+      budget: samples of all workers, after which the run ends.
+      synchronous: whether workers wait for each other.
+    """
+
+    n_workers: int
+    tau: int
+    budget: int
+    synchronous: bool
+
+    def first_version(self) -> Tree:
+        """The shared version at the start; the same in every process."""
+        ...
+
+    def rule(self) -> Rule:
+        """What the server does with what workers send."""
+        ...
+
+    def work(self, worker: int) -> tuple[Work, Read]:
+        """What a worker computes, and its samples, which it reads itself."""
+        ...
+
+
+class Outcome(NamedTuple):
+    """How a run went.
+
+    Attributes:
+      shared: the last version, NumPy arrays.
+      status: of the server, at the end.
+      history: all displacements in that version.
+      lives: of each worker, the processes that it had.
+      missing: workers that did not answer at the end: they hang, or are dead for good.
+      seconds: of this part of the run.
+    """
+
+    shared: Tree
+    status: Status
+    history: History
+    lives: list[int]
+    missing: list[int]
+    seconds: float
+
+
+def run(
+    job: Job,
+    folder: Path,
+    options: Config,
+    *,
+    evaluate: Callable[[Tree, Status, float], bool],
+    watch: Callable[[Status], object] = lambda status: None,
+) -> Outcome:
+    """Runs a job to its end, or goes on where it stopped.
+
+    Args:
+      job: what is computed.
+      folder: of the journal and the checkpoints, on this machine.
+      options: the group ``ray`` of a config; see `jkmeans.asynchronous.fields`.
+      evaluate: called with the shared version, the status and the seconds since the start, every
+        ``evaluate_seconds`` and at the end; whether to go on.
+      watch: called with the status several times a second.
+
+    Returns:
+      Outcome.
+
+    Raises:
+      UserError: Ray is not installed, there is no cluster, or a process died too often.
+      Interrupted: Ctrl-C or SIGTERM came; everything applied is saved.
+    """
+    with _session(options.address, job.n_workers) as ray, Interruption() as interruption:
+        # Entered after Ray has begun, which has a handler of its own.
+        run_ = _Run(ray, job, Path(folder).absolute(), options, interruption)
+        try:
+            outcome = run_.supervise(evaluate, watch)
+        finally:
+            run_.end()
+    if interruption.requested:
+        interruption.leave()
+    return outcome
+
+
+class ServerActor:
+    """`ParameterServer` as an actor: every life builds it anew, from its checkpoint.
+
+    What the user must know is said in the answer: Ray does not pass on why an actor cannot begin.
+    """
+
+    def __init__(self, job: Job, folder: Path, interval: int):
+        self._refusal: UserError | None = None
+        try:
+            self._server = ParameterServer(
+                job.first_version(),
+                job.rule(),
+                folder,
+                n_workers=job.n_workers,
+                budget=job.budget,
+                interval=interval,
+                synchronous=job.synchronous,
+            )
+        except UserError as error:
+            self._refusal = error
+
+    def _there(self) -> ParameterServer:
+        if self._refusal is not None:
+            raise self._refusal
+        return self._server
+
+    def enter(self, *arguments) -> Reply:
+        """See `ParameterServer`."""
+        return self._there().enter(*arguments)
+
+    def exchange(self, *arguments) -> Reply:
+        """See `ParameterServer`."""
+        return self._there().exchange(*arguments)
+
+    def snapshot(self) -> tuple[Tree, Status]:
+        """See `ParameterServer`."""
+        return self._there().snapshot()
+
+    def status(self) -> Status:
+        """See `ParameterServer`."""
+        return self._there().status()
+
+    def stop(self) -> None:
+        """See `ParameterServer`."""
+        self._there().stop()
+
+    def close(self) -> None:
+        """See `ParameterServer`."""
+        self._there().close()
+
+
+class WorkerActor:
+    """A worker as an actor: `run` is called again in every life."""
+
+    def __init__(self, number: int, job: Job, server: Any, ahead: int):
+        self._number, self._job, self._ahead = number, job, ahead
+        self._port = _Port(server)
+
+    def run(self) -> None:
+        """Works until the run ends."""
+        work, read = self._job.work(self._number)
+        work_on(self._number, self._port, work, read, tau=self._job.tau, ahead=self._ahead)
+
+
+class _Port:
+    """A worker's way to the server's actor."""
+
+    def __init__(self, server: Any):
+        self._server = server
+
+    def enter(self, *arguments) -> Reply:
+        import ray
+
+        return ray.get(self._server.enter.remote(*arguments))
+
+    def exchange(self, *arguments) -> _Pending:
+        return _Pending(self._server.exchange.remote(*arguments))
+
+
+class _Pending:
+    def __init__(self, reference: Any):
+        self._reference = reference
+
+    def done(self) -> bool:
+        import ray
+
+        return bool(ray.wait([self._reference], timeout=0)[0])
+
+    def result(self) -> Reply:
+        import ray
+
+        return ray.get(self._reference)
+
+
+class _Run:
+    """The actors of a run, and who watches them."""
+
+    def __init__(self, ray: Any, job: Job, folder: Path, options: Config, interruption):
+        self._ray, self._job, self._folder, self._options = ray, job, folder, options
+        self._interruption = interruption
+        lives = {"max_restarts": options.max_restarts, "max_task_retries": -1}
+        here = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(
+            ray.get_runtime_context().get_node_id(), soft=False
+        )
+        self._server = (
+            ray.remote(ServerActor)
+            .options(
+                **lives,
+                num_cpus=0,
+                # In a synchronous round every worker waits inside a call.
+                max_concurrency=job.n_workers + 2,
+                scheduling_strategy=here,  # The folder is on this machine.
+                runtime_env={"env_vars": _ENVIRONMENT | {"JAX_PLATFORMS": "cpu"}},
+            )
+            .remote(job, folder, options.checkpoint_exchanges)
+        )
+        platform = {"JAX_PLATFORMS": "" if options.gpus_per_worker else "cpu"}
+        if 0 < options.gpus_per_worker < 1:
+            platform["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
+        worker = ray.remote(WorkerActor).options(
+            **lives,
+            num_cpus=1,
+            num_gpus=options.gpus_per_worker,
+            runtime_env={"env_vars": _ENVIRONMENT | platform},
+        )
+        self._workers = [
+            worker.remote(number, job, self._server, options.ahead)
+            for number in range(job.n_workers)
+        ]
+        self._running = {w.run.remote(): n for n, w in enumerate(self._workers)}
+        self._dead: list[int] = []
+        self._processes: list[set[int]] = [set() for _ in self._workers]
+
+    def supervise(
+        self,
+        evaluate: Callable[[Tree, Status, float], bool],
+        watch: Callable[[Status], object],
+    ) -> Outcome:
+        """Until the server says that the run has ended, and the workers have heard it."""
+        started = time.monotonic()
+        evaluated_at = float("-inf")
+        ended_at: float | None = None
+        stopping = False
+        while True:
+            now = time.monotonic()
+            if now - evaluated_at >= self._options.evaluate_seconds:
+                shared, status = self._ask("snapshot")
+                stopping |= not evaluate(shared, status, time.monotonic() - started)
+                evaluated_at = now
+            else:
+                status = self._ask("status")
+            for seen, process in zip(self._processes, status.processes, strict=True):
+                seen |= {process} - {0}
+            watch(status)
+            if (self._interruption.requested or stopping) and not status.ended:
+                self._ask("stop")
+                stopping = True
+            self._collect(again=not status.ended and not stopping)
+            if len(self._dead) == len(self._workers):
+                raise UserError(
+                    f"every worker died more than config.ray.max_restarts = "
+                    f"{self._options.max_restarts} times; what was applied is saved, and the same "
+                    "command goes on from there"
+                )
+            if status.ended:
+                ended_at = ended_at or now
+                late = now - ended_at > self._options.patience_seconds
+                if not self._running or late:
+                    break
+            time.sleep(_TICK_SECONDS)
+        shared, status = self._ask("snapshot")
+        evaluate(shared, status, time.monotonic() - started)
+        self._ask("close")
+        history = read_history(self._folder / JOURNAL_FILE)
+        history.check_counted_once(status.sequences)
+        return Outcome(
+            shared=shared,
+            status=status,
+            history=history,
+            lives=[max(1, len(seen)) for seen in self._processes],
+            missing=sorted({*self._dead, *self._running.values()}),
+            seconds=time.monotonic() - started,
+        )
+
+    def end(self) -> None:
+        """No actor is left, also where the cluster goes on."""
+        for actor in (*self._workers, self._server):
+            with contextlib.suppress(Exception):
+                self._ray.kill(actor)
+
+    def _ask(self, method: str) -> Any:
+        """An answer of the server, which may be coming back from its checkpoint."""
+        reference = getattr(self._server, method).remote()
+        asked_to_stop = None
+        while not self._ray.wait([reference], timeout=_TICK_SECONDS)[0]:
+            if self._interruption.requested:
+                asked_to_stop = asked_to_stop or time.monotonic()
+                if time.monotonic() - asked_to_stop > self._options.patience_seconds:
+                    # What it has applied since its checkpoint is computed anew.
+                    self._interruption.leave()
+        return self._get(reference)
+
+    def _collect(self, again: bool) -> None:
+        """Looks which workers have returned; one that came too early (the server had died after
+        the end) works on."""
+        if not self._running:
+            return
+        returned, _ = self._ray.wait([*self._running], num_returns=len(self._running), timeout=0)
+        for reference in returned:
+            number = self._running.pop(reference)
+            try:
+                self._get(reference)
+            except _DeadError:
+                self._dead.append(number)
+                print(f"worker {number} is dead for good", file=sys.stderr, flush=True)
+                continue
+            if again:
+                self._running[self._workers[number].run.remote()] = number
+
+    def _get(self, reference: Any) -> Any:
+        errors = self._ray.exceptions
+        try:
+            return self._ray.get(reference)
+        except errors.RayTaskError as error:
+            if isinstance(error.cause, UserError):
+                raise error.cause from None
+            raise
+        except errors.RayActorError as error:
+            raise _DeadError(
+                f"a process of the run died more than config.ray.max_restarts = "
+                f"{self._options.max_restarts} times; its checkpoint is whole, and the same "
+                "command goes on from there"
+            ) from error
+
+
+class _DeadError(UserError):
+    """An actor does not come back."""
+
+
+def import_ray() -> Any:
+    """Ray, or the sentence that says how to get it.
+
+    Raises:
+      UserError: it is not installed.
+    """
+    # Ray would ask whether it may send statistics of use, and warn of what it will do one day.
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    try:
+        import ray
+    except ImportError as error:
+        raise UserError(
+            'Ray is not installed, which this needs; accepted: pip install "jkmeans[ray]"'
+        ) from error
+    return ray
+
+
+@contextlib.contextmanager
+def _session(address: str, n_workers: int) -> Iterator[Any]:
+    """A connection to Ray, whose processes are gone at the end if they are ours."""
+    ray = import_ray()
+    if ray.is_initialized():  # The caller's own.
+        yield ray
+        return
+    options: dict[str, Any] = {
+        "log_to_driver": False,
+        "logging_level": logging.ERROR,
+        "include_dashboard": False,
+    }
+    if address == "local":
+        options["num_cpus"] = n_workers
+    else:
+        _find_cluster(address)
+        del options["include_dashboard"]
+    try:
+        ray.init(address=address, **options)
+    except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+        raise _no_cluster(address, str(error).split("\n")[0]) from error
+    try:
+        yield ray
+    finally:
+        ray.shutdown()
+
+
+def _find_cluster(address: str) -> None:
+    """Asks whether a cluster answers, in a few seconds: ``ray.init`` would try for long."""
+    if address == "auto":
+        return
+    host, separator, port = address.rpartition(":")
+    if not separator or not host or "/" in address or not port.isdigit():
+        raise UserError(
+            f"config.ray.address is {address!r}; accepted: 'local', 'auto' or host:port"
+        )
+    try:
+        socket.create_connection((host, int(port)), timeout=_CONNECT_SECONDS).close()
+    except (OSError, OverflowError) as error:
+        raise _no_cluster(address, str(error)) from error
+    check = [sys.executable, "-m", "ray.scripts.scripts", "health-check", "--address", address]
+    try:
+        subprocess.run(check, check=True, capture_output=True, timeout=_CONNECT_SECONDS)
+    except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
+        raise _no_cluster(address, "what listens there does not answer as Ray does") from error
+
+
+def _no_cluster(address: str, reason: str) -> UserError:
+    return UserError(
+        f"no Ray cluster at config.ray.address {address!r} ({reason}); accepted: 'local', or the "
+        "address of a cluster that runs ('ray start --head' begins one)"
+    )

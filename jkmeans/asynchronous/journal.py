@@ -1,0 +1,149 @@
+"""The server's journal: one record for each displacement applied, on disk before it is answered.
+
+It survives the SIGKILL of the server, which its memory does not. So it knows exactly what a server
+that comes back from its checkpoint has lost, what the staleness was, and whether each displacement
+of the version that is left was counted once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, NamedTuple
+
+import numpy as np
+
+from jkmeans.errors import UserError
+
+RECORD = np.dtype(
+    [
+        ("worker", "<i4"),  # -1: a life of the server begins, at ``clock``
+        ("life", "<u4"),  # of the server, from 1
+        ("sequence", "<i8"),  # number of the displacement among those of its worker, from 1
+        ("clock", "<i8"),  # displacements applied, this one included
+        ("seen", "<i8"),  # the clock of the version that the worker had last received
+        ("samples", "<i8"),  # of this displacement
+        ("time", "<f8"),  # seconds since the epoch
+    ]
+)
+_BEGINS = -1
+_PATIENCE_SECONDS = 10
+
+
+class History(NamedTuple):
+    """What a journal says.
+
+    Attributes:
+      applied: [clock] of RECORD, the displacements in the version that is left, in order.
+      rolled_back: for each life of the server, how many displacements that had been applied its
+        checkpoint did not have: 0 for the first.
+    """
+
+    applied: np.ndarray
+    rolled_back: list[int]
+
+    @property
+    def staleness(self) -> np.ndarray:
+        """[clock] int, displacements applied between the version seen and the application."""
+        return self.applied["clock"] - 1 - self.applied["seen"]
+
+    def check_counted_once(self, sequences: list[int]) -> None:
+        """Asserts that the version left has displacements 1, 2, … of every worker, each once.
+
+        Args:
+          sequences: of each worker, how many the server says it has applied.
+
+        Raises:
+          RuntimeError: it has not, which is a defect of the program.
+        """
+        n = sum(sequences)
+        if not np.array_equal(self.applied["clock"], np.arange(1, n + 1)):
+            raise RuntimeError(f"the journal does not count {n} displacements from 1 on")
+        for worker, last in enumerate(sequences):
+            own = self.applied["sequence"][self.applied["worker"] == worker]
+            if not np.array_equal(own, np.arange(1, last + 1)):
+                raise RuntimeError(f"worker {worker}: displacements 1 to {last} are not there once")
+
+
+class Journal:
+    """Appends records to a file; each is handed to the operating system at once.
+
+    Args:
+      path: of the file; made if missing.
+
+    Raises:
+      UserError: it cannot be written; or another server still writes it after ten seconds.
+    """
+
+    def __init__(self, path: Path):
+        self.path = Path(path)
+        with _disk(self.path):
+            self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115 - open for a life
+            _lock(self._file, self.path)
+            # The last record may have been cut by a kill.
+            size = os.path.getsize(self.path)
+            self._file.truncate(size - size % RECORD.itemsize)
+        self.life = len(read_history(self.path).rolled_back)
+
+    def begin(self, clock: int) -> None:
+        """A life of the server begins with ``clock`` displacements applied."""
+        self.life += 1
+        self._append((_BEGINS, self.life, 0, clock, clock, 0, time.time()))
+
+    def applied(self, worker: int, sequence: int, clock: int, seen: int, samples: int) -> None:
+        """A displacement was applied."""
+        self._append((worker, self.life, sequence, clock, seen, samples, time.time()))
+
+    def flush(self) -> None:
+        """Waits until all records are on the disk: they survive a power failure too."""
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()
+
+    def _append(self, record: tuple) -> None:
+        with _disk(self.path):
+            self._file.write(np.array(record, RECORD).tobytes())
+
+
+def read_history(path: Path) -> History:
+    """What a journal says; one that is missing says nothing."""
+    path = Path(path)
+    content = path.read_bytes() if path.exists() else b""
+    records = np.frombuffer(content[: len(content) // RECORD.itemsize * RECORD.itemsize], RECORD)
+    starts = np.flatnonzero(records["worker"] == _BEGINS)
+    left = records[:0]
+    rolled_back = []
+    for start, end in itertools.pairwise([*starts, len(records)]):
+        kept = left[left["clock"] <= records[start]["clock"]]
+        rolled_back.append(len(left) - len(kept))
+        left = np.concatenate([kept, records[start + 1 : end]])
+    return History(left, rolled_back)
+
+
+def _lock(file: IO[bytes], path: Path) -> None:
+    """Two servers never write together: one that was given up may take a moment to die."""
+    import fcntl
+
+    for _ in range(int(_PATIENCE_SECONDS / 0.1)):
+        with contextlib.suppress(BlockingIOError):
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        time.sleep(0.1)
+    raise UserError(f"another server writes {path}; accepted: another --workdir, or wait")
+
+
+@contextlib.contextmanager
+def _disk(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"cannot write the journal {path}: {error.strerror}; accepted: a folder with room "
+            "that can be written to"
+        ) from error

@@ -1,0 +1,311 @@
+"""The asynchronous engine: the server and the worker loop without Ray, and kills with Ray."""
+
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jkmeans.asynchronous.journal import RECORD, Journal, read_history
+from jkmeans.asynchronous.rules import displacement_rule, gradient_rule
+from jkmeans.asynchronous.server import (
+    CHECKPOINT_FOLDER,
+    DIVERGED,
+    FINISHED,
+    JOURNAL_FILE,
+    STOPPED,
+    ParameterServer,
+)
+from jkmeans.asynchronous.work import gradient_work, quantization_work
+from jkmeans.asynchronous.worker import work_on
+from jkmeans.errors import UserError
+from jkmeans.vq import make_steps
+
+ONE = np.ones((2, 3), np.float32)
+
+
+def serve(folder, **options):
+    """A server of zeros [2, 3]."""
+    options = {"n_workers": 2, "budget": 1000, "interval": 4} | options
+    return ParameterServer(0 * ONE, options.pop("rule", displacement_rule()), folder, **options)
+
+
+def give(server, worker, sequence, value=1.0, *, life=1, seen=0):
+    return server.exchange(worker, life, sequence, value * ONE, seen, 10 * sequence)
+
+
+def kill(server):
+    """What the operating system does to one that is killed; the last save is complete or not."""
+    server._journal.close()
+    server._checkpoints.wait()
+
+
+class InProcess:
+    """A port to a server of this process, whose exchanges run in a thread."""
+
+    def __init__(self, server):
+        self.server = server
+        self.thread = ThreadPoolExecutor(1)
+
+    def enter(self, *arguments):
+        return self.server.enter(*arguments)
+
+    def exchange(self, *arguments):
+        return self.thread.submit(self.server.exchange, *arguments)
+
+
+def run_workers(server, works, read, **options):
+    """All workers to the end of the run, each in a thread."""
+    with ThreadPoolExecutor(len(works)) as pool:
+        running = [
+            pool.submit(work_on, i, InProcess(server), work, read, **options)
+            for i, work in enumerate(works)
+        ]
+        for one in running:
+            one.result(timeout=60)
+
+
+def test_displacements_are_subtracted_once(tmp_path):
+    server = serve(tmp_path)
+    server.enter(0, 1, 0)
+    server.enter(1, 1, 0)
+    first = give(server, 0, 1)
+    assert first.accepted
+    again = give(server, 0, 1)  # The same call, retried.
+    assert again.accepted
+    assert again.clock == first.clock == 1
+    reply = give(server, 1, 1, 2.0)
+    np.testing.assert_array_equal(reply.shared, -3 * ONE)
+    assert (reply.clock, server.sequences, server.positions) == (2, [1, 1], [10, 10])
+    server.close()
+    read_history(tmp_path / JOURNAL_FILE).check_counted_once([1, 1])
+
+
+def test_a_former_life_of_a_worker_is_refused(tmp_path):
+    server = serve(tmp_path)
+    server.enter(0, 1, 0)
+    give(server, 0, 1)
+    entry = server.enter(0, 2, 0)
+    assert (entry.sequence, entry.position) == (1, 10)
+    late = give(server, 0, 2, life=1)
+    assert not late.accepted
+    assert late.clock == 1
+    assert give(server, 0, 2, life=2).accepted
+    server.close()
+
+
+def test_a_server_that_comes_back_loses_at_most_its_interval(tmp_path):
+    server = serve(tmp_path, interval=4)
+    server.enter(0, 1, 0)
+    server.enter(1, 1, 0)
+    for n in range(1, 12):
+        give(server, 0, n)
+    kill(server)
+    back = serve(tmp_path, interval=4)
+    assert 11 - 4 <= back.clock < 11
+    kept = back.clock
+    np.testing.assert_array_equal(back.snapshot()[0], -kept * ONE)
+    # It knows no life, so what was under way is refused, whatever its number.
+    for n in (kept, kept + 1, 12):
+        assert not give(back, 0, n).accepted
+    entry = back.enter(0, 1, 0)
+    assert (entry.sequence, entry.position) == (kept, 10 * kept)
+    assert give(back, 0, kept + 1).accepted
+    history = read_history(tmp_path / JOURNAL_FILE)
+    assert history.rolled_back == [0, 11 - kept]
+    history.check_counted_once([kept + 1, 0])
+    assert back.status().life == 2
+    back.close()
+
+
+def test_staleness_is_what_others_applied_meanwhile(tmp_path):
+    server = serve(tmp_path)
+    server.enter(0, 1, 0)
+    server.enter(1, 1, 0)
+    give(server, 0, 1, seen=0)
+    give(server, 0, 2, seen=1)
+    give(server, 1, 1, seen=0)
+    server.close()
+    np.testing.assert_array_equal(read_history(tmp_path / JOURNAL_FILE).staleness, [0, 0, 2])
+
+
+def test_the_budget_ends_the_run_and_is_on_the_disk(tmp_path):
+    server = serve(tmp_path, budget=25)
+    server.enter(0, 1, 0)
+    assert [give(server, 0, n).ended for n in (1, 2, 3)] == [False, False, True]
+    late = give(server, 0, 4)
+    assert late.ended
+    assert not late.accepted
+    kill(server)
+    back = serve(tmp_path, budget=25)
+    assert back.status().ended == FINISHED
+    np.testing.assert_array_equal(back.snapshot()[0], -3 * ONE)
+    back.close()
+
+
+def test_a_version_that_diverges_is_not_taken(tmp_path):
+    server = serve(tmp_path)
+    server.enter(0, 1, 0)
+    give(server, 0, 1)
+    assert give(server, 0, 2, np.inf).ended
+    shared, status = server.snapshot()
+    assert status.ended == DIVERGED
+    assert status.clock == 1
+    np.testing.assert_array_equal(shared, -ONE)
+    server.close()
+
+
+def test_a_stopped_run_goes_on_where_it_was(tmp_path):
+    server = serve(tmp_path, interval=100)
+    server.enter(0, 1, 0)
+    give(server, 0, 1)
+    server.stop()
+    assert server.status().ended == STOPPED
+    server.close()
+    back = serve(tmp_path, interval=100)
+    assert (back.clock, back.status().ended) == (1, "")
+    back.close()
+    with pytest.raises(UserError, match="is of 2 workers, not 3"):
+        serve(tmp_path, n_workers=3)
+
+
+def test_a_damaged_checkpoint_is_put_aside(tmp_path, capsys):
+    server = serve(tmp_path, interval=4)
+    server.enter(0, 1, 0)
+    for n in range(1, 7):
+        give(server, 0, n)
+    server.stop()
+    server.close()
+    newest = max((tmp_path / CHECKPOINT_FOLDER).iterdir(), key=lambda p: int(p.name))
+    (newest / "_CHECKPOINT_METADATA").write_text("{}")
+    back = serve(tmp_path, interval=4)
+    assert "damaged" in capsys.readouterr().out
+    assert 0 < back.clock < 6
+    np.testing.assert_array_equal(back.snapshot()[0], -back.clock * ONE)
+    back.close()
+
+
+def test_a_record_that_was_cut_is_dropped(tmp_path):
+    journal = Journal(tmp_path / "j")
+    journal.begin(0)
+    journal.applied(0, 1, 1, 0, 10)
+    journal.close()
+    with open(tmp_path / "j", "ab") as file:
+        file.write(b"x" * (RECORD.itemsize - 1))
+    journal = Journal(tmp_path / "j")
+    journal.begin(1)
+    journal.applied(0, 2, 2, 1, 10)
+    journal.close()
+    history = read_history(tmp_path / "j")
+    assert history.rolled_back == [0, 0]
+    history.check_counted_once([2])
+    with pytest.raises(RuntimeError, match="journal does not count 3"):
+        history.check_counted_once([3])
+
+
+def test_one_worker_that_waits_is_the_sequential_algorithm(tmp_path):
+    rng = np.random.default_rng(0)
+    samples, start = rng.normal(size=(40, 3)).astype(np.float32), 2 * ONE
+    start = start + rng.normal(size=start.shape).astype(np.float32)
+    server = ParameterServer(
+        start, displacement_rule(), tmp_path, n_workers=1, budget=40, interval=100
+    )
+    work = quantization_work(make_steps("rational", 0.5, 0.1))
+    run_workers(server, [work], lambda p, n: samples[p : p + n], tau=8, ahead=0)
+    expected = start.astype(np.float64)
+    for t, z in enumerate(samples, 1):
+        nearest = np.argmin(((expected - z) ** 2).sum(1))
+        expected[nearest] += 0.5 / (1 + 0.1 * t) * (z - expected[nearest])
+    shared, status = server.snapshot()
+    assert status.sequences == [5]
+    np.testing.assert_allclose(shared, expected, rtol=1e-5)
+    server.close()
+
+
+def test_workers_that_overlap_lose_no_displacement(tmp_path):
+    # H of a single prototype with ε = 1 moves it to the sample: the sum of displacements is known
+    # for any interleaving only if each worker's own version is followed, so a linear work is used.
+    from jkmeans.asynchronous.work import Work
+
+    class Counter:
+        def __init__(self):
+            self.given = 0.0
+
+        def take(self, local):
+            self.given += local
+            return np.float32(local) * ONE, 0.0
+
+    counters = [Counter() for _ in range(3)]
+    works = [
+        Work(
+            lambda shared: 0.0,
+            lambda local, x, t: local + float(x.sum()),
+            c.take,
+            lambda local, shared: local,
+        )
+        for c in counters
+    ]
+    server = serve(tmp_path, n_workers=3, budget=600)
+    run_workers(server, works, lambda p, n: np.ones(n), tau=5, ahead=4)
+    shared, status = server.snapshot()
+    assert status.samples >= 600
+    np.testing.assert_array_equal(shared, -status.samples * ONE)
+    assert all(np.isfinite(status.silent))
+    server.close()
+    history = read_history(tmp_path / JOURNAL_FILE)
+    history.check_counted_once(status.sequences)
+    assert history.applied["samples"].sum() == status.samples
+    assert (history.staleness >= 0).all()
+
+
+def loss(parameters, batch):
+    return jnp.mean((batch @ parameters["w"] - 1.0) ** 2)
+
+
+def test_synchronous_rounds_are_steps_with_the_mean_gradient(tmp_path):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(2, 24, 3)).astype(np.float32)
+    start = {"w": np.zeros(3, np.float32)}
+    rule = gradient_rule(optax.sgd(0.1, momentum=0.9))
+    server = ParameterServer(
+        start, rule, tmp_path, n_workers=2, budget=40, interval=4, synchronous=True
+    )
+    with ThreadPoolExecutor(2) as pool:
+        running = [
+            pool.submit(
+                work_on,
+                i,
+                InProcess(server),
+                gradient_work(loss),
+                lambda p, n, i=i: x[i, np.arange(p, p + n) % 24],
+                tau=4,
+                ahead=0,
+            )
+            for i in range(2)
+        ]
+        for one in running:
+            one.result(timeout=60)
+    w, momentum = np.zeros(3), np.zeros(3)
+    for r in range(5):
+        rows = x[:, np.arange(4 * r, 4 * r + 4) % 24].reshape(8, 3)
+        momentum = 0.9 * momentum + 2 * rows.T @ (rows @ w - 1) / 8
+        w = w - 0.1 * momentum
+    shared, status = server.snapshot()
+    assert (status.clock, status.sequences) == (10, [5, 5])
+    np.testing.assert_allclose(shared["w"], w, rtol=1e-5)
+    server.close()
+    assert (read_history(tmp_path / JOURNAL_FILE).staleness == 0).all()
+    # The optimizer's state comes back too.
+    back = ParameterServer(
+        start, rule, tmp_path, n_workers=2, budget=40, interval=4, synchronous=True
+    )
+    np.testing.assert_allclose(back._state[0].trace["w"], momentum, rtol=1e-5)
+    back.close()
+
+
+def test_ray_is_not_imported_with_the_package():
+    program = "import sys, jkmeans, jkmeans.asynchronous; assert 'ray' not in sys.modules"
+    subprocess.run([sys.executable, "-c", program], check=True)
