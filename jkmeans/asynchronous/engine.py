@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import pickle
 import socket
 import subprocess
 import sys
@@ -26,10 +27,19 @@ from jkmeans.configuration import Config
 from jkmeans.errors import UserError
 from jkmeans.interruption import Interruption
 
+_JOB_FILE = "job.pickle"
 _TICK_SECONDS = 0.2
 _CONNECT_SECONDS = 4.0
 # Each worker has one core; fake devices of tests are for the process that started them.
 _ENVIRONMENT = {"XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false"}
+
+
+_RAY_ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",  # Nothing is sent to anybody.
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # A warning of what Ray will do one day.
+    # What it says of every death; the run says so itself, on one line.
+    "RAY_DEDUP_LOGS_SKIP_REGEX": "will be retried|died or was killed while executing",
+}
 
 
 class Job(Protocol):
@@ -121,10 +131,12 @@ class ServerActor:
     """`ParameterServer` as an actor: every life builds it anew, from its checkpoint.
 
     What the user must know is said in the answer: Ray does not pass on why an actor cannot begin.
+    The job comes from a file, because Ray may lose large arguments before an actor comes back.
     """
 
-    def __init__(self, job: Job, folder: Path, interval: int):
+    def __init__(self, folder: Path, interval: int):
         self._refusal: UserError | None = None
+        job: Job = pickle.loads((folder / _JOB_FILE).read_bytes())
         try:
             self._server = ParameterServer(
                 job.first_version(),
@@ -171,14 +183,10 @@ class ServerActor:
 class WorkerActor:
     """A worker as an actor: `run` is called again in every life."""
 
-    def __init__(self, number: int, job: Job, server: Any, ahead: int):
-        self._number, self._job, self._ahead = number, job, ahead
-        self._port = _Port(server)
-
-    def run(self) -> None:
+    def run(self, number: int, job: Job, server: Any, ahead: int) -> None:
         """Works until the run ends."""
-        work, read = self._job.work(self._number)
-        work_on(self._number, self._port, work, read, tau=self._job.tau, ahead=self._ahead)
+        work, read = job.work(number)
+        work_on(number, _Port(server), work, read, tau=job.tau, ahead=ahead)
 
 
 class _Port:
@@ -215,8 +223,10 @@ class _Run:
     """The actors of a run, and who watches them."""
 
     def __init__(self, ray: Any, job: Job, folder: Path, options: Config, interruption):
-        self._ray, self._job, self._folder, self._options = ray, job, folder, options
+        self._ray, self._folder, self._options = ray, folder, options
         self._interruption = interruption
+        (folder / _JOB_FILE).write_bytes(ray.cloudpickle.dumps(job))
+        self._job = ray.put(job)
         lives = {"max_restarts": options.max_restarts, "max_task_retries": -1}
         here = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(
             ray.get_runtime_context().get_node_id(), soft=False
@@ -231,7 +241,7 @@ class _Run:
                 scheduling_strategy=here,  # The folder is on this machine.
                 runtime_env={"env_vars": _ENVIRONMENT | {"JAX_PLATFORMS": "cpu"}},
             )
-            .remote(job, folder, options.checkpoint_exchanges)
+            .remote(folder, options.checkpoint_exchanges)
         )
         platform = {"JAX_PLATFORMS": "" if options.gpus_per_worker else "cpu"}
         if 0 < options.gpus_per_worker < 1:
@@ -242,13 +252,13 @@ class _Run:
             num_gpus=options.gpus_per_worker,
             runtime_env={"env_vars": _ENVIRONMENT | platform},
         )
-        self._workers = [
-            worker.remote(number, job, self._server, options.ahead)
-            for number in range(job.n_workers)
-        ]
-        self._running = {w.run.remote(): n for n, w in enumerate(self._workers)}
+        self._workers = [worker.remote() for _ in range(job.n_workers)]
+        self._running: dict[Any, int] = {}
+        for number in range(job.n_workers):
+            self._set_to_work(number)
         self._dead: list[int] = []
         self._processes: list[set[int]] = [set() for _ in self._workers]
+        self._server_life: int | None = None
 
     def supervise(
         self,
@@ -268,8 +278,7 @@ class _Run:
                 evaluated_at = now
             else:
                 status = self._ask("status")
-            for seen, process in zip(self._processes, status.processes, strict=True):
-                seen |= {process} - {0}
+            self._tell_of_lives(status)
             watch(status)
             if (self._interruption.requested or stopping) and not status.ended:
                 self._ask("stop")
@@ -301,11 +310,31 @@ class _Run:
             seconds=time.monotonic() - started,
         )
 
+    def _set_to_work(self, number: int) -> None:
+        call = self._workers[number].run
+        self._running[call.remote(number, self._job, self._server, self._options.ahead)] = number
+
     def end(self) -> None:
         """No actor is left, also where the cluster goes on."""
         for actor in (*self._workers, self._server):
             with contextlib.suppress(Exception):
                 self._ray.kill(actor)
+
+    def _tell_of_lives(self, status: Status) -> None:
+        for number, (seen, process) in enumerate(
+            zip(self._processes, status.processes, strict=True)
+        ):
+            if process and process not in seen:
+                if seen:
+                    _say(f"worker {number} has come back")
+                seen.add(process)
+        if self._server_life not in (None, status.life):
+            history = read_history(self._folder / JOURNAL_FILE)
+            _say(
+                f"the server has come back from its checkpoint; {history.rolled_back[-1]:,} "
+                "displacements are computed anew"
+            )
+        self._server_life = status.life
 
     def _ask(self, method: str) -> Any:
         """An answer of the server, which may be coming back from its checkpoint."""
@@ -320,8 +349,10 @@ class _Run:
         return self._get(reference)
 
     def _collect(self, again: bool) -> None:
-        """Looks which workers have returned; one that came too early (the server had died after
-        the end) works on."""
+        """Looks which workers have returned, and which are dead.
+
+        One that returned too early, because the server died after it had told the end, works on.
+        """
         if not self._running:
             return
         returned, _ = self._ray.wait([*self._running], num_returns=len(self._running), timeout=0)
@@ -331,10 +362,10 @@ class _Run:
                 self._get(reference)
             except _DeadError:
                 self._dead.append(number)
-                print(f"worker {number} is dead for good", file=sys.stderr, flush=True)
+                _say(f"worker {number} is dead for good")
                 continue
             if again:
-                self._running[self._workers[number].run.remote()] = number
+                self._set_to_work(number)
 
     def _get(self, reference: Any) -> Any:
         errors = self._ray.exceptions
@@ -352,6 +383,10 @@ class _Run:
             ) from error
 
 
+def _say(sentence: str) -> None:
+    print(sentence, file=sys.stderr, flush=True)
+
+
 class _DeadError(UserError):
     """An actor does not come back."""
 
@@ -362,9 +397,8 @@ def import_ray() -> Any:
     Raises:
       UserError: it is not installed.
     """
-    # Ray would ask whether it may send statistics of use, and warn of what it will do one day.
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    for name, value in _RAY_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
     try:
         import ray
     except ImportError as error:

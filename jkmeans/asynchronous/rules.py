@@ -25,7 +25,7 @@ class Rule(NamedTuple):
 
 
 def displacement_rule() -> Rule:
-    """w ← w − Δ, with Δ what a worker's own version has lost since it last sent.
+    """Subtracts: w ← w − Δ, with Δ what a worker's own version has lost since it last sent.
 
     Source: Durut, Patra and Rossi, A discussion on parallelization schemes for stochastic vector
     quantization algorithms, ESANN 2012 (arXiv 1205.2282), section 5.

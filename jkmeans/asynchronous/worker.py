@@ -60,9 +60,9 @@ def work_on(worker: int, port: Port, work: Work, read: Read, *, tau: int, ahead:
       ahead: how many times τ samples it computes while an exchange is under way, at most; then it
         waits. 0: nothing is computed meanwhile.
     """
-    life = secrets.randbits(62)
+    life, process = secrets.randbits(62), os.getpid()
     pending: Pending | None = None
-    entry = port.enter(worker, life, os.getpid())
+    entry = port.enter(worker, life, process)
     ended = entry.ended
     local, sequence, position, seen = _stand(work, entry)
     waited_for = 0
