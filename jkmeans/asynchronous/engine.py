@@ -14,6 +14,7 @@ import socket
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -79,7 +80,7 @@ class Outcome(NamedTuple):
       history: all displacements in that version.
       lives: of each worker, the processes that it had.
       missing: workers that did not answer at the end: they hang, or are dead for good.
-      seconds: of this part of the run.
+      seconds: of this part of the run, from its first displacement to its end.
     """
 
     shared: Tree
@@ -104,8 +105,8 @@ def run(
       job: what is computed.
       folder: of the journal and the checkpoints, on this machine.
       options: the group ``ray`` of a config; see `jkmeans.asynchronous.fields`.
-      evaluate: called with the shared version, the status and the seconds since the start, every
-        ``evaluate_seconds`` and at the end; whether to go on.
+      evaluate: called with the shared version, the status and the seconds since the first
+        displacement, every ``evaluate_seconds`` and at the end; whether to go on.
       watch: called with the status several times a second.
 
     Returns:
@@ -266,7 +267,7 @@ class _Run:
         watch: Callable[[Status], object],
     ) -> Outcome:
         """Until the server says that the run has ended, and the workers have heard it."""
-        started = time.monotonic()
+        begun: tuple[int, float] | None = None
         evaluated_at = float("-inf")
         ended_at: float | None = None
         stopping = False
@@ -274,10 +275,13 @@ class _Run:
             now = time.monotonic()
             if now - evaluated_at >= self._options.evaluate_seconds:
                 shared, status = self._ask("snapshot")
-                stopping |= not evaluate(shared, status, time.monotonic() - started)
+                begun = begun or (status.clock, now)
+                stopping |= not evaluate(shared, status, now - begun[1])
                 evaluated_at = now
             else:
                 status = self._ask("status")
+            if begun and status.clock == begun[0]:
+                begun = status.clock, now  # Processes begin; time does not count yet.
             self._tell_of_lives(status)
             watch(status)
             if (self._interruption.requested or stopping) and not status.ended:
@@ -297,7 +301,8 @@ class _Run:
                     break
             time.sleep(_TICK_SECONDS)
         shared, status = self._ask("snapshot")
-        evaluate(shared, status, time.monotonic() - started)
+        seconds = ended_at - begun[1] if begun else 0.0
+        evaluate(shared, status, seconds)
         self._ask("close")
         history = read_history(self._folder / JOURNAL_FILE)
         history.check_counted_once(status.sequences)
@@ -307,7 +312,7 @@ class _Run:
             history=history,
             lives=[max(1, len(seen)) for seen in self._processes],
             missing=sorted({*self._dead, *self._running.values()}),
-            seconds=time.monotonic() - started,
+            seconds=seconds,
         )
 
     def _set_to_work(self, number: int) -> None:
@@ -426,7 +431,10 @@ def _session(address: str, n_workers: int) -> Iterator[Any]:
         _find_cluster(address)
         del options["include_dashboard"]
     try:
-        ray.init(address=address, **options)
+        with warnings.catch_warnings():
+            # JAX warns of forks; the children of Ray's start other programs at once.
+            warnings.filterwarnings("ignore", message=r"os\.fork\(\)", category=RuntimeWarning)
+            ray.init(address=address, **options)
     except (ConnectionError, RuntimeError, ValueError, OSError) as error:
         raise _no_cluster(address, str(error).split("\n")[0]) from error
     try:

@@ -48,8 +48,8 @@ def work_on(worker: int, port: Port, work: Work, read: Read, *, tau: int, ahead:
     """Works until the server says that the run has ended.
 
     Every τ samples the worker looks whether its exchange has ended; if so it takes the shared
-    version in, and sends what it has done since the last upload began. At most one exchange is
-    under way.
+    version in, and sends what it has done since that upload began. At most one exchange is under
+    way.
 
     Args:
       worker: its number, from 0.
@@ -65,32 +65,31 @@ def work_on(worker: int, port: Port, work: Work, read: Read, *, tau: int, ahead:
     entry = port.enter(worker, life, process)
     ended = entry.ended
     local, sequence, position, seen = _stand(work, entry)
-    waited_for = 0
+    unsent = 0
     while not ended:
-        if pending is not None and (waited_for >= ahead or pending.done()):
+        if pending is not None and (unsent >= ahead or pending.done()):
             reply = pending.result()
-            pending = None
-            ended = reply.ended
+            pending, ended = None, reply.ended
             if reply.accepted:
                 local, seen = work.receive(local, reply.shared), reply.clock
             elif not ended:
                 # The server has come back from its checkpoint, or another life of this worker was
                 # there: what is not in the shared version is computed anew.
-                local, sequence, position, seen = _stand(
-                    work, port.enter(worker, life, os.getpid())
-                )
-            continue
-        local = work.advance(local, read(position, tau), np.int32(position))
-        jax.block_until_ready(local)
-        position += tau
-        waited_for += 1
-        if pending is None:
+                entry = port.enter(worker, life, process)
+                ended = entry.ended
+                local, sequence, position, seen = _stand(work, entry)
+                unsent = 0
+        elif pending is None and unsent > 0:
             sent, local = work.take(local)
             sequence += 1
-            pending = port.exchange(
-                worker, life, sequence, jax.tree.map(np.asarray, sent), seen, position
-            )
-            waited_for = 0
+            sent = jax.tree.map(np.asarray, sent)
+            pending = port.exchange(worker, life, sequence, sent, seen, position)
+            unsent = 0
+        else:
+            local = work.advance(local, read(position, tau), np.int32(position))
+            jax.block_until_ready(local)
+            position += tau
+            unsent += 1
 
 
 def _stand(work: Work, entry: Reply) -> tuple[Any, int, int, int]:

@@ -1,0 +1,106 @@
+"""What gradients are computed of: a model, a loss, examples."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jkmeans import datasets
+from jkmeans.asynchronous.rules import Tree
+from jkmeans.configuration import Config
+from jkmeans.errors import UserError
+from jkmeans.naming import resolve
+
+_HELD_OUT = 6  # Every sixth example is held out, as in MNIST.
+
+
+class Problem(NamedTuple):
+    """A user's model and loss.
+
+    Attributes:
+      init: key -> parameters, a pytree of float arrays.
+      loss: (parameters, batch) -> [], the mean over the examples of the batch.
+      examples: a pytree of NumPy arrays [n, ...]; a batch is made of some of their rows.
+      error: parameters -> [], the number that is drawn, less is better; on examples of its own.
+    """
+
+    init: Callable[[jax.Array], Tree]
+    loss: Callable[[Tree, Any], jax.Array]
+    examples: Any
+    error: Callable[[Tree], jax.Array]
+
+
+def multilayer_perceptron(config: Config) -> Problem:
+    """Classification of a data set with labels by a perceptron with hidden layers of ReLUs.
+
+    Parameters are drawn as He et al. (2015) have it. The loss is the cross-entropy, the error the
+    share of held-out examples (every sixth) that are classified wrongly.
+
+    Args:
+      config: its groups ``data`` and ``problem`` are used.
+    """
+    data = datasets.load(config.data.name, n_examples=config.data.n_examples)
+    if data.labels is None:
+        raise UserError(f"data set {data.name!r} has no labels; accepted: one that has")
+    x = data.examples.reshape(len(data.examples), -1).astype(np.float32) * np.float32(data.scale)
+    held_out = np.arange(len(x)) % _HELD_OUT == _HELD_OUT - 1
+    widths = [x.shape[1], *config.problem.widths, int(data.labels.max()) + 1]
+
+    def init(key: jax.Array) -> Tree:
+        return [
+            {
+                "kernel": jnp.sqrt(2 / n)
+                * jax.random.normal(jax.random.fold_in(key, layer), (n, m)),
+                "bias": jnp.zeros(m),
+            }
+            for layer, (n, m) in enumerate(itertools.pairwise(widths))
+        ]
+
+    def logits(parameters: Tree, inputs: jax.Array) -> jax.Array:
+        for layer in parameters[:-1]:
+            inputs = jax.nn.relu(inputs @ layer["kernel"] + layer["bias"][None, :])
+        return inputs @ parameters[-1]["kernel"] + parameters[-1]["bias"][None, :]
+
+    def loss(parameters: Tree, batch: tuple[jax.Array, jax.Array]) -> jax.Array:
+        inputs, labels = batch
+        return jnp.mean(
+            optax.softmax_cross_entropy_with_integer_labels(logits(parameters, inputs), labels)
+        )
+
+    @jax.jit
+    def error(parameters: Tree) -> jax.Array:
+        wrong = jnp.argmax(logits(parameters, x[held_out]), axis=1) != data.labels[held_out]
+        return jnp.mean(wrong)
+
+    return Problem(init, loss, (x[~held_out], data.labels[~held_out]), error)
+
+
+PROBLEMS: dict[str, Callable[[Config], Problem]] = {"multilayer_perceptron": multilayer_perceptron}
+"""Makers of problems by name: config -> `Problem`."""
+
+
+def make_problem(config: Config) -> Problem:
+    """The problem that a config names, of ours or the user's ``module:function``.
+
+    Raises:
+      UserError: there is none of that name, or it returns something else.
+    """
+    problem = resolve(config.problem.name, PROBLEMS, "config.problem.name")(config)
+    if not isinstance(problem, Problem):
+        raise UserError(
+            f"config.problem.name is {config.problem.name!r}, which returns "
+            f"{type(problem).__name__}; accepted: jkmeans.asynchronous.problems.Problem"
+        )
+    lengths = {len(leaf) for leaf in jax.tree.leaves(problem.examples)}
+    if len(lengths) != 1:
+        raise UserError(
+            f"the examples of {config.problem.name!r} are of {sorted(lengths)} rows; accepted: "
+            "arrays with the same number of rows"
+        )
+    return problem
