@@ -1,15 +1,22 @@
 """The asynchronous engine: the server and the worker loop without Ray, and kills with Ray."""
 
+import contextlib
+import os
+import signal
 import subprocess
 import sys
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from ml_collections import ConfigDict
 
+from jkmeans.asynchronous import engine
 from jkmeans.asynchronous.journal import RECORD, Journal, read_history
+from jkmeans.asynchronous.quantization import QuantizationJob
 from jkmeans.asynchronous.rules import displacement_rule, gradient_rule
 from jkmeans.asynchronous.server import (
     CHECKPOINT_FOLDER,
@@ -18,8 +25,9 @@ from jkmeans.asynchronous.server import (
     JOURNAL_FILE,
     STOPPED,
     ParameterServer,
+    Reply,
 )
-from jkmeans.asynchronous.work import gradient_work, quantization_work
+from jkmeans.asynchronous.work import Work, gradient_work, quantization_work
 from jkmeans.asynchronous.worker import work_on
 from jkmeans.errors import UserError
 from jkmeans.vq import make_steps
@@ -57,12 +65,12 @@ class InProcess:
         return self.thread.submit(self.server.exchange, *arguments)
 
 
-def run_workers(server, works, read, **options):
+def run_workers(server, work, reads, **options):
     """All workers to the end of the run, each in a thread."""
-    with ThreadPoolExecutor(len(works)) as pool:
+    with ThreadPoolExecutor(len(reads)) as pool:
         running = [
-            pool.submit(work_on, i, InProcess(server), work, read, **options)
-            for i, work in enumerate(works)
+            pool.submit(work_on, worker, InProcess(server), work, read, **options)
+            for worker, read in enumerate(reads)
         ]
         for one in running:
             one.result(timeout=60)
@@ -214,7 +222,7 @@ def test_one_worker_that_waits_is_the_sequential_algorithm(tmp_path):
         start, displacement_rule(), tmp_path, n_workers=1, budget=40, interval=100
     )
     work = quantization_work(make_steps("rational", 0.5, 0.1))
-    run_workers(server, [work], lambda p, n: samples[p : p + n], tau=8, ahead=0)
+    run_workers(server, work, [lambda p, n: samples[p : p + n]], tau=8, ahead=0)
     expected = start.astype(np.float64)
     for t, z in enumerate(samples, 1):
         nearest = np.argmin(((expected - z) ** 2).sum(1))
@@ -225,40 +233,66 @@ def test_one_worker_that_waits_is_the_sequential_algorithm(tmp_path):
     server.close()
 
 
+COUNTING = Work(
+    start=lambda shared: 0.0,
+    advance=lambda local, samples, t: local + float(samples.sum()),
+    take=lambda local: (np.float32(local) * ONE, 0.0),
+    receive=lambda local, shared: local,
+    carries_over=True,
+)
+"""Counts samples: the sum of what is sent does not depend on who comes when."""
+
+
 def test_workers_that_overlap_lose_no_displacement(tmp_path):
-    # H of a single prototype with ε = 1 moves it to the sample: the sum of displacements is known
-    # for any interleaving only if each worker's own version is followed, so a linear work is used.
-    from jkmeans.asynchronous.work import Work
-
-    class Counter:
-        def __init__(self):
-            self.given = 0.0
-
-        def take(self, local):
-            self.given += local
-            return np.float32(local) * ONE, 0.0
-
-    counters = [Counter() for _ in range(3)]
-    works = [
-        Work(
-            lambda shared: 0.0,
-            lambda local, x, t: local + float(x.sum()),
-            c.take,
-            lambda local, shared: local,
-        )
-        for c in counters
-    ]
     server = serve(tmp_path, n_workers=3, budget=600)
-    run_workers(server, works, lambda p, n: np.ones(n), tau=5, ahead=4)
+    run_workers(server, COUNTING, [lambda p, n: np.ones(n)] * 3, tau=5, ahead=4)
     shared, status = server.snapshot()
     assert status.samples >= 600
     np.testing.assert_array_equal(shared, -status.samples * ONE)
-    assert all(np.isfinite(status.silent))
     server.close()
     history = read_history(tmp_path / JOURNAL_FILE)
     history.check_counted_once(status.sequences)
     assert history.applied["samples"].sum() == status.samples
     assert (history.staleness >= 0).all()
+
+
+class Script:
+    """A server that answers when the worker waits, and whose clock is 10 ahead every time."""
+
+    def __init__(self, n_exchanges):
+        self.n_exchanges = n_exchanges
+        self.seen = []
+
+    def enter(self, *arguments):
+        return Reply(True, False, 0 * ONE, 0, 0, 0)
+
+    def exchange(self, worker, life, sequence, sent, seen, position):
+        del worker, life, sent, position
+        self.seen.append(seen)
+        self.reply = Reply(True, sequence == self.n_exchanges, 0 * ONE, 10 * sequence, sequence, 0)
+        return self
+
+    def done(self):
+        return False
+
+    def result(self):
+        return self.reply
+
+
+@pytest.mark.parametrize(
+    ("carries_over", "ahead", "seen"),
+    [
+        (True, 1, [0, 10, 20, 30]),
+        (False, 0, [0, 10, 20, 30]),
+        # A gradient computed while its forerunner was under way is of the version before.
+        (False, 1, [0, 0, 10, 20]),
+    ],
+)
+def test_a_worker_says_which_version_its_work_is_based_on(carries_over, ahead, seen):
+    script = Script(4)
+    work = COUNTING._replace(carries_over=carries_over)
+    work_on(0, script, work, lambda p, n: np.ones(n), tau=1, ahead=ahead)
+    assert script.seen == seen
 
 
 def loss(parameters, batch):
@@ -273,21 +307,8 @@ def test_synchronous_rounds_are_steps_with_the_mean_gradient(tmp_path):
     server = ParameterServer(
         start, rule, tmp_path, n_workers=2, budget=40, interval=4, synchronous=True
     )
-    with ThreadPoolExecutor(2) as pool:
-        running = [
-            pool.submit(
-                work_on,
-                i,
-                InProcess(server),
-                gradient_work(loss),
-                lambda p, n, i=i: x[i, np.arange(p, p + n) % 24],
-                tau=4,
-                ahead=0,
-            )
-            for i in range(2)
-        ]
-        for one in running:
-            one.result(timeout=60)
+    reads = [lambda p, n, own=own: own[np.arange(p, p + n) % 24] for own in x]
+    run_workers(server, gradient_work(loss), reads, tau=4, ahead=0)
     w, momentum = np.zeros(3), np.zeros(3)
     for r in range(5):
         rows = x[:, np.arange(4 * r, 4 * r + 4) % 24].reshape(8, 3)
@@ -304,6 +325,97 @@ def test_synchronous_rounds_are_steps_with_the_mean_gradient(tmp_path):
     )
     np.testing.assert_allclose(back._state[0].trace["w"], momentum, rtol=1e-5)
     back.close()
+
+
+# With Ray.
+
+RAY_OPTIONS = {
+    "address": "local",
+    "checkpoint_exchanges": 40,
+    "max_restarts": -1,
+    "ahead": 2,
+    "evaluate_seconds": 0.5,
+    "patience_seconds": 2.0,
+    "gpus_per_worker": 0.0,
+}
+
+
+@pytest.fixture(scope="module")
+def ray():
+    """One cluster for all tests; its processes are gone afterwards, whatever happens."""
+    pytest.importorskip("ray")
+    ray = engine.import_ray()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # JAX's threads and Ray's forks.
+        ray.init(
+            address="local", num_cpus=4, include_dashboard=False, log_to_driver=False,
+            logging_level="ERROR",
+        )  # fmt: skip
+    yield ray
+    ray.shutdown()
+
+
+def clusters():
+    """Samples around four corners."""
+    rng = np.random.default_rng(0)
+    corners = np.array([[-4, -4], [-4, 4], [4, -4], [4, 4]], np.float32)
+    return (corners[np.arange(400) % 4] + rng.normal(size=(400, 2))).astype(np.float32)
+
+
+def corners_job(budget, n_workers=2):
+    samples = clusters()
+    return QuantizationJob(
+        clusters, samples[:4], ("rational", 0.3, 0.01), n_workers, tau=5, budget=budget
+    )
+
+
+def distortion(shared):
+    return float(np.mean(((clusters()[:, None] - shared[None]) ** 2).sum(-1).min(1)))
+
+
+class Killer:
+    """Kills processes of a run, each once some more displacements are applied."""
+
+    def __init__(self, victims, every):
+        self.victims, self.every = list(victims), every
+        self.at = every
+        self.killed = []
+
+    def __call__(self, status):
+        if not self.victims or status.clock < self.at or 0 in status.processes:
+            return
+        victim = self.victims.pop(0)
+        process = status.process if victim == "server" else status.processes[victim]
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process, signal.SIGKILL)
+            self.killed.append(victim)
+        self.at = status.clock + self.every
+
+
+def run_killed(folder, job, victims, every):
+    killer = Killer(victims, every)
+    outcome = engine.run(
+        job, folder, ConfigDict(RAY_OPTIONS), evaluate=lambda *_: True, watch=killer
+    )
+    # engine.run has compared the journal with the server's clock; once more, by hand.
+    applied = outcome.history.applied
+    assert outcome.status.clock == len(applied) == sum(outcome.status.sequences)
+    numbers = set(zip(applied["worker"].tolist(), applied["sequence"].tolist(), strict=True))
+    assert len(numbers) == len(applied)
+    assert applied["samples"].sum() == outcome.status.samples >= job.budget
+    assert outcome.missing == []
+    assert len(outcome.history.rolled_back) == 1 + killer.killed.count("server")
+    assert max(outcome.history.rolled_back) <= RAY_OPTIONS["checkpoint_exchanges"]
+    return outcome, killer
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_killed_processes_come_back_and_everything_counts_once(ray, tmp_path):
+    outcome, killer = run_killed(tmp_path, corners_job(12_000), [0, "server"], 100)
+    assert killer.killed == [0, "server"]
+    assert outcome.lives[0] >= 2
+    best = distortion(np.array([clusters()[i::4].mean(0) for i in range(4)]))
+    assert distortion(outcome.shared) < 1.1 * best
 
 
 def test_ray_is_not_imported_with_the_package():

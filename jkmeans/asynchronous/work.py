@@ -20,12 +20,15 @@ class Work(NamedTuple):
       advance: (local, samples, t) -> local, with t the samples of this worker before these.
       take: local -> (sent, local), what is to be sent, and the local state from then on.
       receive: (local, shared) -> local, at the end of the exchange.
+      carries_over: whether what was computed during the exchange is based on the version received
+        from then on; where not, its staleness counts from the version before.
     """
 
     start: Callable[[Tree], Any]
     advance: Callable[[Any, Any, jax.Array], Any]
     take: Callable[[Any], tuple[Tree, Any]]
     receive: Callable[[Any, Tree], Any]
+    carries_over: bool
 
 
 class _Versions(NamedTuple):
@@ -57,7 +60,7 @@ def quantization_work(steps: Steps) -> Work:
     def receive(local: _Versions, shared: jax.Array) -> _Versions:
         return _Versions(shared - displacement(local.sent, local.own), shared)
 
-    return _compiled(Work(start, advance, take, receive))
+    return _compiled(Work(start, advance, take, receive, carries_over=True))
 
 
 class _Gradients(NamedTuple):
@@ -88,8 +91,10 @@ def gradient_work(loss: Callable[[Tree, Any], jax.Array]) -> Work:
     def receive(local: _Gradients, shared: Tree) -> _Gradients:
         return local._replace(parameters=shared)
 
-    return _compiled(Work(start, advance, take, receive))
+    return _compiled(Work(start, advance, take, receive, carries_over=False))
 
 
 def _compiled(work: Work) -> Work:
-    return Work(work.start, jax.jit(work.advance), jax.jit(work.take), jax.jit(work.receive))
+    return work._replace(
+        advance=jax.jit(work.advance), take=jax.jit(work.take), receive=jax.jit(work.receive)
+    )

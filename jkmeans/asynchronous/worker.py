@@ -64,27 +64,29 @@ def work_on(worker: int, port: Port, work: Work, read: Read, *, tau: int, ahead:
     pending: Pending | None = None
     entry = port.enter(worker, life, process)
     ended = entry.ended
-    local, sequence, position, seen = _stand(work, entry)
-    unsent = 0
+    local, sequence, position, clock = _stand(work, entry)
+    seen, unsent = clock, 0
     while not ended:
         if pending is not None and (unsent >= ahead or pending.done()):
             reply = pending.result()
             pending, ended = None, reply.ended
             if reply.accepted:
-                local, seen = work.receive(local, reply.shared), reply.clock
+                local, clock = work.receive(local, reply.shared), reply.clock
+                if work.carries_over or not unsent:
+                    seen = clock
             elif not ended:
                 # The server has come back from its checkpoint, or another life of this worker was
                 # there: what is not in the shared version is computed anew.
                 entry = port.enter(worker, life, process)
                 ended = entry.ended
-                local, sequence, position, seen = _stand(work, entry)
-                unsent = 0
+                local, sequence, position, clock = _stand(work, entry)
+                seen, unsent = clock, 0
         elif pending is None and unsent > 0:
             sent, local = work.take(local)
             sequence += 1
             sent = jax.tree.map(np.asarray, sent)
             pending = port.exchange(worker, life, sequence, sent, seen, position)
-            unsent = 0
+            seen, unsent = clock, 0
         else:
             local = work.advance(local, read(position, tau), np.int32(position))
             jax.block_until_ready(local)
