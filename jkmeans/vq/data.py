@@ -1,0 +1,108 @@
+"""What the experiments on parallel vector quantization quantize."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from jkmeans import datasets
+from jkmeans.configuration import Config
+from jkmeans.errors import UserError
+from jkmeans.sources import open_source
+from jkmeans.vq.mixtures import spline_mixture
+
+MIXTURE = "mixture"
+NAMED = (MIXTURE, *(name for name in datasets.NAMES if name != "npy"))
+
+
+def load_samples(config: Config) -> np.ndarray:
+    """The samples of a config, in their original order.
+
+    Args:
+      config: validated; its groups ``data`` and ``mixture`` and its ``seed`` are used.
+
+    Returns:
+      [N, d] float32: of the mixture, images of a named set (their pixels, or patches of them), or
+      rows of a file.
+
+    Raises:
+      UserError: the data cannot be read, or not be cut as asked for.
+    """
+    name, n_samples = config.data.input, config.data.n_samples
+    if name == MIXTURE:
+        mixture = config.mixture
+        return spline_mixture(
+            config.seed, n_samples, mixture.n_components, mixture.n_features, mixture.n_knots
+        )
+    if name in NAMED:
+        dataset = datasets.load(name)
+        images = dataset.examples * np.float32(dataset.scale)
+        if config.data.patch:
+            images = cut_patches(images, config.data.patch)
+        rows = images.reshape(len(images), -1)
+    else:
+        source = open_source(name)
+        rows = source.read(0, source.n_rows)
+        rows = datasets.check_examples(rows, name=source.name).astype(np.float32)
+    if n_samples > len(rows):
+        raise UserError(
+            f"config.data.n_samples is {n_samples:,}, but {name} has {len(rows):,}; accepted: up "
+            "to that many, or 0 for all"
+        )
+    if n_samples:
+        # Drawn rather than the first: patches of one image come one after another.
+        chosen = np.random.default_rng(config.seed).permutation(len(rows))[:n_samples]
+        rows = rows[np.sort(chosen)]
+    return rows
+
+
+def cut_patches(images: np.ndarray, size: int) -> np.ndarray:
+    """All patches of images that lie side by side, from the top left; what is left over is not used.
+
+    Args:
+      images: [n, height, width].
+      size: p, at most height and width.
+
+    Returns:
+      [n · (height // p) · (width // p), p, p].
+
+    Raises:
+      UserError: patches are larger than the images.
+    """
+    n, height, width = images.shape
+    if size > min(height, width):
+        raise UserError(
+            f"config.data.patch is {size}, but images have {height}×{width} pixels; accepted: 1 to "
+            f"{min(height, width)}, or 0 for whole images"
+        )
+    rows, columns = height // size, width // size
+    cut = images[:, : rows * size, : columns * size]
+    return cut.reshape(n, rows, size, columns, size).swapaxes(2, 3).reshape(-1, size, size)
+
+
+def first_prototypes(
+    rng: np.random.Generator, samples: np.ndarray, n_clusters: int, n_averaged: int
+) -> np.ndarray:
+    """w(0): each prototype the mean of some samples drawn for it, all of them different.
+
+    Args:
+      rng: the source of randomness.
+      samples: [N, d].
+      n_clusters: k; k times ``n_averaged`` is at most N.
+      n_averaged: how many samples a prototype is the mean of; 1 for samples themselves, 20 in the
+        program of Durut, Patra and Rossi.
+
+    Returns:
+      [k, d] float32.
+
+    Raises:
+      UserError: there are fewer samples than that.
+    """
+    needed = n_clusters * n_averaged
+    if needed > len(samples):
+        raise UserError(
+            f"config.n_clusters is {n_clusters:,} and init_samples {n_averaged:,}, which takes "
+            f"{needed:,} samples, but there are {len(samples):,}; accepted: up to that many"
+        )
+    chosen = rng.choice(len(samples), needed, replace=False)
+    groups = samples[chosen].reshape(n_clusters, n_averaged, -1)
+    return groups.mean(axis=1, dtype=np.float64).astype(np.float32)
