@@ -27,23 +27,32 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+
+
+class Hang(NamedTuple):
+    """A worker that is to hang (SIGSTOP), not to die."""
+
+    worker: int
+
+
+Victim = int | str | Hang
 
 
 class Killer:
     """Kills processes of a run, as many as are wanted, while all of them are there.
 
     Args:
-      victims: numbers of workers, or "server", in turn.
+      victims: numbers of workers, or "server", or `Hang`, in turn.
       every: displacements that are applied from one kill to the next.
     """
 
-    def __init__(self, victims: Sequence[int | str], every: int):
+    def __init__(self, victims: Sequence[Victim], every: int):
         self._victims = list(victims)
         self._every = self._at = every
-        self.killed: list[int | str] = []
+        self.killed: list[Victim] = []
 
     def __call__(self, status) -> None:
         """What `jkmeans.asynchronous.engine.run` calls with the server's status."""
@@ -51,9 +60,12 @@ class Killer:
         if not self._victims or status.clock < self._at or not all_there or status.ended:
             return
         victim = self._victims[0]
-        process = status.process if victim == "server" else status.processes[victim]
+        if victim == "server":
+            process = status.process
+        else:
+            process = status.processes[victim.worker if isinstance(victim, Hang) else victim]
         with contextlib.suppress(ProcessLookupError):  # It is dead, and not yet back.
-            os.kill(process, signal.SIGKILL)
+            os.kill(process, signal.SIGSTOP if isinstance(victim, Hang) else signal.SIGKILL)
             self.killed.append(self._victims.pop(0))
             self._at = status.clock + self._every
 
@@ -78,7 +90,7 @@ def make_job(options: argparse.Namespace):
     return job, samples
 
 
-def measure(options: argparse.Namespace, victims: Sequence[int | str] = ()) -> dict[str, Any]:
+def measure(options: argparse.Namespace, victims: Sequence[Victim] = ()) -> dict[str, Any]:
     """One run in a folder of its own."""
     from ml_collections import ConfigDict
 

@@ -1,8 +1,7 @@
 """The asynchronous engine: the server and the worker loop without Ray, and kills with Ray."""
 
-import contextlib
-import os
-import signal
+import json
+import socket
 import subprocess
 import sys
 import warnings
@@ -14,6 +13,7 @@ import optax
 import pytest
 from ml_collections import ConfigDict
 
+from benchmarks.ray_exchanges import Hang, Killer
 from jkmeans.asynchronous import engine
 from jkmeans.asynchronous.journal import RECORD, Journal, read_history
 from jkmeans.asynchronous.quantization import QuantizationJob
@@ -373,25 +373,6 @@ def distortion(shared):
     return float(np.mean(((clusters()[:, None] - shared[None]) ** 2).sum(-1).min(1)))
 
 
-class Killer:
-    """Kills processes of a run, each once some more displacements are applied."""
-
-    def __init__(self, victims, every):
-        self.victims, self.every = list(victims), every
-        self.at = every
-        self.killed = []
-
-    def __call__(self, status):
-        if not self.victims or status.clock < self.at or 0 in status.processes:
-            return
-        victim = self.victims.pop(0)
-        process = status.process if victim == "server" else status.processes[victim]
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(process, signal.SIGKILL)
-            self.killed.append(victim)
-        self.at = status.clock + self.every
-
-
 def run_killed(folder, job, victims, every):
     killer = Killer(victims, every)
     outcome = engine.run(
@@ -403,19 +384,65 @@ def run_killed(folder, job, victims, every):
     numbers = set(zip(applied["worker"].tolist(), applied["sequence"].tolist(), strict=True))
     assert len(numbers) == len(applied)
     assert applied["samples"].sum() == outcome.status.samples >= job.budget
-    assert outcome.missing == []
     assert len(outcome.history.rolled_back) == 1 + killer.killed.count("server")
     assert max(outcome.history.rolled_back) <= RAY_OPTIONS["checkpoint_exchanges"]
     return outcome, killer
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
-def test_killed_processes_come_back_and_everything_counts_once(ray, tmp_path):
-    outcome, killer = run_killed(tmp_path, corners_job(12_000), [0, "server"], 100)
-    assert killer.killed == [0, "server"]
+def test_a_run_survives_a_killed_worker_a_killed_server_and_a_worker_that_hangs(ray, tmp_path):
+    outcome, killer = run_killed(tmp_path, corners_job(15_000), [0, "server", Hang(1)], 100)
+    assert killer.killed == [0, "server", Hang(1)]
     assert outcome.lives[0] >= 2
+    assert outcome.missing == [1]
+    first, second = outcome.status.positions
+    assert first > second > 0
     best = distortion(np.array([clusters()[i::4].mean(0) for i in range(4)]))
     assert distortion(outcome.shared) < 1.1 * best
+
+
+@pytest.mark.parametrize(
+    ("address", "message"),
+    [
+        ("localhost:1", "no Ray cluster at config.ray.address 'localhost:1' .*refused"),
+        ("somewhere", "config.ray.address is 'somewhere'; accepted"),
+        ("ray://localhost:1", "config.ray.address is 'ray://localhost:1'; accepted"),
+    ],
+)
+def test_no_cluster_is_said_at_once(address, message):
+    with pytest.raises(UserError, match=message):
+        engine._find_cluster(address)
+
+
+def test_something_else_that_listens_is_no_cluster(monkeypatch):
+    pytest.importorskip("ray")
+    monkeypatch.setattr(engine, "_JOIN_SECONDS", 0.5)
+    with socket.create_server(("localhost", 0)) as listener:
+        address = f"localhost:{listener.getsockname()[1]}"
+        with pytest.raises(UserError, match="no cluster that has this machine in it"):
+            engine._find_cluster(address)
+
+
+def test_without_ray_the_extra_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(UserError, match=r'pip install "jkmeans\[ray\]"'):
+        engine.import_ray()
+
+
+@pytest.mark.slow
+def test_twenty_random_kills_change_nothing_but_the_time(tmp_path):
+    pytest.importorskip("ray")
+    flags = "--kills 20 --kill-every 40 --undisturbed 2 --budget 60000 --tau 5 --ahead 2"
+    small = "--clusters 10 --features 8 --checkpoint-exchanges 100"
+    path = tmp_path / "result.json"
+    program = [sys.executable, "-m", "benchmarks.ray_exchanges", "--json", str(path)]
+    subprocess.run([*program, *flags.split(), *small.split()], check=True, timeout=500)
+    result = json.loads(path.read_text())
+    disturbed = result["disturbed"]
+    assert len(disturbed["killed"]) == 20
+    assert max(disturbed["rolled_back"]) <= 100
+    for run in result["undisturbed"]:
+        assert disturbed["distortion"] == pytest.approx(run["distortion"], rel=0.02)
 
 
 def test_ray_is_not_imported_with_the_package():

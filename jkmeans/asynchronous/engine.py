@@ -30,7 +30,9 @@ from jkmeans.interruption import Interruption
 
 _JOB_FILE = "job.pickle"
 _TICK_SECONDS = 0.2
-_CONNECT_SECONDS = 4.0
+# To find a cluster: both together stay below ten seconds.
+_KNOCK_SECONDS = 2.0
+_JOIN_SECONDS = 7.0
 # Each worker has one core; fake devices of tests are for the process that started them.
 _ENVIRONMENT = {"XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false"}
 
@@ -272,16 +274,14 @@ class _Run:
         ended_at: float | None = None
         stopping = False
         while True:
+            due = time.monotonic() - evaluated_at >= self._options.evaluate_seconds
+            shared, status = self._ask("snapshot") if due else (None, self._ask("status"))
             now = time.monotonic()
-            if now - evaluated_at >= self._options.evaluate_seconds:
-                shared, status = self._ask("snapshot")
-                begun = begun or (status.clock, now)
+            if begun is None or status.clock == begun[0]:
+                begun = status.clock, now  # Processes begin; time does not count yet.
+            if due:
                 stopping |= not evaluate(shared, status, now - begun[1])
                 evaluated_at = now
-            else:
-                status = self._ask("status")
-            if begun and status.clock == begun[0]:
-                begun = status.clock, now  # Processes begin; time does not count yet.
             self._tell_of_lives(status)
             watch(status)
             if (self._interruption.requested or stopping) and not status.ended:
@@ -301,7 +301,7 @@ class _Run:
                     break
             time.sleep(_TICK_SECONDS)
         shared, status = self._ask("snapshot")
-        seconds = ended_at - begun[1] if begun else 0.0
+        seconds = ended_at - begun[1]
         evaluate(shared, status, seconds)
         self._ask("close")
         history = read_history(self._folder / JOURNAL_FILE)
@@ -444,23 +444,33 @@ def _session(address: str, n_workers: int) -> Iterator[Any]:
 
 
 def _find_cluster(address: str) -> None:
-    """Asks whether a cluster answers, in a few seconds: ``ray.init`` would try for long."""
+    """Asks whether a cluster answers, in a few seconds: ``ray.init`` itself would wait for long."""
     if address == "auto":
-        return
+        return  # Which looks for one on this machine, and says at once if there is none.
     host, separator, port = address.rpartition(":")
     if not separator or not host or "/" in address or not port.isdigit():
         raise UserError(
             f"config.ray.address is {address!r}; accepted: 'local', 'auto' or host:port"
         )
     try:
-        socket.create_connection((host, int(port)), timeout=_CONNECT_SECONDS).close()
+        socket.create_connection((host, int(port)), timeout=_KNOCK_SECONDS).close()
     except (OSError, OverflowError) as error:
         raise _no_cluster(address, str(error)) from error
-    check = [sys.executable, "-m", "ray.scripts.scripts", "health-check", "--address", address]
+    # Something listens there. A process of its own tries to join, because it can be given up.
+    program = "import sys, ray; ray.init(address=sys.argv[1], log_to_driver=False)"
     try:
-        subprocess.run(check, check=True, capture_output=True, timeout=_CONNECT_SECONDS)
+        subprocess.run(
+            [sys.executable, "-c", program, address],
+            check=True,
+            capture_output=True,
+            timeout=_JOIN_SECONDS,
+        )
     except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
-        raise _no_cluster(address, "what listens there does not answer as Ray does") from error
+        raise _no_cluster(
+            address,
+            "what listens there is no cluster that has this machine in it, or wants a token and "
+            "RAY_AUTH_MODE=token is not set",
+        ) from error
 
 
 def _no_cluster(address: str, reason: str) -> UserError:
