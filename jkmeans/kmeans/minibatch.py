@@ -26,7 +26,8 @@ from jkmeans.kmeans.collectives import (
     vary_like,
 )
 from jkmeans.kmeans.initialization import INITIALIZATIONS
-from jkmeans.kmeans.statistics import cluster_statistics
+from jkmeans.kmeans.statistics import centroids_from, cluster_statistics
+from jkmeans.kmeans.updates import move_towards
 
 
 class MiniBatchState(NamedTuple):
@@ -88,9 +89,9 @@ def minibatch_step(
 ) -> tuple[MiniBatchState, jax.Array]:
     """One step on one batch.
 
-    With v_k the count of centroid k before and S_k, w_k the weighted sum and weight of its rows in
-    the batch, c_k ← (v_k c_k + S_k) / (v_k + w_k). Then, once 10 k rows were seen since the last
-    time or while a centroid has never been given a row, centroids whose count is below
+    With v_k the count of centroid k before and m_k, w_k the weighted mean and weight of its rows in
+    the batch, c_k ← c_k − w_k / (v_k + w_k) (c_k − m_k). Then, once 10 k rows were seen since the
+    last time or while a centroid has never been given a row, centroids whose count is below
     ``reassignment_ratio`` times the largest (the lowest counts first, half a batch at most) move
     to random rows of the batch, and take the lowest count of the others.
 
@@ -113,9 +114,9 @@ def minibatch_step(
         x, labels, k, weights=weights, distances=distances, axis_name=axis_name
     )
     counts = state.counts + found.counts.astype(dtype)
-    moved = (found.counts > 0)[:, None]
-    sums = state.counts[:, None] * state.centroids + found.sums.astype(dtype)
-    centroids = jnp.where(moved, sums / jnp.where(moved, counts[:, None], 1), state.centroids)
+    rates = found.counts.astype(dtype) / jnp.where(found.counts > 0, counts, 1)
+    means = centroids_from(found, state.centroids)
+    centroids = move_towards(state.centroids, means, rates[:, None])
 
     n_batch = x.shape[0] * n_devices(axis_name)
     n_rows = n_batch if n_rows is None else n_rows

@@ -56,7 +56,7 @@ def load_samples(config: Config) -> np.ndarray:
 
 
 def cut_patches(images: np.ndarray, size: int) -> np.ndarray:
-    """All patches of images that lie side by side, from the top left; what is left over is not used.
+    """All patches of images that lie side by side, from the top left; the rest is not used.
 
     Args:
       images: [n, height, width].

@@ -63,7 +63,7 @@ class _Progress(NamedTuple):
 
 
 def deal(data: np.ndarray, n_workers: int) -> Shares:
-    """Deals the rows of an array to workers: worker i has rows i, i + M, i + 2M, …
+    """Deals the rows of an array to workers: worker i has rows i, i + M, i + 2M and so on.
 
     Args:
       data: [N, d], in the order in which they are to be seen.

@@ -1,0 +1,258 @@
+"""The figures of the paper as lists of curves, the table of speed-ups, and both on the disk."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from jkmeans.configuration import Config
+from jkmeans.vq.simulation import Setting
+
+SEQUENTIAL = "averaging"
+"""With one worker scheme A is the sequential algorithm: a mean of one version is that version."""
+
+_NAMES = {
+    "averaging": "A: averaging",
+    "displacements": "B: displacements",
+    "asynchronous": "C: asynchronous",
+}
+_COLOURS = ("#222222", "#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf", "#8c564b")
+
+
+class Curve(NamedTuple):
+    """One setting over its seeds.
+
+    Attributes:
+      setting: what was simulated.
+      times: [E+1], in samples per worker.
+      distortion: [seeds, E+1]; NaN from where a simulation diverged.
+    """
+
+    setting: Setting
+    times: np.ndarray
+    distortion: np.ndarray
+
+
+class SpeedUp(NamedTuple):
+    """How much sooner than one worker a setting reaches a distortion.
+
+    Attributes:
+      mean: over the seeds that reach it; NaN if none does.
+      sd: sample standard deviation over them; NaN for fewer than two.
+      n_reached: how many seeds reach it.
+      n_diverged: how many seeds diverged.
+      n_seeds: of all.
+    """
+
+    mean: float
+    sd: float
+    n_reached: int
+    n_diverged: int
+    n_seeds: int
+
+
+def sequential_setting(config: Config) -> Setting:
+    """One worker, with which all are compared."""
+    return _setting(config, SEQUENTIAL, 1, config.tau)
+
+
+def figures_of(config: Config) -> dict[str, tuple[str, list[Setting]]]:
+    """The title and the settings of each figure, by the name of its file; the first is M = 1."""
+    ours = config.figures
+    one = sequential_setting(config)
+    delay = f"exchanges of {config.delay:g} samples on average"
+
+    def scheme(name: str, workers: Sequence[int]) -> list[Setting]:
+        return [_setting(config, name, m, config.tau) for m in workers if m > 1]
+
+    fixed = {
+        "averaging": (f"Scheme A, τ = {config.tau}", scheme("averaging", ours.averaging)),
+        "displacements": (
+            f"Scheme B, τ = {config.tau}",
+            scheme("displacements", ours.displacements),
+        ),
+        "tau": (
+            f"Scheme B, M = {ours.tau_workers}",
+            [_setting(config, "displacements", ours.tau_workers, tau) for tau in ours.tau],
+        ),
+        "delays": (f"Scheme C, {delay}", scheme("asynchronous", ours.delays)),
+        "scaling": (
+            f"Scheme C, {delay}",
+            scheme("asynchronous", ours.scaling)
+            + scheme("displacements", [max(ours.scaling, default=1)]),
+        ),
+    }
+    return {name: (title, [one, *found]) for name, (title, found) in fixed.items() if found}
+
+
+def label(setting: Setting) -> str:
+    """What a curve is called in figures and tables."""
+    if setting.n_workers == 1:
+        return "sequential, M = 1"
+    words = f"{_NAMES[setting.scheme]}, M = {setting.n_workers}, τ = {setting.tau}"
+    return words + (f", delay {setting.delay:g}" if setting.scheme == "asynchronous" else "")
+
+
+def time_to(threshold: float, times: np.ndarray, distortion: np.ndarray) -> float:
+    """When a curve is first at or below a distortion, between evaluations by straight lines.
+
+    Args:
+      threshold: the distortion.
+      times: [E+1].
+      distortion: [E+1]; NaN never counts.
+
+    Returns:
+      The time; NaN if it never is.
+    """
+    below = np.flatnonzero(distortion <= threshold)
+    if not below.size:
+        return float("nan")
+    i = int(below[0])
+    if i == 0:
+        return float(times[0])
+    part = (distortion[i - 1] - threshold) / (distortion[i - 1] - distortion[i])
+    return float(times[i - 1] + part * (times[i] - times[i - 1]))
+
+
+def speed_up(one: Curve, other: Curve, threshold: float) -> SpeedUp:
+    """The time of one worker to reach a distortion over that of another setting, seed by seed.
+
+    Args:
+      one: M = 1.
+      other: of the same seeds in the same order.
+      threshold: f; the distortion to reach is C₁(T) + f (C₁(0) − C₁(T)), with C₁ the curve of one
+        worker from the same seed and T its end.
+    """
+    ratios = []
+    for first, second in zip(one.distortion, other.distortion, strict=True):
+        wanted = first[-1] + threshold * (first[0] - first[-1])
+        ratios.append(time_to(wanted, one.times, first) / time_to(wanted, other.times, second))
+    reached = [ratio for ratio in ratios if np.isfinite(ratio)]
+    return SpeedUp(
+        mean=float(np.mean(reached)) if reached else float("nan"),
+        sd=float(np.std(reached, ddof=1)) if len(reached) > 1 else float("nan"),
+        n_reached=len(reached),
+        n_diverged=int(np.isnan(other.distortion[:, -1]).sum()),
+        n_seeds=len(ratios),
+    )
+
+
+def table(
+    figures: Mapping[str, tuple[str, list[Setting]]],
+    curves: Mapping[Setting, Curve],
+    threshold: float,
+) -> str:
+    """The speed-ups of all figures in Markdown, with how the threshold is chosen."""
+    lines = [
+        "# Speed-ups of parallel stochastic vector quantization",
+        "",
+        "Time is counted in samples per worker. A speed-up is the time that one worker needs to "
+        "reach a distortion over the time that a scheme needs, mean ± sample standard deviation "
+        "over the seeds that reach it. For each seed that distortion is C₁(T) + "
+        f"{threshold:g} (C₁(0) − C₁(T)), with C₁ the curve of one worker and T its end.",
+    ]
+    for title, settings in figures.values():
+        lines += [
+            "",
+            f"## {title}",
+            "",
+            "| setting | speed-up | seeds that reach it | diverged | final distortion |",
+            "| ------- | -------: | ------------------: | -------: | ---------------: |",
+        ]
+        for setting in settings:
+            curve = curves[setting]
+            found = speed_up(curves[settings[0]], curve, threshold)
+            last = curve.distortion[:, -1]
+            last = last[np.isfinite(last)]
+            final = f"{last.mean():.5g}" if last.size else "–"
+            lines.append(
+                f"| {label(setting)} | {_mean_and_sd(found)} | {found.n_reached} of "
+                f"{found.n_seeds} | {found.n_diverged} | {final} |"
+            )
+    return "\n".join(lines) + "\n"
+
+
+def comma_separated(curves: Mapping[Setting, Curve], seeds: Sequence[int]) -> str:
+    """Every evaluation of every simulation, one a line; where it diverged, nothing."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(["scheme", "n_workers", "tau", "delay", "seed", "time", "distortion"])
+    for setting, curve in curves.items():
+        for seed, values in zip(seeds, curve.distortion, strict=True):
+            delay = f"{setting.delay:g}" if setting.scheme == "asynchronous" else 0
+            head = [setting.scheme, setting.n_workers, setting.tau, delay, seed]
+            for time, value in zip(curve.times, values, strict=True):
+                if np.isfinite(value):
+                    writer.writerow([*head, time, f"{value:.9g}"])
+    return out.getvalue()
+
+
+def picture(title: str, curves: Sequence[Curve]) -> bytes:
+    """A PNG: the distortion against simulated time, the mean over seeds and their range.
+
+    Args:
+      title: of the figure.
+      curves: the first in black.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.2, 4.4), layout="constrained", facecolor="white")
+    axes = figure.subplots()
+    top = max(float(np.nanmean(curve.distortion[:, 0])) for curve in curves)
+    for curve, colour in zip(curves, _palette(len(curves)), strict=True):
+        # Seeds that diverged have no place in a mean; the legend says how many did.
+        whole = curve.distortion[np.isfinite(curve.distortion[:, -1])]
+        lost = len(curve.distortion) - len(whole)
+        name = label(curve.setting) + (
+            f" ({lost} of {len(curve.distortion)} diverged)" if lost else ""
+        )
+        if not len(whole):
+            axes.plot([], [], color=colour, label=name)
+            continue
+        axes.plot(curve.times, whole.mean(axis=0), color=colour, lw=1.6, label=name)
+        axes.fill_between(
+            curve.times, whole.min(axis=0), whole.max(axis=0), color=colour, alpha=0.15, lw=0
+        )
+    low = min(float(np.nanmin(curve.distortion)) for curve in curves)
+    # A scheme that overshoots may rise far above where all begin.
+    axes.set_ylim(low - 0.05 * (top - low), top + 0.1 * (top - low))
+    axes.set_xlim(0, max(float(curve.times[-1]) for curve in curves))
+    axes.set_title(title, loc="left", fontsize=11, fontweight="bold")
+    axes.set_xlabel("simulated time, samples per worker")
+    axes.set_ylabel("distortion C(w)")
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.6g}")
+    axes.grid(color="#e6e6e6")
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=9)
+    out = io.BytesIO()
+    figure.savefig(out, dpi=150, format="png")
+    return out.getvalue()
+
+
+def _palette(n: int) -> list[str]:
+    return [_COLOURS[i % len(_COLOURS)] for i in range(n)]
+
+
+def _mean_and_sd(found: SpeedUp) -> str:
+    if not np.isfinite(found.mean):
+        return "–"
+    return f"{found.mean:.2f}" + (f" ± {found.sd:.2f}" if np.isfinite(found.sd) else "")
+
+
+def _setting(config: Config, scheme: str, n_workers: int, tau: int) -> Setting:
+    return Setting(
+        scheme=scheme,
+        n_workers=n_workers,
+        tau=tau,
+        # Where nothing is delayed one setting must not have two names.
+        delay=config.delay if scheme == "asynchronous" else 1.0,
+        steps=(config.steps.name, config.steps.a, config.steps.b),
+        duration=config.duration,
+        n_evaluations=config.n_evaluations,
+    )
