@@ -1,17 +1,19 @@
 """N2D: a mixture of Gaussians on the manifold of an autoencoder's embeddings.
 
-The embeddings zᵢ of a trained autoencoder are laid out anew by UMAP, which keeps neighbours
-together and lets clusters fall apart, and a mixture of Gaussians with full covariances clusters the
+The embeddings zᵢ of a trained autoencoder are laid out anew by UMAP or t-SNE, which keep neighbours
+together and let clusters fall apart, and a mixture of Gaussians with full covariances clusters the
 layout. The network is not trained any further, so these are functions of the embeddings on the
 host, not a `Method`.
 
 The layout is of these embeddings only: UMAP places new ones by another optimisation, whose result
-depends on what else is placed with them. New data therefore get the cluster of the nearest
-embedding of the data that were clustered (`nearest_labels`).
+depends on what else is placed with them, and t-SNE places no new ones. New data therefore get the
+cluster of the nearest embedding of the data that were clustered (`nearest_labels`).
 
 Source: McConville, Santos-Rodríguez, Piechocki and Craddock 2021, "N2D: (Not too) deep clustering
-via clustering the local manifold of an autoencoded embedding", sections III and IV. UMAP: McInnes,
-Healy and Melville 2018. umap-learn is an extra: ``pip install "jkmeans[manifold]"``.
+via clustering the local manifold of an autoencoded embedding", sections III and IV, which compare
+both. UMAP: McInnes, Healy and Melville 2018; umap-learn is an extra: ``pip install
+"jkmeans[manifold]"``. t-SNE: van der Maaten and Hinton 2008, by trees (van der Maaten 2014), of
+scikit-learn.
 """
 
 import warnings
@@ -21,8 +23,11 @@ import numpy as np
 
 from jkmeans.errors import UserError
 
+LAYOUTS = ("umap", "t-sne")
+"""What lays embeddings out anew."""
+
 METRICS = ("euclidean", "cosine", "manhattan", "correlation", "chebyshev")
-"""Distances between embeddings that UMAP may use here."""
+"""Distances between embeddings that a layout may use here."""
 
 
 def manifold_clusters(
@@ -30,25 +35,32 @@ def manifold_clusters(
     n_clusters: int,
     *,
     seed: int,
+    layout: str = "umap",
     n_neighbors: int = 20,
     min_dist: float = 0.0,
     n_components: int | None = None,
     metric: str = "euclidean",
+    mixture_starts: int = 1,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Clusters embeddings on their manifold.
 
     The defaults are those of the paper's experiments. The same seed, versions and machine give the
-    same bits: UMAP then runs in one thread.
+    same bits: the layout is made in one thread.
 
     Args:
       embeddings: [n, p] finite numbers, used in float32.
       n_clusters: components of the mixture, 1 to n; one that is nowhere the most probable leaves
         its number unused.
       seed: of the layout and of the start of the mixture, from 0 to 2³² − 1.
-      n_neighbors: rows that each row is tied to on the manifold, itself included; 2 to n − 1.
-      min_dist: least distance of neighbours in the layout, 0 to 1; 0 packs clusters densest.
-      n_components: q, the dimension of the layout, at most n − 2; ``n_clusters`` if None.
+      layout: ``umap`` or ``t-sne``.
+      n_neighbors: rows that each row is tied to on the manifold, itself included; 2 to n − 1. Of
+        t-SNE it is the perplexity.
+      min_dist: least distance of neighbours in the layout, 0 to 1; 0 packs clusters densest. Of
+        UMAP only.
+      n_components: q, the dimension of the layout, at most n − 2, and at most 3 of t-SNE, whose
+        trees have no more; if None, ``n_clusters``, and 2 of t-SNE.
       metric: distance between embeddings, one of `METRICS`.
+      mixture_starts: of which the most likely mixture is kept; at least 1.
 
     Returns:
       The labels [n] int32, and the layout [n, q] float32.
@@ -59,9 +71,14 @@ def manifold_clusters(
     embeddings = _rows("embeddings", embeddings)
     n = len(embeddings)
     n_clusters = _integer("n_clusters", n_clusters, 1, n, "the number of embeddings")
+    if layout not in LAYOUTS:
+        raise UserError(f"layout is {layout!r}; accepted: {', '.join(LAYOUTS)}")
     if n_components is None:
-        n_components = n_clusters
+        n_components = n_clusters if layout == "umap" else 2
     n_components = _integer("n_components", n_components, 1, n - 2, "embeddings less two")
+    if layout == "t-sne":
+        _integer("n_components", n_components, 1, 3, "what the trees of t-sne have")
+    mixture_starts = _integer("mixture_starts", mixture_starts, 1, 2**31 - 1)
     n_neighbors = _integer("n_neighbors", n_neighbors, 2, n - 1, "embeddings less one")
     seed = _integer("seed", seed, 0, 2**32 - 1)
     if isinstance(min_dist, bool) or not isinstance(min_dist, int | float):
@@ -71,11 +88,30 @@ def manifold_clusters(
     if metric not in METRICS:
         raise UserError(f"metric is {metric!r}; accepted: {', '.join(METRICS)}")
 
-    layout = _layout(embeddings, seed, n_neighbors, float(min_dist), n_components, metric)
-    return _mixture_labels(layout, n_clusters, seed), layout
+    if layout == "umap":
+        places = _umap(embeddings, seed, n_neighbors, float(min_dist), n_components, metric)
+    else:
+        places = _t_sne(embeddings, seed, n_neighbors, n_components, metric)
+    return _mixture_labels(places, n_clusters, seed, mixture_starts), places
 
 
-def _layout(embeddings, seed, n_neighbors, min_dist, n_components, metric) -> np.ndarray:
+def _t_sne(embeddings, seed, perplexity, n_components, metric) -> np.ndarray:
+    from sklearn.manifold import TSNE
+    from threadpoolctl import threadpool_limits
+
+    start = "pca" if n_components <= min(embeddings.shape) else "random"
+    with threadpool_limits(limits=1):  # Sums of several threads differ in their last bits.
+        t_sne = TSNE(
+            n_components,
+            perplexity=perplexity,
+            metric=metric,
+            init=start,
+            random_state=seed,
+        )
+        return np.asarray(t_sne.fit_transform(embeddings), np.float32)
+
+
+def _umap(embeddings, seed, n_neighbors, min_dist, n_components, metric) -> np.ndarray:
     umap = _import_umap()
     reducer = umap.UMAP(
         n_neighbors=n_neighbors,
@@ -111,11 +147,11 @@ def _import_umap():
     return umap
 
 
-def _mixture_labels(layout: np.ndarray, n_clusters: int, seed: int) -> np.ndarray:
-    """The most probable component of each row; one start of the mixture, as in the paper's code."""
+def _mixture_labels(layout: np.ndarray, n_clusters: int, seed: int, starts: int) -> np.ndarray:
+    """The most probable component of each row; the paper's code has one start of the mixture."""
     from sklearn.mixture import GaussianMixture
 
-    mixture = GaussianMixture(n_clusters, covariance_type="full", n_init=1, random_state=seed)
+    mixture = GaussianMixture(n_clusters, covariance_type="full", n_init=starts, random_state=seed)
     # Dense clusters have covariances whose Cholesky factors float32 may not have.
     return mixture.fit_predict(layout.astype(np.float64)).astype(np.int32)
 

@@ -1,11 +1,11 @@
 """N2D: not too deep clustering, a mixture on the manifold of an autoencoder's embeddings.
 
 The network is an autoencoder that is only pretrained: its objective is ‖xᵢ − x̂ᵢ‖² / d. At the end
-of the run the embeddings of all examples are laid out by UMAP and clustered there by a mixture of
-Gaussians (`jkmeans.methods.manifold`), on the host and in one process. The clusters of the run are
-those of the mixture; the cluster of anything else is that of the nearest embedding among the
-examples that were clustered. The clusters therefore hold all embeddings, n · p numbers, on every
-device.
+of the run the embeddings of all examples are laid out by UMAP, or t-SNE, and clustered there by a
+mixture of Gaussians (`jkmeans.methods.manifold`), on the host and in one process. The clusters of
+the run are those of the mixture; the cluster of anything else is that of the nearest embedding
+among the examples that were clustered. The clusters therefore hold all embeddings, n · p numbers,
+on every device.
 
 Source: McConville et al. 2021, "N2D: (Not too) deep clustering via clustering the local manifold of
 an autoencoded embedding". The paper's autoencoder is trained for 1,000 epochs.
@@ -21,11 +21,11 @@ import numpy as np
 
 from jkmeans import kmeans
 from jkmeans.errors import UserError
-from jkmeans.fields import integer, number
+from jkmeans.fields import choice, integer, number
 from jkmeans.kmeans.collectives import AxisName
 from jkmeans.methods.autoencoder import objective, with_kmeans
 from jkmeans.methods.base import Method, MethodSpec, check_pretraining
-from jkmeans.methods.manifold import manifold_clusters
+from jkmeans.methods.manifold import LAYOUTS, manifold_clusters
 
 # Numbers of the scores of a block of queries.
 _BLOCK_ENTRIES = 2**22
@@ -59,8 +59,9 @@ def n2d(config, axis_name: AxisName) -> Method:
     """N2D as a `Method`.
 
     Args:
-      config: a whole, validated config; ``objective`` holds the settings of UMAP, and ``centroids``
-        is of a k-means whose clusters only stand in until the mixture is made.
+      config: a whole, validated config; ``objective`` holds the settings of the layout and the
+        mixture, and ``centroids`` is of a k-means whose clusters only stand in until the mixture is
+        made.
       axis_name: mesh axis of the examples.
     """
     baseline = with_kmeans(config, axis_name, objective)
@@ -71,9 +72,11 @@ def n2d(config, axis_name: AxisName) -> Method:
             embeddings,
             k,
             seed=seed,
+            layout=options.layout,
             n_neighbors=options.n_neighbors,
             min_dist=options.min_dist,
             n_components=options.n_components or None,
+            mixture_starts=options.mixture_starts,
         )
         counts = np.bincount(labels, minlength=k)
         sums = np.zeros((k, embeddings.shape[1]))
@@ -102,26 +105,36 @@ def _check(values: Mapping[str, Any]) -> None:
         raise UserError(
             f"config.objective.min_dist is {values['objective.min_dist']}; accepted: 0 to 1"
         )
-    if importlib.util.find_spec("umap") is None:
+    layout, n_components = values["objective.layout"], values["objective.n_components"]
+    if layout == "t-sne" and n_components > 3:
         raise UserError(
-            "config.objective.name is 'n2d', which needs umap-learn; "
-            'pip install "jkmeans[manifold]" installs it'
+            f"config.objective.n_components is {n_components}, but a layout of t-sne has 1 to 3 "
+            "dimensions; accepted: 0 to 3"
+        )
+    if layout == "umap" and importlib.util.find_spec("umap") is None:
+        raise UserError(
+            "config.objective.layout is 'umap', which needs umap-learn; "
+            "pip install \"jkmeans[manifold]\" installs it, and layout 't-sne' needs nothing more"
         )
 
 
 SPEC = MethodSpec(
     n2d,
     {
-        "n_neighbors": integer(2, "rows that each row is tied to on the manifold"),
-        "min_dist": number("least distance of neighbours in the layout"),
-        "n_components": integer(0, "dimension of the layout; 0 for K"),
+        "layout": choice(LAYOUTS, "what lays the embeddings out anew"),
+        "n_neighbors": integer(2, "rows that each row is tied to; the perplexity of t-SNE"),
+        "min_dist": number("least distance of neighbours in a layout by UMAP"),
+        "n_components": integer(0, "dimension of the layout; 0 for K, and 2 of t-SNE"),
+        "mixture_starts": integer(1, "mixtures that are fitted, of which the likeliest is kept"),
     },
     _check,
     "McConville et al. 2021, N2D: (Not too) deep clustering",
     {
+        "objective.layout": "umap",
         "objective.n_neighbors": 20,
         "objective.min_dist": 0.0,
         "objective.n_components": 0,
+        "objective.mixture_starts": 1,
         "training.n_epochs": 0,
     },
 )
