@@ -5,5 +5,6 @@ Ray is imported when a run begins, and not before.
 
 from jkmeans.asynchronous.gradients import run_sgd
 from jkmeans.asynchronous.problems import Problem
+from jkmeans.asynchronous.quantization import run_vq
 
-__all__ = ["Problem", "run_sgd"]
+__all__ = ["Problem", "run_sgd", "run_vq"]

@@ -46,19 +46,27 @@ _RAY_ENVIRONMENT = {
 
 
 class Job(Protocol):
-    """What server and workers do; it is pickled, and each process builds its part from it.
+    """What server and workers do; it is pickled, and each process builds its part from it."""
 
-    Attributes:
-      n_workers: M.
-      tau: τ, samples between two looks of a worker for the answer.
-      budget: samples of all workers, after which the run ends.
-      synchronous: whether workers wait for each other.
-    """
+    @property
+    def n_workers(self) -> int:
+        """M."""
+        ...
 
-    n_workers: int
-    tau: int
-    budget: int
-    synchronous: bool
+    @property
+    def tau(self) -> int:
+        """τ, samples between two looks of a worker for the answer."""
+        ...
+
+    @property
+    def budget(self) -> int:
+        """Samples of all workers, after which the run ends."""
+        ...
+
+    @property
+    def synchronous(self) -> bool:
+        """Whether workers wait for each other."""
+        ...
 
     def first_version(self) -> Tree:
         """The shared version at the start; the same in every process."""

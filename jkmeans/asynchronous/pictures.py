@@ -10,7 +10,7 @@ import numpy as np
 from jkmeans.report import _BLUE, _INK, _LINES, _figure, _head, _save, _soften, _title
 
 STALENESS_PICTURE = "staleness.png"
-_MOST_BINS = 200
+_MOST_BINS, _BIN_SIZE = 200, 50
 
 
 def draw_staleness(path: Path, staleness: np.ndarray, title: str) -> None:
@@ -30,7 +30,7 @@ def draw_staleness(path: Path, staleness: np.ndarray, title: str) -> None:
     left.set_ylabel("share of displacements", fontsize=9, color=_INK)
     _title(left, "How often")
 
-    bins = np.array_split(staleness, min(_MOST_BINS, len(staleness)))
+    bins = np.array_split(staleness, min(_MOST_BINS, len(staleness) // _BIN_SIZE + 1))
     ends = np.cumsum([len(part) for part in bins])
     low, high = (np.array([np.percentile(part, q) for part in bins]) for q in (5, 95))
     right.fill_between(ends, low, high, color=_BLUE, alpha=0.2, linewidth=0, label="5 to 95 %")

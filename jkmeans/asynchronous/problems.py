@@ -46,11 +46,12 @@ def multilayer_perceptron(config: Config) -> Problem:
       config: its groups ``data`` and ``problem`` are used.
     """
     data = datasets.load(config.data.name, n_examples=config.data.n_examples)
-    if data.labels is None:
+    labels = data.labels
+    if labels is None:
         raise UserError(f"data set {data.name!r} has no labels; accepted: one that has")
     x = data.examples.reshape(len(data.examples), -1).astype(np.float32) * np.float32(data.scale)
     held_out = np.arange(len(x)) % _HELD_OUT == _HELD_OUT - 1
-    widths = [x.shape[1], *config.problem.widths, int(data.labels.max()) + 1]
+    widths = [x.shape[1], *config.problem.widths, int(labels.max()) + 1]
 
     def init(key: jax.Array) -> Tree:
         return [
@@ -68,17 +69,17 @@ def multilayer_perceptron(config: Config) -> Problem:
         return inputs @ parameters[-1]["kernel"] + parameters[-1]["bias"][None, :]
 
     def loss(parameters: Tree, batch: tuple[jax.Array, jax.Array]) -> jax.Array:
-        inputs, labels = batch
+        inputs, classes = batch
         return jnp.mean(
-            optax.softmax_cross_entropy_with_integer_labels(logits(parameters, inputs), labels)
+            optax.softmax_cross_entropy_with_integer_labels(logits(parameters, inputs), classes)
         )
 
     @jax.jit
     def error(parameters: Tree) -> jax.Array:
-        wrong = jnp.argmax(logits(parameters, x[held_out]), axis=1) != data.labels[held_out]
-        return jnp.mean(wrong)
+        found = jnp.argmax(logits(parameters, jnp.asarray(x[held_out])), axis=1)
+        return jnp.mean(found != labels[held_out])
 
-    return Problem(init, loss, (x[~held_out], data.labels[~held_out]), error)
+    return Problem(init, loss, (x[~held_out], labels[~held_out]), error)
 
 
 PROBLEMS: dict[str, Callable[[Config], Problem]] = {"multilayer_perceptron": multilayer_perceptron}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from ml_collections import ConfigDict
 
 from jkmeans.asynchronous.curve import claim, follow, results_of
 from jkmeans.asynchronous.pictures import STALENESS_PICTURE, draw_curves, draw_staleness
@@ -20,7 +23,9 @@ from jkmeans.configuration import Config
 from jkmeans.errors import UserError
 from jkmeans.kmeans.assignment import assign
 from jkmeans.recorder import results_table
+from jkmeans.sources.base import ArraySource
 from jkmeans.vq import make_steps
+from jkmeans.vq.data import first_prototypes, load_samples
 from jkmeans.workdir import only_process_in, write_json
 
 RESULTS_FILE = "results.json"
@@ -66,13 +71,58 @@ class QuantizationJob(NamedTuple):
         return quantization_work(make_steps(*self.steps)), read
 
 
+def run_vq(config: Config, workdir: str | os.PathLike[str]) -> dict[str, Any]:
+    """Quantizes the data of an experiment with the worker processes of ``engine`` "ray".
+
+    Order of the samples and first prototypes are those of the simulation with the same seed.
+
+    Args:
+      config: validated, see `jkmeans.vq.experiment.FIELDS`: ``workers`` processes see ``duration``
+        samples each, on average; who is faster sees more.
+      workdir: see `quantize_in_parallel`.
+
+    Returns:
+      See `quantize_in_parallel`.
+
+    Raises:
+      UserError, CollapseError, Interrupted: see `quantize_in_parallel`.
+    """
+    values = config.to_dict()
+    load = functools.partial(_ordered_samples, values)
+    data = load()
+    if not 1 <= config.workers <= len(data):
+        raise UserError(
+            f"config.workers is {config.workers}, but there are {len(data):,} samples; accepted: 1 "
+            f"to {len(data):,}"
+        )
+    rng = np.random.default_rng(config.seed)
+    rng.permutation(len(data))  # Spent on the order, as in the simulation.
+    job = QuantizationJob(
+        load=load,
+        prototypes=first_prototypes(rng, data, config.n_clusters, config.init_samples),
+        steps=(config.steps.name, config.steps.a, config.steps.b),
+        n_workers=config.workers,
+        tau=config.tau,
+        budget=config.workers * config.duration,
+    )
+    decisive = ("seed", "n_clusters", "init_samples", "steps", "tau", "duration", "workers")
+    settings = {name: values[name] for name in decisive}
+    settings["data"] = ArraySource(data).fingerprint()
+    return quantize_in_parallel(job, Path(workdir).absolute(), config.ray, settings, data)
+
+
+def _ordered_samples(values: dict[str, Any]) -> np.ndarray:
+    """The data of all workers, [N, d], in the order in which they are dealt."""
+    data = load_samples(ConfigDict(values))
+    return data[np.random.default_rng(values["seed"]).permutation(len(data))]
+
+
 def quantize_in_parallel(
     job: QuantizationJob,
     folder: Path,
     ray: Config,
-    *,
     settings: dict[str, Any],
-    watch: Callable[[Any], object] = lambda status: None,
+    data: np.ndarray,
 ) -> dict[str, Any]:
     """Runs a job on Ray to its end, or goes on where it stopped, and writes what came of it.
 
@@ -82,26 +132,22 @@ def quantize_in_parallel(
         ``distortion.png``, ``staleness.png``, the journal and the checkpoints.
       ray: the group ``ray`` of a config, see `jkmeans.asynchronous.fields`.
       settings: all that decides the result, as JSON can hold it: a folder with others is refused.
-      watch: see `jkmeans.asynchronous.engine.run`.
+      data: [N, d], what ``job.load`` returns: the distortion is that of all of it.
 
     Returns:
       What is in ``results.json``: the distortion (``value``), exchanges, samples, seconds, rates,
       staleness, the share of each worker, processes and what deaths of the server undid.
 
     Raises:
-      UserError: M, τ or the prototypes do not fit the data; the folder, Ray or the cluster cannot
-        be used.
+      UserError: the folder, Ray or the cluster cannot be used.
       CollapseError: the prototypes diverged; the last good ones are kept.
       Interrupted: Ctrl-C or SIGTERM came; the same call goes on.
     """
-    make_steps(*job.steps)
     claim(folder, settings)
     with only_process_in(folder):
         if (folder / RESULTS_FILE).exists():
             return json.loads((folder / RESULTS_FILE).read_text())
-        data = job.load()
-        _check(job, len(data))
-        followed = follow(job, folder, ray, make_criterion(data), name="distortion", watch=watch)
+        followed = follow(job, folder, ray, make_criterion(data), name="distortion")
         results = results_of(followed)
         title = f"{len(job.prototypes):,} prototypes, M = {job.n_workers}, τ = {job.tau}"
         draw_staleness(folder / STALENESS_PICTURE, followed.outcome.history.staleness, title)
@@ -114,7 +160,7 @@ def quantize_in_parallel(
         )
         temporary = folder / f".{PROTOTYPES_FILE}"
         np.save(temporary, followed.outcome.shared)
-        temporary.with_suffix(".npy").replace(folder / PROTOTYPES_FILE)
+        temporary.replace(folder / PROTOTYPES_FILE)
         write_json(folder / RESULTS_FILE, results)
     shown = ("value", "seconds", "exchanges", "exchanges_per_second", "staleness_mean")
     results_table({name: results[name] for name in shown}, f"Results in {folder}")
@@ -134,13 +180,3 @@ def make_criterion(data: np.ndarray) -> Callable[[np.ndarray], float]:
         return jnp.mean(assign(x, prototypes).distances)
 
     return lambda prototypes: float(mean_distance(prototypes))
-
-
-def _check(job: QuantizationJob, n: int) -> None:
-    for name, value, most in (
-        ("workers", job.n_workers, n),
-        ("tau", job.tau, job.budget),
-        ("n_clusters", len(job.prototypes), n),
-    ):
-        if not 1 <= value <= most:
-            raise UserError(f"config.{name} is {value}; accepted: 1 to {most:,}")

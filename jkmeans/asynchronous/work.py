@@ -25,7 +25,7 @@ class Work(NamedTuple):
     """
 
     start: Callable[[Tree], Any]
-    advance: Callable[[Any, Any, jax.Array], Any]
+    advance: Callable[[Any, Any, Any], Any]
     take: Callable[[Any], tuple[Tree, Any]]
     receive: Callable[[Any, Tree], Any]
     carries_over: bool
