@@ -1,6 +1,8 @@
 """The asynchronous engine: the server and the worker loop without Ray, and kills with Ray."""
 
 import json
+import os
+import signal
 import socket
 import subprocess
 import sys
@@ -15,8 +17,9 @@ from ml_collections import ConfigDict
 
 from benchmarks.ray_exchanges import Hang, Killer
 from jkmeans.asynchronous import engine
+from jkmeans.asynchronous.curve import CURVE_FILE, LAST_GOOD_FILE, Curve, follow
 from jkmeans.asynchronous.journal import RECORD, Journal, read_history
-from jkmeans.asynchronous.quantization import QuantizationJob
+from jkmeans.asynchronous.quantization import QuantizationJob, quantize_in_parallel
 from jkmeans.asynchronous.rules import displacement_rule, gradient_rule
 from jkmeans.asynchronous.server import (
     CHECKPOINT_FOLDER,
@@ -29,7 +32,8 @@ from jkmeans.asynchronous.server import (
 )
 from jkmeans.asynchronous.work import Work, gradient_work, quantization_work
 from jkmeans.asynchronous.worker import work_on
-from jkmeans.errors import UserError
+from jkmeans.errors import CollapseError, UserError
+from jkmeans.interruption import Interrupted
 from jkmeans.vq import make_steps
 
 ONE = np.ones((2, 3), np.float32)
@@ -399,6 +403,52 @@ def test_a_run_survives_a_killed_worker_a_killed_server_and_a_worker_that_hangs(
     assert first > second > 0
     best = distortion(np.array([clusters()[i::4].mean(0) for i in range(4)]))
     assert distortion(outcome.shared) < 1.1 * best
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_a_run_that_is_stopped_goes_on_and_loses_nothing(ray, tmp_path):
+    job, options = corners_job(4000), ConfigDict(RAY_OPTIONS)
+
+    def stop(status):
+        if status.clock > 50 and not sent:
+            sent.append(status.clock)  # A second signal would end the process.
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    sent = []
+    with pytest.raises(Interrupted):
+        engine.run(job, tmp_path, options, evaluate=lambda *_: True, watch=stop)
+    results = quantize_in_parallel(job, tmp_path, options, {"seed": 0}, clusters())
+    assert results["rolled_back"] == 0
+    assert results["server_lives"] == 2
+    assert results["samples"] >= 4000
+    assert sum(results["shares"]) == pytest.approx(1)
+    assert results["value"] == pytest.approx(distortion(np.load(tmp_path / "prototypes.npy")))
+    for name in ("staleness.png", "distortion.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+    # What is there is not computed again; and not taken for something else.
+    assert quantize_in_parallel(job, tmp_path, options, {"seed": 0}, clusters()) == results
+    with pytest.raises(UserError, match="seed is 1 here and 0 there"):
+        quantize_in_parallel(job, tmp_path, options, {"seed": 1}, clusters())
+
+
+def test_a_version_that_explodes_stops_the_run_and_the_last_good_one_is_kept(tmp_path, monkeypatch):
+    def run(job, folder, options, *, evaluate, watch):
+        server = serve(folder, n_workers=1)
+        server.enter(0, 1, 0)
+        for n, value in enumerate((1.0, 5.0, 500.0), 1):
+            give(server, 0, n, value)
+            shared, status = server.snapshot()
+            going_on = evaluate(shared, status, float(n))
+            assert going_on == (value < 500)
+        server.close()
+        return engine.Outcome(shared, status, read_history(folder / JOURNAL_FILE), [1], [], 3.0)
+
+    monkeypatch.setattr(engine, "run", run)
+    with pytest.raises(CollapseError, match="the size diverged after 3 exchanges"):
+        follow(corners_job(1000), tmp_path, ConfigDict(), lambda w: abs(w).max(), name="size")
+    np.testing.assert_array_equal(np.load(tmp_path / LAST_GOOD_FILE)["shared"], -6 * ONE)
+    assert [point["value"] for point in Curve(tmp_path / CURVE_FILE).points] == [1, 6]
 
 
 @pytest.mark.parametrize(

@@ -156,7 +156,7 @@ def follow(
 def _keep(folder: Path, shared: Tree) -> None:
     import jax
 
-    leaves = {
+    leaves: dict[str, Any] = {
         jax.tree_util.keystr(path, simple=True, separator="/") or "shared": np.asarray(leaf)
         for path, leaf in jax.tree_util.tree_leaves_with_path(shared)
     }

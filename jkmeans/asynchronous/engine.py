@@ -206,13 +206,15 @@ class _Port:
     def __init__(self, server: Any):
         self._server = server
 
-    def enter(self, *arguments) -> Reply:
+    def enter(self, worker: int, life: int, process: int) -> Reply:
         import ray
 
-        return ray.get(self._server.enter.remote(*arguments))
+        return ray.get(self._server.enter.remote(worker, life, process))
 
-    def exchange(self, *arguments) -> _Pending:
-        return _Pending(self._server.exchange.remote(*arguments))
+    def exchange(
+        self, worker: int, life: int, sequence: int, sent: Tree, seen: int, position: int
+    ) -> _Pending:
+        return _Pending(self._server.exchange.remote(worker, life, sequence, sent, seen, position))
 
 
 class _Pending:

@@ -78,8 +78,7 @@ class GradientJob(NamedTuple):
 
     def first_version(self) -> Tree:
         """See `Job`."""
-        config = ConfigDict(self.config)
-        return make_problem(config).init(jax.random.key(config.seed))
+        return make_problem(ConfigDict(self.config)).init(jax.random.key(self.config["seed"]))
 
     def rule(self) -> Rule:
         """See `Job`."""

@@ -21,11 +21,15 @@ def draw_staleness(path: Path, staleness: np.ndarray, title: str) -> None:
       staleness: [clock] int, in the order of application.
       title: of the picture.
     """
+    from matplotlib.ticker import MaxNLocator
+
     figure = _figure(9, 3.6)
     left, right = figure.subplots(1, 2)
     values, counts = np.unique(staleness, return_counts=True)
     left.bar(values, counts / len(staleness), width=1.0, color=_BLUE, edgecolor="white")
     left.set_yscale("log")
+    left.xaxis.set_major_locator(MaxNLocator(integer=True))
+    right.yaxis.set_major_locator(MaxNLocator(integer=True))
     left.set_xlabel("staleness", fontsize=9, color=_INK)
     left.set_ylabel("share of displacements", fontsize=9, color=_INK)
     _title(left, "How often")
