@@ -23,7 +23,7 @@ def get_config() -> Config:
     config.init_samples = 1  # The authors' program: 20.
     config.data = ConfigDict()
     config.data.input = "mixture"  # Or digits, mnist, fashion-mnist; or a path.
-    config.data.n_samples = 20_000
+    config.data.n_samples = 10_000
     config.data.patch = 0
     config.mixture = ConfigDict()
     config.mixture.n_components = 150

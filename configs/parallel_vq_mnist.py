@@ -12,7 +12,6 @@ def get_config() -> Config:
     config = parallel_vq.get_config()
     config.n_seeds = 3
     config.data.input = "mnist"
-    config.data.n_samples = 10_000
     config.duration = 20_000
     config.n_evaluations = 100
     config.figures.delays = (1, 10)

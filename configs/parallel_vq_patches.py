@@ -8,10 +8,9 @@ from jkmeans.configuration import Config
 
 
 def get_config() -> Config:
-    """As ``configs/parallel_vq.py``, of 20,000 patches of all images, from three seeds."""
+    """As ``configs/parallel_vq.py``, of 10,000 patches drawn from all images, from three seeds."""
     config = parallel_vq.get_config()
     config.n_seeds = 3
     config.data.input = "fashion-mnist"
-    config.data.n_samples = 20_000
     config.data.patch = 8
     return config

@@ -11,6 +11,7 @@ import os
 import sys
 import time
 import zipfile
+from collections import deque
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -49,6 +50,7 @@ CURVES_FILE = "curves.csv"
 ENGINES = ("simulation", "ray")
 
 _LINE_SECONDS = 2.0
+_RECENT = 10
 # One step of several workers takes little longer than one of one worker, until they are so many.
 _WORKERS_FOR_FREE = 8
 
@@ -228,7 +230,11 @@ class _Experiment:
     def _read(self, setting: Setting, seed: int) -> _Outcome | None:
         """What a simulation left; None where it left nothing that can be read."""
         try:
-            with np.load(self._path(setting, seed), allow_pickle=False) as arrays:
+            # A file of our own, for NumPy leaves one that is damaged open.
+            with (
+                open(self._path(setting, seed), "rb") as file,
+                np.load(file, allow_pickle=False) as arrays,
+            ):
                 outcome = _Outcome(
                     arrays["distortion"], arrays["shared"], int(arrays["n_evaluations"])
                 )
@@ -278,33 +284,39 @@ class _Experiment:
 
 
 class _Progress:
-    """A line now and then: how far, how fast, how long still."""
+    """A line now and then: how far, how fast, how long still.
+
+    Rate and remaining time follow the last few simulations, for the first seed of every setting
+    compiles a program and those after it do not.
+    """
 
     def __init__(self, n_all: int, todo: Sequence[Setting]):
         self._n_all, self._n_done = n_all, n_all - len(todo)
         self._left = sum(map(_cost, todo))
-        self._done = self._samples = 0
-        self._start = time.monotonic()
+        self._recent: deque[tuple[float, int, int]] = deque(maxlen=_RECENT)
+        self._ended = time.monotonic()
         self._told = float("-inf")
 
     def tell(self, setting: Setting, seed: int, outcome: _Outcome) -> None:
         """After a simulation."""
         now = time.monotonic()
+        n_samples = setting.duration * setting.n_workers
+        self._recent.append((now - self._ended, n_samples, _cost(setting)))
+        self._ended = now
         self._n_done += 1
-        self._done += _cost(setting)
         self._left -= _cost(setting)
-        self._samples += setting.duration * setting.n_workers
         diverged = bool(np.isnan(outcome.distortion[-1]))
         if not diverged and self._left and now - self._told < _LINE_SECONDS:
             return
         self._told = now
-        seconds = now - self._start
-        last = outcome.distortion[outcome.n_evaluations]
-        what = f"diverged after {outcome.n_evaluations} evaluations, kept" if diverged else ""
+        seconds, samples, cost = (sum(column) for column in zip(*self._recent, strict=True))
+        last = f"distortion {outcome.distortion[outcome.n_evaluations]:.5g}"
+        if diverged:
+            last = f"diverged after {outcome.n_evaluations} evaluations, the last with {last}"
         print(
-            f"simulation {self._n_done} of {self._n_all}: {label(setting)}, seed {seed}: {what}"
-            f"{' ' if what else ''}distortion {last:.5g}; {self._samples / seconds:,.0f} samples/s,"
-            f" {format_duration(self._left * seconds / self._done)} left",
+            f"simulation {self._n_done} of {self._n_all}: {label(setting)}, seed {seed}: {last}; "
+            f"{samples / seconds:,.0f} samples/s, {format_duration(self._left * seconds / cost)} "
+            "left",
             file=sys.stderr,
             flush=True,
         )
