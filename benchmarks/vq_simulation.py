@@ -21,7 +21,7 @@ K, D, TAU, DELAY, N, EVALUATIONS = 100, 32, 10, 20.0, 20_000, 100
 
 def main() -> None:
     """Prints one line for each scheme."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Times the simulation of each scheme.")
     parser.add_argument("--workers", type=int, default=32)
     parser.add_argument("--samples", type=int, default=10_000_000, help="of all workers")
     arguments = parser.parse_args()

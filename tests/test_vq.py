@@ -195,7 +195,7 @@ def test_speed_of_displacements_and_of_averages():
         for scheme, n_workers in (("averaging", 1), ("averaging", M), ("displacements", M))
     }
     one = curves["averaging", 1]
-    fall = one[0] - one[-1]
+    fall = float(one[0] - one[-1])
     np.testing.assert_allclose(curves["averaging", M], one, atol=0.1 * fall)
     # After an eighth of the time B is where the others end.
     assert curves["displacements", M][50 // M + 1] < one[-1] + 0.1 * fall

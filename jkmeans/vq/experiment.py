@@ -29,6 +29,7 @@ from jkmeans.sharding import make_mesh
 from jkmeans.sources.base import ArraySource
 from jkmeans.vq.data import NAMED, first_prototypes, load_samples
 from jkmeans.vq.figures import (
+    SCALING,
     Curve,
     comma_separated,
     figures_of,
@@ -214,7 +215,9 @@ class _Experiment:
         n_devices = max(n for n in range(1, self.n_devices + 1) if setting.n_workers % n == 0)
         mesh = make_mesh(n_devices) if n_devices > 1 else None
         found = run(setting, seed, prototypes, ordered, mesh)
-        outcome = _Outcome(found.distortion, found.shared, int(found.n_evaluations))
+        outcome = _Outcome(
+            np.asarray(found.distortion), np.asarray(found.shared), int(found.n_evaluations)
+        )
         path = self._path(setting, seed)
         temporary = path.with_name(path.name + ".tmp")
         with open(temporary, "wb") as file:
@@ -256,7 +259,9 @@ class _Experiment:
             if interruption.requested:
                 interruption.leave()
             drawn = [curves[setting] for setting in settings]
-            _write_whole(self.workdir / f"{name}.png", picture(title, drawn))
+            _write_whole(
+                self.workdir / f"{name}.png", picture(title, drawn, logarithmic=name == SCALING)
+            )
             results[name] = {
                 label(curve.setting): _finite(speed_up(drawn[0], curve, threshold)._asdict())
                 for curve in drawn

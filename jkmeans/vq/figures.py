@@ -15,6 +15,9 @@ from jkmeans.vq.simulation import Setting
 SEQUENTIAL = "averaging"
 """With one worker scheme A is the sequential algorithm: a mean of one version is that version."""
 
+SCALING = "scaling"
+"""The figure in which workers become many."""
+
 _NAMES = {
     "averaging": "A: averaging",
     "displacements": "B: displacements",
@@ -80,8 +83,8 @@ def figures_of(config: Config) -> dict[str, tuple[str, list[Setting]]]:
             [_setting(config, "displacements", ours.tau_workers, tau) for tau in ours.tau],
         ),
         "delays": (f"Scheme C, {delay}", scheme("asynchronous", ours.delays)),
-        "scaling": (
-            f"Scheme C, {delay}",
+        SCALING: (
+            f"Scheme C up to M = {max(ours.scaling, default=1)}, {delay}",
             scheme("asynchronous", ours.scaling)
             + scheme("displacements", [max(ours.scaling, default=1)]),
         ),
@@ -191,17 +194,20 @@ def comma_separated(curves: Mapping[Setting, Curve], seeds: Sequence[int]) -> st
     return out.getvalue()
 
 
-def picture(title: str, curves: Sequence[Curve]) -> bytes:
+def picture(title: str, curves: Sequence[Curve], *, logarithmic: bool = False) -> bytes:
     """A PNG: the distortion against simulated time, the mean over seeds and their range.
 
     Args:
       title: of the figure.
-      curves: the first in black.
+      curves: the first, in black, is what the others are compared with; dashed are those of
+        another scheme than the second's.
+      logarithmic: whether time is: equal speed-ups are then equal shifts.
     """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7.2, 4.4), layout="constrained", facecolor="white")
     axes = figure.subplots()
+    common = curves[1 % len(curves)].setting.scheme
     top = max(float(np.nanmean(curve.distortion[:, 0])) for curve in curves)
     for curve, colour in zip(curves, _palette(len(curves)), strict=True):
         # Seeds that diverged have no place in a mean; the legend says how many did.
@@ -213,14 +219,20 @@ def picture(title: str, curves: Sequence[Curve]) -> bytes:
         if not len(whole):
             axes.plot([], [], color=colour, label=name)
             continue
-        axes.plot(curve.times, whole.mean(axis=0), color=colour, lw=1.6, label=name)
+        # The first is broad, for a scheme without speed-up lies on top of it.
+        width = 3.2 if curve is curves[0] else 1.5
+        style = "-" if curve.setting.scheme in (SEQUENTIAL, common) else "--"
+        axes.plot(curve.times, whole.mean(axis=0), color=colour, lw=width, ls=style, label=name)
         axes.fill_between(
             curve.times, whole.min(axis=0), whole.max(axis=0), color=colour, alpha=0.15, lw=0
         )
     low = min(float(np.nanmin(curve.distortion)) for curve in curves)
     # A scheme that overshoots may rise far above where all begin.
     axes.set_ylim(low - 0.05 * (top - low), top + 0.1 * (top - low))
-    axes.set_xlim(0, max(float(curve.times[-1]) for curve in curves))
+    if logarithmic:
+        axes.set_xscale("log")
+    first = min(float(curve.times[1]) for curve in curves) if logarithmic else 0.0
+    axes.set_xlim(first, max(float(curve.times[-1]) for curve in curves))
     axes.set_title(title, loc="left", fontsize=11, fontweight="bold")
     axes.set_xlabel("simulated time, samples per worker")
     axes.set_ylabel("distortion C(w)")

@@ -40,7 +40,7 @@ class Shares(NamedTuple):
 
 
 class Simulation(NamedTuple):
-    """What came of a simulation.
+    """What came of a simulation; arrays of JAX inside a program, of NumPy outside.
 
     Attributes:
       distortion: [E+1] float, C of the shared version before the first round and after each
@@ -78,7 +78,11 @@ def deal(data: np.ndarray, n_workers: int) -> Shares:
     padding = np.zeros((-n % n_workers, data.shape[1]), data.dtype)
     dealt = np.concatenate([data, padding]).reshape(-1, n_workers, data.shape[1])
     counts = (n - np.arange(n_workers) + n_workers - 1) // n_workers
-    return Shares(np.ascontiguousarray(dealt.swapaxes(0, 1)), counts.astype(np.int32))
+    # Of NumPy for now: whoever runs a program puts them on its devices.
+    return Shares(
+        np.ascontiguousarray(dealt.swapaxes(0, 1)),  # pyright: ignore
+        counts.astype(np.int32),  # pyright: ignore
+    )
 
 
 def distortion(prototypes: jax.Array, shares: Shares, axis_name: AxisName = None) -> jax.Array:
