@@ -17,6 +17,7 @@ def test_torch_and_jax_are_not_imported_with_the_module():
     subprocess.run([sys.executable, "-c", program], check=True)
 
 
+@pytest.mark.slow
 def test_contestants_do_the_same_work(tmp_path, capsys, monkeypatch):
     pytest.importorskip("torch")
     monkeypatch.setattr(benchmark, "TRIAL_STEPS", 3)

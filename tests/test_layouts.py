@@ -26,7 +26,10 @@ def x():
         ("k-means||", False),
     ],
 )
-def test_the_same_bits_on_any_number_of_devices(x, init, weighted):
+@pytest.mark.parametrize(
+    "n_devices", [8, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2, 4))]
+)
+def test_the_same_bits_on_any_number_of_devices(x, init, weighted, n_devices):
     weights = np.random.default_rng(1).uniform(size=N).astype(np.float32) if weighted else None
 
     def fit(mesh):
@@ -46,11 +49,9 @@ def test_the_same_bits_on_any_number_of_devices(x, init, weighted):
 
     alone = fit(None)
     assert alone[5] > 2  # Some iterations, in which sums could have gone apart.
-    for n_devices in (1, 2, 4, 8):
-        for name, one, several in zip(
-            kmeans.KMeansResult._fields, alone, fit(sharding.make_mesh(n_devices)), strict=True
-        ):
-            np.testing.assert_array_equal(one, several, err_msg=f"{name}, {n_devices} devices")
+    spread = fit(sharding.make_mesh(n_devices))
+    for name, one, several in zip(kmeans.KMeansResult._fields, alone, spread, strict=True):
+        np.testing.assert_array_equal(one, several, err_msg=name)
 
 
 def test_it_is_the_answer(x):

@@ -17,6 +17,9 @@ needs_umap = pytest.mark.skipif(
 )
 
 
+LAYOUTS_HERE = [pytest.param("umap", marks=needs_umap), "t-sne"]
+
+
 def blobs(n_each=60, dimension=5):
     """Three far groups [3 n, p] in shuffled order, and which row is of which."""
     rng = np.random.default_rng(0)
@@ -60,15 +63,16 @@ def test_the_manifold_separates_what_kmeans_cannot():
     assert adjusted_rand_index(truth, KMeans(2, n_init=5, random_state=0).fit_predict(x)) < 0.1
 
 
-@needs_umap
-def test_the_seed_decides_every_bit():
+@pytest.mark.parametrize("layout", LAYOUTS_HERE)
+def test_the_seed_decides_every_bit(layout):
     x, _ = rings(100)
-    first = manifold_clusters(x, 4, seed=3)
-    again = manifold_clusters(x, 4, seed=3)
-    other = manifold_clusters(x, 4, seed=4)
+    first = manifold_clusters(x, 4, seed=3, layout=layout)
+    again = manifold_clusters(x, 4, seed=3, layout=layout)
+    other = manifold_clusters(x, 4, seed=4, layout=layout)
     for a, b in zip(first, again, strict=True):
         np.testing.assert_array_equal(a, b)
-    assert not np.array_equal(first[1], other[1])
+    # t-SNE starts from principal components, so that the seed is the mixture's alone.
+    assert np.array_equal(first[1], other[1]) == (layout == "t-sne")
 
 
 @needs_umap
@@ -92,6 +96,38 @@ def test_other_distances(metric):
     assert adjusted_rand_index(truth, labels) == 1.0
 
 
+def test_t_sne_has_two_dimensions_and_the_distance_that_is_asked_for():
+    x, truth = blobs(30)
+    labels, layout = manifold_clusters(x, 3, seed=0, layout="t-sne", metric="cosine")
+    assert layout.shape == (90, 2)
+    assert layout.dtype == np.float32
+    assert adjusted_rand_index(truth, labels) == 1.0
+    lengths = np.exp2(np.random.default_rng(5).integers(-3, 4, (len(x), 1))).astype(np.float32)
+    _, of_scaled = manifold_clusters(x * lengths, 3, seed=0, layout="t-sne", metric="cosine")
+    _, euclidean = manifold_clusters(x, 3, seed=0, layout="t-sne")
+    assert not np.array_equal(layout, euclidean)
+    assert np.isfinite(of_scaled).all()
+
+
+def test_more_starts_never_make_the_mixture_less_likely():
+    from sklearn.mixture import GaussianMixture
+
+    x, _ = rings(60)
+    gains = []
+    for seed in range(3):
+        one, layout = manifold_clusters(x, 8, seed=seed, layout="t-sne")
+        best, _ = manifold_clusters(x, 8, seed=seed, layout="t-sne", mixture_starts=8)
+        places = layout.astype(np.float64)
+        bounds = []
+        for labels, starts in ((one, 1), (best, 8)):
+            mixture = GaussianMixture(8, n_init=starts, random_state=seed).fit(places)
+            np.testing.assert_array_equal(labels, mixture.predict(places))
+            bounds.append(mixture.lower_bound_)
+        gains.append(bounds[1] - bounds[0])
+    assert min(gains) >= 0
+    assert max(gains) > 0
+
+
 @needs_umap
 def test_cosine_sees_directions_only():
     x, _ = blobs(30)
@@ -101,9 +137,10 @@ def test_cosine_sees_directions_only():
     assert adjusted_rand_index(labels, of_scaled) == 1.0
 
 
-@needs_umap
-def test_as_few_rows_as_there_can_be():
-    labels, layout = manifold_clusters(np.eye(3), 1, seed=0, n_neighbors=2)
+@pytest.mark.parametrize("layout", LAYOUTS_HERE)
+def test_as_few_rows_as_there_can_be(layout):
+    options = {"layout": layout, "n_neighbors": 2, "n_components": 1}
+    labels, layout = manifold_clusters(np.eye(3), 1, seed=0, **options)
     assert layout.shape == (3, 1)
     np.testing.assert_array_equal(labels, 0)
 
@@ -138,6 +175,9 @@ def test_equal_rows_are_no_obstacle():
         ({"min_dist": 1.5}, "min_dist is 1.5; accepted: a number from 0 to 1"),
         ({"min_dist": "0"}, "min_dist is '0'; accepted: a number from 0 to 1"),
         ({"min_dist": float("nan")}, "min_dist is nan; accepted: a number from 0 to 1"),
+        ({"layout": "tsne"}, "layout is 'tsne'; accepted: umap, t-sne"),
+        ({"layout": "t-sne", "n_components": 4}, "n_components is 4; accepted: an integer from 1"),
+        ({"mixture_starts": 0}, "mixture_starts is 0; accepted: an integer from 1"),
         ({"metric": "euclid"}, "metric is 'euclid'; accepted: euclidean, cosine"),
     ],
 )

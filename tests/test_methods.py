@@ -323,8 +323,9 @@ def bits_of(run, state):
     return {k: v.tobytes() for k, v in found.items()}
 
 
-# Others run what these do: idec what dec does, and joint is in tests/test_epoch.py.
-OWN_PROGRAMS = {"dec", "dcn", "dkm", "vade", "deepcluster_v2", "swav"}
+# Others run what these do: idec what dec does, dkm sums as vade does, and joint is in
+# tests/test_epoch.py.
+OWN_PROGRAMS = {"dec", "dcn", "vade", "deepcluster_v2", "swav"}
 SOME_SLOW = [
     name if name in OWN_PROGRAMS else pytest.param(name, marks=pytest.mark.slow) for name in METHODS
 ]

@@ -39,8 +39,8 @@ def records(workdir):
 @pytest.mark.parametrize(
     ("method", "n_devices"),
     [
-        ("joint", 1),
         ("dec", 2),
+        pytest.param("joint", 1, marks=pytest.mark.slow),
         pytest.param("dcn", 1, marks=pytest.mark.slow),
         pytest.param("dec", 3, marks=pytest.mark.slow),
     ],

@@ -51,7 +51,8 @@ def manifold_clusters(
       embeddings: [n, p] finite numbers, used in float32.
       n_clusters: components of the mixture, 1 to n; one that is nowhere the most probable leaves
         its number unused.
-      seed: of the layout and of the start of the mixture, from 0 to 2³² − 1.
+      seed: of the layout and of the start of the mixture, from 0 to 2³² − 1. t-SNE starts from
+        principal components and draws nothing, where embeddings have as many dimensions as it.
       layout: ``umap`` or ``t-sne``.
       n_neighbors: rows that each row is tied to on the manifold, itself included; 2 to n − 1. Of
         t-SNE it is the perplexity.
@@ -99,7 +100,7 @@ def _t_sne(embeddings, seed, perplexity, n_components, metric) -> np.ndarray:
     from sklearn.manifold import TSNE
     from threadpoolctl import threadpool_limits
 
-    start = "pca" if n_components <= min(embeddings.shape) else "random"
+    start = "pca" if n_components <= embeddings.shape[1] else "random"
     with threadpool_limits(limits=1):  # Sums of several threads differ in their last bits.
         t_sne = TSNE(
             n_components,
