@@ -2,6 +2,8 @@ r"""A perceptron on Fashion-MNIST by asynchronous and by synchronous gradients o
 
     python -m experiments.parallel_sgd --config configs/parallel_sgd.py --workdir runs/sgd
 
+Of the held-out images 16 % were classified wrongly after four epochs of asynchronous gradients
+(their staleness was 5 on average), and 15 % after as many of synchronous ones; one run each.
 The workdir receives, for each of the two, curve.jsonl (the error on held-out images over seconds
 and examples), staleness.png, results.json, journal.bin and checkpoints/; and curves.png with both.
 """

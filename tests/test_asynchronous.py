@@ -16,7 +16,8 @@ import pytest
 from ml_collections import ConfigDict
 
 from benchmarks.ray_exchanges import Hang, Killer
-from jkmeans.asynchronous import engine
+from configs.parallel_sgd import get_config
+from jkmeans.asynchronous import Problem, engine, gradients
 from jkmeans.asynchronous.curve import CURVE_FILE, LAST_GOOD_FILE, Curve, follow
 from jkmeans.asynchronous.journal import RECORD, Journal, read_history
 from jkmeans.asynchronous.quantization import QuantizationJob, quantize_in_parallel
@@ -331,6 +332,46 @@ def test_synchronous_rounds_are_steps_with_the_mean_gradient(tmp_path):
     back.close()
 
 
+def test_every_example_is_seen_once_an_epoch_however_it_is_read():
+    whole = gradients._Order(0, 1, 10).rows(0, 30)
+    for epoch in whole.reshape(3, 10):
+        np.testing.assert_array_equal(np.sort(epoch), np.arange(10))
+    assert (whole[:10] != whole[10:20]).any()
+    pieces = gradients._Order(0, 1, 10)
+    np.testing.assert_array_equal(
+        np.concatenate([pieces.rows(start, 7) for start in range(0, 28, 7)]), whole[:28]
+    )
+    # As after a death: from the middle, without what came before.
+    np.testing.assert_array_equal(gradients._Order(0, 1, 10).rows(13, 9), whole[13:22])
+
+
+def own_problem(config):
+    return Problem(lambda key: {"w": jnp.zeros(2)}, loss, np.ones((config.workers, 2)), sum)
+
+
+def uneven_problem(config):
+    return own_problem(config)._replace(examples=(np.ones(3), np.ones(4)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"problem.name": "nothing"}, "config.problem.name is 'nothing'; accepted"),
+        ({"problem.name": f"{__name__}:clusters"}, "which returns ndarray; accepted"),
+        ({"problem.name": f"{__name__}:uneven_problem"}, r"of \[3, 4\] rows; accepted"),
+        ({"workers": 0}, "config.workers is 0; accepted: an integer of at least 1"),
+        ({"ray.checkpoint_exchanges": 5}, "is 5, but a round has 3; accepted: at least 6"),
+        ({"asynchronous.learning_rate": 0.0}, "learning_rate is 0.0; accepted: a number above 0"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused(tmp_path, changes, message):
+    config = get_config()
+    config.problem.name = f"{__name__}:own_problem"
+    config.update_from_flattened_dict(changes)
+    with pytest.raises(UserError, match=message):
+        gradients.run_sgd(config, tmp_path)
+
+
 # With Ray.
 
 RAY_OPTIONS = {
@@ -359,8 +400,9 @@ def ray():
     ray.shutdown()
 
 
-def clusters():
+def clusters(config=None):
     """Samples around four corners."""
+    del config
     rng = np.random.default_rng(0)
     corners = np.array([[-4, -4], [-4, 4], [4, -4], [4, 4]], np.float32)
     return (corners[np.arange(400) % 4] + rng.normal(size=(400, 2))).astype(np.float32)
@@ -377,30 +419,30 @@ def distortion(shared):
     return float(np.mean(((clusters()[:, None] - shared[None]) ** 2).sum(-1).min(1)))
 
 
-def run_killed(folder, job, victims, every):
-    killer = Killer(victims, every)
-    outcome = engine.run(
-        job, folder, ConfigDict(RAY_OPTIONS), evaluate=lambda *_: True, watch=killer
-    )
-    # engine.run has compared the journal with the server's clock; once more, by hand.
-    applied = outcome.history.applied
-    assert outcome.status.clock == len(applied) == sum(outcome.status.sequences)
-    numbers = set(zip(applied["worker"].tolist(), applied["sequence"].tolist(), strict=True))
-    assert len(numbers) == len(applied)
-    assert applied["samples"].sum() == outcome.status.samples >= job.budget
-    assert len(outcome.history.rolled_back) == 1 + killer.killed.count("server")
-    assert max(outcome.history.rolled_back) <= RAY_OPTIONS["checkpoint_exchanges"]
-    return outcome, killer
-
-
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_a_run_survives_a_killed_worker_a_killed_server_and_a_worker_that_hangs(ray, tmp_path):
-    outcome, killer = run_killed(tmp_path, corners_job(15_000), [0, "server", Hang(1)], 100)
-    assert killer.killed == [0, "server", Hang(1)]
+    victims = [0, "server", Hang(1)]
+    killer = Killer(victims, 100)
+    end = []
+
+    def evaluate(shared, status, seconds):
+        """Until all has happened, and the worker that is left has worked for a while."""
+        if killer.killed == victims and not end:
+            end.append(status.clock + 200)
+        return not end or status.clock < end[0]
+
+    options = ConfigDict(RAY_OPTIONS)
+    outcome = engine.run(corners_job(10**9), tmp_path, options, evaluate=evaluate, watch=killer)
+    # engine.run has compared the journal with the server's clock; once more, by hand.
+    applied = outcome.history.applied
+    assert outcome.status.clock == len(applied) == sum(outcome.status.sequences) >= end[0]
+    numbers = set(zip(applied["worker"].tolist(), applied["sequence"].tolist(), strict=True))
+    assert len(numbers) == len(applied)
+    assert applied["samples"].sum() == outcome.status.samples
+    assert len(outcome.history.rolled_back) == 2
+    assert outcome.history.rolled_back[1] <= options.checkpoint_exchanges
     assert outcome.lives[0] >= 2
     assert outcome.missing == [1]
-    first, second = outcome.status.positions
-    assert first > second > 0
     best = distortion(np.array([clusters()[i::4].mean(0) for i in range(4)]))
     assert distortion(outcome.shared) < 1.1 * best
 
@@ -482,17 +524,17 @@ def test_without_ray_the_extra_is_named(monkeypatch):
 @pytest.mark.slow
 def test_twenty_random_kills_change_nothing_but_the_time(tmp_path):
     pytest.importorskip("ray")
-    flags = "--kills 20 --kill-every 40 --undisturbed 2 --budget 60000 --tau 5 --ahead 2"
-    small = "--clusters 10 --features 8 --checkpoint-exchanges 100"
+    flags = "--kills 20 --kill-every 100 --undisturbed 1 --budget 200000 --ahead 1"
     path = tmp_path / "result.json"
     program = [sys.executable, "-m", "benchmarks.ray_exchanges", "--json", str(path)]
-    subprocess.run([*program, *flags.split(), *small.split()], check=True, timeout=500)
+    subprocess.run([*program, *flags.split()], check=True, timeout=1200)
     result = json.loads(path.read_text())
-    disturbed = result["disturbed"]
+    disturbed, (undisturbed,) = result["disturbed"], result["undisturbed"]
     assert len(disturbed["killed"]) == 20
-    assert max(disturbed["rolled_back"]) <= 100
-    for run in result["undisturbed"]:
-        assert disturbed["distortion"] == pytest.approx(run["distortion"], rel=0.02)
+    assert max(disturbed["rolled_back"]) <= 500
+    assert disturbed["samples"] >= 200_000
+    # Undisturbed runs differ by up to 5 % among themselves: who is when is by chance.
+    assert disturbed["distortion"] == pytest.approx(undisturbed["distortion"], rel=0.08)
 
 
 def test_ray_is_not_imported_with_the_package():

@@ -30,6 +30,7 @@ from jkmeans.interruption import Interruption
 
 _JOB_FILE = "job.pickle"
 _TICK_SECONDS = 0.2
+_SILENT_SECONDS = 30.0
 # To find a cluster: both together stay below ten seconds.
 _KNOCK_SECONDS = 2.0
 _JOIN_SECONDS = 7.0
@@ -272,6 +273,7 @@ class _Run:
         self._dead: list[int] = []
         self._processes: list[set[int]] = [set() for _ in self._workers]
         self._server_life: int | None = None
+        self._silent: set[int] = set()
 
     def supervise(
         self,
@@ -293,6 +295,7 @@ class _Run:
                 stopping |= not evaluate(shared, status, now - begun[1])
                 evaluated_at = now
             self._tell_of_lives(status)
+            self._tell_of_silence(status)
             watch(status)
             if (self._interruption.requested or stopping) and not status.ended:
                 self._ask("stop")
@@ -316,12 +319,18 @@ class _Run:
         self._ask("close")
         history = read_history(self._folder / JOURNAL_FILE)
         history.check_counted_once(status.sequences)
+        missing = sorted({*self._dead, *self._running.values()})
+        for number in missing:
+            share = status.positions[number] / max(1, status.samples)
+            _say(
+                f"worker {number} was not there at the end; it computed {share:.0%} of the samples"
+            )
         return Outcome(
             shared=shared,
             status=status,
             history=history,
             lives=[max(1, len(seen)) for seen in self._processes],
-            missing=sorted({*self._dead, *self._running.values()}),
+            missing=missing,
             seconds=seconds,
         )
 
@@ -350,6 +359,19 @@ class _Run:
                 "displacements are computed anew"
             )
         self._server_life = status.life
+
+    def _tell_of_silence(self, status: Status) -> None:
+        """Of workers that hang, or for which the cluster has no room."""
+        for number, seconds in enumerate(status.silent):
+            if seconds < _SILENT_SECONDS:
+                self._silent.discard(number)
+            elif number in self._running.values() and number not in self._silent:
+                self._silent.add(number)
+                share = status.positions[number] / max(1, status.samples)
+                _say(
+                    f"worker {number} has not been heard for {_SILENT_SECONDS:.0f} s; its share of "
+                    f"the samples is {share:.0%}"
+                )
 
     def _ask(self, method: str) -> Any:
         """An answer of the server, which may be coming back from its checkpoint."""
@@ -386,11 +408,13 @@ class _Run:
         errors = self._ray.exceptions
         try:
             return self._ray.get(reference)
-        except errors.RayTaskError as error:
-            if isinstance(error.cause, UserError):
-                raise error.cause from None
-            raise
-        except errors.RayActorError as error:
+        except (errors.RayTaskError, errors.RayActorError) as error:
+            # What went wrong in a task; for a worker that may be the death of the server.
+            cause = getattr(error, "cause", None) or error
+            if isinstance(cause, UserError):
+                raise cause from None
+            if not isinstance(cause, errors.RayActorError):
+                raise
             raise _DeadError(
                 f"a process of the run died more than config.ray.max_restarts = "
                 f"{self._options.max_restarts} times; its checkpoint is whole, and the same "

@@ -62,6 +62,7 @@ class GradientJob(NamedTuple):
 
     Attributes:
       config: plain values, see `FIELDS`.
+      parameters: the first ones, a pytree of NumPy arrays.
       mode: one of MODES.
       n_workers: M; worker i has examples i, i + M, …, in an order of its own in every epoch.
       tau: examples of a gradient.
@@ -70,6 +71,7 @@ class GradientJob(NamedTuple):
     """
 
     config: dict[str, Any]
+    parameters: Tree
     mode: str
     n_workers: int
     tau: int
@@ -78,7 +80,7 @@ class GradientJob(NamedTuple):
 
     def first_version(self) -> Tree:
         """See `Job`."""
-        return make_problem(ConfigDict(self.config)).init(jax.random.key(self.config["seed"]))
+        return self.parameters
 
     def rule(self) -> Rule:
         """See `Job`."""
@@ -188,6 +190,7 @@ def _train(
     folder.mkdir(exist_ok=True)
     job = GradientJob(
         config=config.to_dict(),
+        parameters=jax.tree.map(np.asarray, problem.init(jax.random.key(config.seed))),
         mode=mode,
         n_workers=config.workers,
         tau=config.batch_size,

@@ -66,7 +66,7 @@ class Status(NamedTuple):
       ended: "" while it goes on; else FINISHED, STOPPED or DIVERGED.
       sequences: of each worker, its last number that is applied.
       positions: of each worker, its samples in the shared version.
-      silent: of each worker, seconds since it was heard; infinite if not in this life.
+      silent: of each worker, seconds since it was heard, or since the server began.
       life: of the server, from 1.
       process: id of the server's process.
       processes: ids of the workers' processes; 0 for one that has not entered in this life.
@@ -123,7 +123,7 @@ class ParameterServer:
         self._synchronous = synchronous
         self.sequences = [0] * n_workers
         self.positions = [0] * n_workers
-        self._seen_at = [float("-inf")] * n_workers
+        self._heard_at = [time.monotonic()] * n_workers
         self._lives: list[int | None] = [None] * n_workers
         self._processes = [0] * n_workers
         self._round: dict[int, tuple[int, Tree, int, int]] = {}
@@ -177,7 +177,7 @@ class ParameterServer:
             applied.
         """
         with self._changed:
-            self._seen_at[worker] = time.monotonic()
+            self._heard_at[worker] = time.monotonic()
             if self._lives[worker] != life:
                 return self._reply(worker, accepted=False)
             if sequence == self.sequences[worker] + 1 and not self._ended:
@@ -202,7 +202,7 @@ class ParameterServer:
                 ended=self._ended,
                 sequences=list(self.sequences),
                 positions=list(self.positions),
-                silent=[now - heard for heard in self._seen_at],
+                silent=[now - heard for heard in self._heard_at],
                 life=self._journal.life,
                 process=os.getpid(),
                 processes=list(self._processes),
@@ -264,7 +264,7 @@ class ParameterServer:
         self._changed.notify_all()
 
     def _reply(self, worker: int, accepted: bool) -> Reply:
-        self._seen_at[worker] = time.monotonic()
+        self._heard_at[worker] = time.monotonic()
         return Reply(
             accepted=accepted,
             ended=bool(self._ended),
