@@ -8,7 +8,11 @@ from jkmeans.configuration import Config
 
 
 def get_config() -> Config:
-    """As ``configs/parallel_vq.py``, of 10,000 images, from three seeds."""
+    """As ``configs/parallel_vq.py``, of 10,000 images, from three seeds.
+
+    Mean speed-ups: A 1.07 with M = 10; B 10.2 with M = 10 and τ = 10, and none with τ = 1000, which
+    overshoots; C 30.0 with M = 32 and delays of 20 samples, where B without any has 31.3.
+    """
     config = parallel_vq.get_config()
     config.n_seeds = 3
     config.data.input = "mnist"

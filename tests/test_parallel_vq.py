@@ -91,6 +91,19 @@ def test_a_resumed_experiment_equals_an_uninterrupted_one(finished, tmp_path, mo
         assert (tmp_path / name).read_bytes() == (workdir / name).read_bytes()
 
 
+def test_more_seeds_are_added_to_those_that_are_there(finished, monkeypatch):
+    workdir, results = finished
+    made = []
+    simulate = experiment.run
+    monkeypatch.setattr(experiment, "run", lambda *a: made.append(a) or simulate(*a))
+    config = small()
+    config.n_seeds = 3
+    more = run_experiment(config, workdir)
+    assert [arguments[1] for arguments in made] == [2, 2, 2, 2]
+    assert more["tau"]["sequential, M = 1"]["n_seeds"] == 3
+    assert run_experiment(small(), workdir) == results
+
+
 def test_another_config_or_other_data_are_refused(finished):
     workdir, _ = finished
     config = small()

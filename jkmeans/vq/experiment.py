@@ -99,8 +99,11 @@ FIELDS: dict[str, Field] = {
     **RAY_FIELDS,
 }
 
-_RUNTIME = ("n_devices", "data.input", "ray.")
-"""Fields that may differ when an experiment goes on; the data itself is compared."""
+_RUNTIME = ("n_seeds", "n_devices", "data.input", "threshold", "figures.", "workers", "ray.")
+"""Fields that may differ when an experiment goes on: what is there of it remains true.
+
+The data itself is compared, whatever it is called.
+"""
 
 
 def validate(config: Config) -> Config:
@@ -348,13 +351,13 @@ def _check_sizes(config: Config, samples: np.ndarray) -> None:
 
 
 def _claim(workdir: Path, config: Config, fingerprint: str) -> None:
-    """Writes the config into a new workdir, or checks that the one there is the same."""
+    """Writes the config into the workdir, unless one is there that does not go with it."""
     path = workdir / CONFIG_FILE
+    ours = {"fingerprint": fingerprint, "config": configuration.to_json(config)}
     try:
         if not path.exists():
             workdir.mkdir(parents=True, exist_ok=True)
-            values = configuration.to_json(config)
-            write_json(path, {"fingerprint": fingerprint, "config": values})
+            write_json(path, ours)
             return
         record = json.loads(path.read_text())
         there = nest(convert_fields(nest(dict(_flat(record["config"]))), FIELDS))
@@ -374,6 +377,7 @@ def _claim(workdir: Path, config: Config, fingerprint: str) -> None:
             f"{workdir} holds an experiment with another config: {different[0]}{more}; accepted: "
             "the same config, or another --workdir"
         )
+    write_json(path, ours)
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:

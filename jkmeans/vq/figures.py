@@ -210,21 +210,20 @@ def picture(title: str, curves: Sequence[Curve], *, logarithmic: bool = False) -
     common = curves[1 % len(curves)].setting.scheme
     top = max(float(np.nanmean(curve.distortion[:, 0])) for curve in curves)
     for curve, colour in zip(curves, _palette(len(curves)), strict=True):
-        # Seeds that diverged have no place in a mean; the legend says how many did.
-        whole = curve.distortion[np.isfinite(curve.distortion[:, -1])]
-        lost = len(curve.distortion) - len(whole)
-        name = label(curve.setting) + (
-            f" ({lost} of {len(curve.distortion)} diverged)" if lost else ""
+        values = curve.distortion
+        lost = int(np.isnan(values[:, -1]).sum())
+        # The first is broad, for a scheme without speed-up lies on top of it. All end where the
+        # first of their seeds diverged, with which there is no mean.
+        axes.plot(
+            curve.times,
+            values.mean(axis=0),
+            color=colour,
+            lw=2.6 if curve is curves[0] else 1.5,
+            ls="-" if curve.setting.scheme in (SEQUENTIAL, common) else "--",
+            label=label(curve.setting) + (f" ({lost} of {len(values)} diverged)" if lost else ""),
         )
-        if not len(whole):
-            axes.plot([], [], color=colour, label=name)
-            continue
-        # The first is broad, for a scheme without speed-up lies on top of it.
-        width = 3.2 if curve is curves[0] else 1.5
-        style = "-" if curve.setting.scheme in (SEQUENTIAL, common) else "--"
-        axes.plot(curve.times, whole.mean(axis=0), color=colour, lw=width, ls=style, label=name)
         axes.fill_between(
-            curve.times, whole.min(axis=0), whole.max(axis=0), color=colour, alpha=0.15, lw=0
+            curve.times, values.min(axis=0), values.max(axis=0), color=colour, alpha=0.15, lw=0
         )
     low = min(float(np.nanmin(curve.distortion)) for curve in curves)
     # A scheme that overshoots may rise far above where all begin.
