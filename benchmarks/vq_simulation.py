@@ -3,8 +3,8 @@
     python -m benchmarks.vq_simulation
 
 M = 32 workers, K = 100, D = 32, τ = 10, 10⁷ samples in all, the criterion 100 times over 20,000
-samples. The first run of a scheme compiles; the second is the one that is reported as seconds. Two cores:
-A 14.8 s, B 16.0 s, C 18.7 s, 530,000 to 680,000 samples/s.
+samples. The first run of a scheme compiles; the second is the one that is reported as seconds. On
+two cores: A 14.8 s, B 16.0 s, C 18.7 s, that is 530,000 to 680,000 samples/s.
 """
 
 import argparse

@@ -155,7 +155,7 @@ def test_scheme_c_without_delay_loses_nothing():
     assert np.any(np.asarray(state.pending) != 0)
 
 
-@pytest.mark.parametrize("scheme", ["averaging", "displacements", "asynchronous"])
+@pytest.mark.parametrize("scheme", ["averaging", "asynchronous"])
 def test_workers_over_devices_have_the_same_bits(scheme):
     one = run(setting(scheme), 1, FIRST, DATA)
     # One worker a device, and several.
