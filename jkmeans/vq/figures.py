@@ -205,7 +205,8 @@ def picture(title: str, curves: Sequence[Curve], *, logarithmic: bool = False) -
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7.2, 4.4), layout="constrained", facecolor="white")
+    width = 9.6 if logarithmic else 7.2
+    figure = Figure(figsize=(width, 4.4), layout="constrained", facecolor="white")
     axes = figure.subplots()
     common = curves[1 % len(curves)].setting.scheme
     top = max(float(np.nanmean(curve.distortion[:, 0])) for curve in curves)
@@ -240,7 +241,11 @@ def picture(title: str, curves: Sequence[Curve], *, logarithmic: bool = False) -
     axes.grid(color="#e6e6e6")
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=9)
+    if logarithmic:
+        # Curves go from corner to corner, and leave no place for names.
+        figure.legend(frameon=False, fontsize=9, loc="outside right center")
+    else:
+        axes.legend(frameon=False, fontsize=9, loc="upper right")
     out = io.BytesIO()
     figure.savefig(out, dpi=150, format="png")
     return out.getvalue()
