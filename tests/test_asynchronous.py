@@ -1,5 +1,6 @@
 """The asynchronous engine: the server and the worker loop without Ray, and kills with Ray."""
 
+import importlib.util
 import json
 import os
 import signal
@@ -204,13 +205,13 @@ def test_a_damaged_checkpoint_is_put_aside(tmp_path, capsys):
 def test_a_record_that_was_cut_is_dropped(tmp_path):
     journal = Journal(tmp_path / "j")
     journal.begin(0)
-    journal.applied(0, 1, 1, 0, 10)
+    journal.applied([(0, 1, 1, 0, 10)])
     journal.close()
     with open(tmp_path / "j", "ab") as file:
         file.write(b"x" * (RECORD.itemsize - 1))
     journal = Journal(tmp_path / "j")
     journal.begin(1)
-    journal.applied(0, 2, 2, 1, 10)
+    journal.applied([(0, 2, 2, 1, 10)])
     journal.close()
     history = read_history(tmp_path / "j")
     assert history.rolled_back == [0, 0]
@@ -374,6 +375,10 @@ def test_what_cannot_be_trained_is_refused(tmp_path, changes, message):
 
 # With Ray.
 
+needs_ray = pytest.mark.skipif(
+    importlib.util.find_spec("ray") is None, reason='needs pip install "jkmeans[ray]"'
+)
+
 RAY_OPTIONS = {
     "address": "local",
     "checkpoint_exchanges": 40,
@@ -388,7 +393,6 @@ RAY_OPTIONS = {
 @pytest.fixture(scope="module")
 def ray():
     """One cluster for all tests; its processes are gone afterwards, whatever happens."""
-    pytest.importorskip("ray")
     ray = engine.import_ray()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # JAX's threads and Ray's forks.
@@ -419,6 +423,7 @@ def distortion(shared):
     return float(np.mean(((clusters()[:, None] - shared[None]) ** 2).sum(-1).min(1)))
 
 
+@needs_ray
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_a_run_survives_a_killed_worker_a_killed_server_and_a_worker_that_hangs(ray, tmp_path):
     victims = [0, "server", Hang(1)]
@@ -448,6 +453,7 @@ def test_a_run_survives_a_killed_worker_a_killed_server_and_a_worker_that_hangs(
 
 
 @pytest.mark.slow
+@needs_ray
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_a_run_that_is_stopped_goes_on_and_loses_nothing(ray, tmp_path):
     job, options = corners_job(4000), ConfigDict(RAY_OPTIONS)
@@ -506,8 +512,8 @@ def test_no_cluster_is_said_at_once(address, message):
         engine._find_cluster(address)
 
 
+@needs_ray
 def test_something_else_that_listens_is_no_cluster(monkeypatch):
-    pytest.importorskip("ray")
     monkeypatch.setattr(engine, "_JOIN_SECONDS", 0.5)
     with socket.create_server(("localhost", 0)) as listener:
         address = f"localhost:{listener.getsockname()[1]}"
@@ -521,9 +527,9 @@ def test_without_ray_the_extra_is_named(monkeypatch):
         engine.import_ray()
 
 
+@needs_ray
 @pytest.mark.slow
 def test_twenty_random_kills_change_nothing_but_the_time(tmp_path):
-    pytest.importorskip("ray")
     flags = "--kills 20 --kill-every 100 --undisturbed 1 --budget 200000 --ahead 1"
     path = tmp_path / "result.json"
     program = [sys.executable, "-m", "benchmarks.ray_exchanges", "--json", str(path)]

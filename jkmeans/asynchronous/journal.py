@@ -1,4 +1,4 @@
-"""The server's journal: one record for each displacement applied, on disk before it is answered.
+"""The server's journal: one record for each displacement, written before it is applied.
 
 It survives the SIGKILL of the server, which its memory does not. So it knows exactly what a server
 that comes back from its checkpoint has lost, what the staleness was, and whether each displacement
@@ -8,6 +8,7 @@ of the version that is left was counted once.
 from __future__ import annotations
 
 import contextlib
+import errno
 import itertools
 import os
 import time
@@ -92,11 +93,16 @@ class Journal:
     def begin(self, clock: int) -> None:
         """A life of the server begins with ``clock`` displacements applied."""
         self.life += 1
-        self._append((_BEGINS, self.life, 0, clock, clock, 0, time.time()))
+        self._append([(_BEGINS, self.life, 0, clock, clock, 0, time.time())])
 
-    def applied(self, worker: int, sequence: int, clock: int, seen: int, samples: int) -> None:
-        """A displacement was applied."""
-        self._append((worker, self.life, sequence, clock, seen, samples, time.time()))
+    def applied(self, displacements: list[tuple[int, int, int, int, int]]) -> None:
+        """Displacements are applied, together: each its worker, sequence, clock, seen, samples."""
+        self._append(
+            [
+                (worker, self.life, sequence, clock, seen, samples, time.time())
+                for worker, sequence, clock, seen, samples in displacements
+            ]
+        )
 
     def flush(self) -> None:
         """Waits until all records are on the disk: they survive a power failure too."""
@@ -106,9 +112,13 @@ class Journal:
         """Closes the file."""
         self._file.close()
 
-    def _append(self, record: tuple) -> None:
+    def _append(self, records: list[tuple]) -> None:
+        content = np.array(records, RECORD).tobytes()
         with _disk(self.path):
-            self._file.write(np.array(record, RECORD).tobytes())
+            written = self._file.write(content)
+            if written != len(content):  # The disk is full: nothing of them is there.
+                self._file.truncate(os.path.getsize(self.path) - (written or 0))
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def read_history(path: Path) -> History:

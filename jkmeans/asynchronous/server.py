@@ -132,8 +132,12 @@ class ParameterServer:
         self._checkpoints = Checkpoints(folder / CHECKPOINT_FOLDER, keep=2)
         self._saved_clock = -1
         self._changed = threading.Condition()
-        self._restore()
-        self._journal = Journal(folder / JOURNAL_FILE)
+        self._journal = Journal(folder / JOURNAL_FILE)  # First: it keeps a second server out.
+        try:
+            self._restore()
+        except UserError:
+            self._journal.close()
+            raise
         self._journal.begin(self.clock)
         if self._saved_clock < 0:
             self._save()
@@ -240,14 +244,16 @@ class ParameterServer:
         if not finite:
             self._end(DIVERGED)
             return
-        self._shared, self._state = shared, state
+        records = []
         for n, worker in enumerate(sorted(given), 1):
             sequence, _, seen, position = given[worker]
-            samples = position - self.positions[worker]
-            self.sequences[worker], self.positions[worker] = sequence, position
             # Those of a round see the same version, and are applied at once.
             seen = seen if len(given) == 1 else before + n - 1
-            self._journal.applied(worker, sequence, before + n, seen, samples)
+            records.append((worker, sequence, before + n, seen, position - self.positions[worker]))
+        self._journal.applied(records)
+        self._shared, self._state = shared, state
+        for worker, (sequence, _, _, position) in given.items():
+            self.sequences[worker], self.positions[worker] = sequence, position
         if self.clock + self._step - self._saved_clock > self._half_interval:
             self._save()
         self._end_if_spent()
