@@ -35,11 +35,11 @@ def get_config() -> Config:
     config.runs["dkm"] = with_method(base, "dkm")
     config.runs["vade"] = with_method(base, "vade")
     config.runs["idec, views"] = small_views("idec", augmentation__invariance=True)
-    longer = {"training__n_pretrain_epochs": 100, "training__n_epochs": 0}
-    t_sne = {"objective__layout": "t-sne", "objective__n_neighbors": 30}
-    config.runs["n2d, views"] = small_views("n2d", **longer, objective__mixture_starts=10)
-    config.runs["n2d by t-SNE, views"] = small_views(
-        "n2d", **longer, **t_sne, objective__mixture_starts=10
+    longer = {"training__n_pretrain_epochs": 100, "training__n_epochs": 0, "objective__starts": 10}
+    t_sne = {"objective__layout": "t-sne", "objective__n_neighbors": 40}
+    config.runs["n2d, views"] = small_views("n2d", **longer)
+    config.runs["n2d by t-SNE and k-means, views"] = small_views(
+        "n2d", **longer, **t_sne, objective__clusterer="k-means"
     )
     config.runs["dec, BRB"] = with_method(base, "dec", reset__every=10)
     config.runs["swav"] = small_views("swav")

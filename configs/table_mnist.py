@@ -32,7 +32,7 @@ def get_config() -> Config:
         config.runs[name] = with_method(plain, name)
     config.runs["vade"] = with_method(plain, "vade", training__clustering_learning_rate=1e-3)
     config.runs["autoencoder, views"] = with_method(views, "autoencoder")
-    config.runs["n2d, views"] = with_method(views, "n2d", objective__mixture_starts=10)
+    config.runs["n2d, views"] = with_method(views, "n2d", objective__starts=10)
     for name in ("dec", "idec", "dcn"):
         config.runs[f"{name}, views"] = with_method(views, name)
     config.runs["joint, views"] = for_a_table(joint)

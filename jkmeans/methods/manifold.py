@@ -1,9 +1,9 @@
 """N2D: a mixture of Gaussians on the manifold of an autoencoder's embeddings.
 
 The embeddings zᵢ of a trained autoencoder are laid out anew by UMAP or t-SNE, which keep neighbours
-together and let clusters fall apart, and a mixture of Gaussians with full covariances clusters the
-layout. The network is not trained any further, so these are functions of the embeddings on the
-host, not a `Method`.
+together and let clusters fall apart, and a mixture of Gaussians with full covariances, or k-means,
+clusters the layout. The network is not trained any further, so these are functions of the
+embeddings on the host, not a `Method`.
 
 The layout is of these embeddings only: UMAP places new ones by another optimisation, whose result
 depends on what else is placed with them, and t-SNE places no new ones. New data therefore get the
@@ -26,6 +26,9 @@ from jkmeans.errors import UserError
 LAYOUTS = ("umap", "t-sne")
 """What lays embeddings out anew."""
 
+CLUSTERERS = ("mixture", "k-means")
+"""What clusters a layout."""
+
 METRICS = ("euclidean", "cosine", "manhattan", "correlation", "chebyshev")
 """Distances between embeddings that a layout may use here."""
 
@@ -40,7 +43,8 @@ def manifold_clusters(
     min_dist: float = 0.0,
     n_components: int | None = None,
     metric: str = "euclidean",
-    mixture_starts: int = 1,
+    clusterer: str = "mixture",
+    starts: int = 1,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Clusters embeddings on their manifold.
 
@@ -61,7 +65,8 @@ def manifold_clusters(
       n_components: q, the dimension of the layout, at most n − 2, and at most 3 of t-SNE, whose
         trees have no more; if None, ``n_clusters``, and 2 of t-SNE.
       metric: distance between embeddings, one of `METRICS`.
-      mixture_starts: of which the most likely mixture is kept; at least 1.
+      clusterer: of the layout: ``mixture``, or ``k-means``, which depends less on its start.
+      starts: of the clusterer, of which the best is kept; at least 1.
 
     Returns:
       The labels [n] int32, and the layout [n, q] float32.
@@ -79,7 +84,9 @@ def manifold_clusters(
     n_components = _integer("n_components", n_components, 1, n - 2, "embeddings less two")
     if layout == "t-sne":
         _integer("n_components", n_components, 1, 3, "what the trees of t-sne have")
-    mixture_starts = _integer("mixture_starts", mixture_starts, 1, 2**31 - 1)
+    if clusterer not in CLUSTERERS:
+        raise UserError(f"clusterer is {clusterer!r}; accepted: {', '.join(CLUSTERERS)}")
+    starts = _integer("starts", starts, 1, 2**31 - 1)
     n_neighbors = _integer("n_neighbors", n_neighbors, 2, n - 1, "embeddings less one")
     seed = _integer("seed", seed, 0, 2**32 - 1)
     if isinstance(min_dist, bool) or not isinstance(min_dist, int | float):
@@ -93,7 +100,9 @@ def manifold_clusters(
         places = _umap(embeddings, seed, n_neighbors, float(min_dist), n_components, metric)
     else:
         places = _t_sne(embeddings, seed, n_neighbors, n_components, metric)
-    return _mixture_labels(places, n_clusters, seed, mixture_starts), places
+    if clusterer == "k-means":
+        return _kmeans_labels(places, n_clusters, seed, starts), places
+    return _mixture_labels(places, n_clusters, seed, starts), places
 
 
 def _t_sne(embeddings, seed, perplexity, n_components, metric) -> np.ndarray:
@@ -155,6 +164,13 @@ def _mixture_labels(layout: np.ndarray, n_clusters: int, seed: int, starts: int)
     mixture = GaussianMixture(n_clusters, covariance_type="full", n_init=starts, random_state=seed)
     # Dense clusters have covariances whose Cholesky factors float32 may not have.
     return mixture.fit_predict(layout.astype(np.float64)).astype(np.int32)
+
+
+def _kmeans_labels(layout: np.ndarray, n_clusters: int, seed: int, starts: int) -> np.ndarray:
+    from jkmeans.estimators import KMeans
+
+    model = KMeans(n_clusters, n_init=starts, random_state=seed)
+    return model.fit(layout).labels_.astype(np.int32)
 
 
 def nearest_labels(bank: Any, bank_labels: Any, queries: Any, n_neighbors: int = 1) -> np.ndarray:

@@ -25,7 +25,7 @@ from jkmeans.fields import choice, integer, number
 from jkmeans.kmeans.collectives import AxisName
 from jkmeans.methods.autoencoder import objective, with_kmeans
 from jkmeans.methods.base import Method, MethodSpec, check_pretraining
-from jkmeans.methods.manifold import LAYOUTS, manifold_clusters
+from jkmeans.methods.manifold import CLUSTERERS, LAYOUTS, manifold_clusters
 
 # Numbers of the scores of a block of queries.
 _BLOCK_ENTRIES = 2**22
@@ -76,7 +76,8 @@ def n2d(config, axis_name: AxisName) -> Method:
             n_neighbors=options.n_neighbors,
             min_dist=options.min_dist,
             n_components=options.n_components or None,
-            mixture_starts=options.mixture_starts,
+            clusterer=options.clusterer,
+            starts=options.starts,
         )
         counts = np.bincount(labels, minlength=k)
         sums = np.zeros((k, embeddings.shape[1]))
@@ -125,7 +126,8 @@ SPEC = MethodSpec(
         "n_neighbors": integer(2, "rows that each row is tied to; the perplexity of t-SNE"),
         "min_dist": number("least distance of neighbours in a layout by UMAP"),
         "n_components": integer(0, "dimension of the layout; 0 for K, and 2 of t-SNE"),
-        "mixture_starts": integer(1, "mixtures that are fitted, of which the likeliest is kept"),
+        "clusterer": choice(CLUSTERERS, "what clusters the layout"),
+        "starts": integer(1, "starts of the clusterer, of which the best is kept"),
     },
     _check,
     "McConville et al. 2021, N2D: (Not too) deep clustering",
@@ -134,7 +136,8 @@ SPEC = MethodSpec(
         "objective.n_neighbors": 20,
         "objective.min_dist": 0.0,
         "objective.n_components": 0,
-        "objective.mixture_starts": 1,
+        "objective.clusterer": "mixture",
+        "objective.starts": 1,
         "training.n_epochs": 0,
     },
 )
