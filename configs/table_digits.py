@@ -39,7 +39,7 @@ def get_config() -> Config:
     t_sne = {"objective__layout": "t-sne", "objective__n_neighbors": 40}
     config.runs["n2d, views"] = small_views("n2d", **longer)
     config.runs["n2d by t-SNE and k-means, views"] = small_views(
-        "n2d", **longer, **t_sne, objective__clusterer="k-means"
+        "n2d", **longer, **t_sne, objective__clusterer="k-means", network__embedding_dim=64
     )
     config.runs["dec, BRB"] = with_method(base, "dec", reset__every=10)
     config.runs["swav"] = small_views("swav")
