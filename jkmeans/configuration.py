@@ -85,12 +85,22 @@ _RUNTIME = (
 """Fields that may differ when a run is resumed: the same run, on another machine."""
 
 
+_METHOD = "objective.name"
+
+
 def validate(config: Config) -> Config:
     """The config with every value in its proper type, paths absolute, and nothing contradictory.
 
     Raises:
       UserError: a field is unknown, missing, of a wrong type or value, or contradicts another.
     """
+    objective = config.get("objective")
+    if isinstance(objective, ConfigDict | dict):
+        # First: without a method the fields of none are known.
+        method = FIELDS[_METHOD]
+        if "name" not in objective:
+            raise _lacking(_METHOD, method)
+        convert_fields(ConfigDict({"objective": {"name": objective["name"]}}), {_METHOD: method})
     values = convert_fields(config, fields_of(config))
     _refuse_contradictions(values)
     for name in ("data.path", "data.labels_path", "training.pretrained_folder"):
@@ -107,7 +117,7 @@ def fields_of(config: Config) -> dict[str, Field]:
     fields = {}
     for field, meaning in FIELDS.items():
         fields[field] = meaning
-        if field == "objective.name" and known:
+        if field == _METHOD and known:
             own = method_spec(str(name)).fields
             fields |= {f"objective.{key}": value for key, value in own.items()}
     return fields
@@ -136,7 +146,7 @@ def convert_fields(config: Config, fields: Mapping[str, Field]) -> dict[str, Any
             raise UserError(f"config has a field {name!r} that is not known{known}")
     for name, field in fields.items():
         if name not in given:
-            raise UserError(f"config lacks the field {name!r} ({field.meaning}): {field.accepted}")
+            raise _lacking(name, field)
     values = {}
     for name, field in fields.items():
         try:
@@ -146,6 +156,10 @@ def convert_fields(config: Config, fields: Mapping[str, Field]) -> dict[str, Any
                 f"config.{name} is {_shown(given[name])}; accepted: {field.accepted}"
             ) from None
     return values
+
+
+def _lacking(name: str, field: Field) -> UserError:
+    return UserError(f"config lacks the field {name!r} ({field.meaning}): {field.accepted}")
 
 
 def _refuse_contradictions(values: dict[str, Any]) -> None:

@@ -168,15 +168,7 @@ def check_refusals(name, field, config=None):
         assert message.endswith(f"; accepted: {field.accepted}")
 
 
-# Without a name that is known the fields of the method are not either, and the first of them is
-# what the error is about.
-UNNAMED = pytest.mark.xfail(
-    strict=True, reason="configuration.fields_of: the error names objective.assignment"
-)
-FIELD_NAMES = [pytest.param(f, marks=UNNAMED) if f == "objective.name" else f for f in ALL]
-
-
-@pytest.mark.parametrize("name", FIELD_NAMES)
+@pytest.mark.parametrize("name", ALL)
 def test_bad_values_are_refused(name):
     check_refusals(name, ALL[name])
 
@@ -219,7 +211,7 @@ def test_these_may_name_a_function(name):
     assert get(validate(changed(name, "mine:f")), name) == "mine:f"
 
 
-@pytest.mark.parametrize("name", ["network.name", pytest.param("objective.name", marks=UNNAMED)])
+@pytest.mark.parametrize("name", ["network.name", "objective.name"])
 def test_only_these_may_name_a_function(name):
     assert "'module:function'" in refusal(changed(name, "mine"))
     assert "'module:function'" not in refusal(changed("training.optimizer", "mine:f"))
@@ -246,7 +238,7 @@ def test_an_unknown_field_that_is_near_to_nothing_lists_all():
     assert all(name in message for name in ALL)
 
 
-@pytest.mark.parametrize("name", FIELD_NAMES)
+@pytest.mark.parametrize("name", ALL)
 def test_a_missing_field_is_named(name):
     config = tiny.config()
     *groups, leaf = name.split(".")

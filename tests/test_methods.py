@@ -115,7 +115,7 @@ def reconstruction(seen, x=X, w=W):
 
 def fake_manifold(embeddings, k, *, seed, **settings):
     """Stands in for UMAP and its mixture, which tests/test_manifold.py is about."""
-    assert set(settings) == {"n_neighbors", "min_dist", "n_components"}
+    assert set(settings) == set(n2d.SPEC.fields)
     found = sklearn.cluster.KMeans(k, n_init=3, random_state=seed).fit(embeddings)
     return found.labels_.astype(np.int32), embeddings
 
