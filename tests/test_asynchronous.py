@@ -360,6 +360,14 @@ def uneven_problem(config):
         ({"problem.name": "nothing"}, "config.problem.name is 'nothing'; accepted"),
         ({"problem.name": f"{__name__}:clusters"}, "which returns ndarray; accepted"),
         ({"problem.name": f"{__name__}:uneven_problem"}, r"of \[3, 4\] rows; accepted"),
+        (
+            {
+                "problem.name": "multilayer_perceptron",
+                "data.name": "digits",
+                "data.n_examples": 5,
+            },
+            "config.data.n_examples is 5, of which none is held out; accepted: at least 6",
+        ),
         ({"workers": 0}, "config.workers is 0; accepted: an integer of at least 1"),
         ({"ray.checkpoint_exchanges": 5}, "is 5, but a round has 3; accepted: at least 6"),
         ({"asynchronous.learning_rate": 0.0}, "learning_rate is 0.0; accepted: a number above 0"),
@@ -499,6 +507,19 @@ def test_a_version_that_explodes_stops_the_run_and_the_last_good_one_is_kept(tmp
     assert [point["value"] for point in Curve(tmp_path / CURVE_FILE).points] == [1, 6]
 
 
+def test_a_first_version_that_cannot_be_judged_is_refused(tmp_path, monkeypatch):
+    def run(job, folder, options, *, evaluate, watch):
+        server = serve(folder, n_workers=1)
+        try:
+            return evaluate(*server.snapshot(), 0.0)
+        finally:
+            server.close()
+
+    monkeypatch.setattr(engine, "run", run)
+    with pytest.raises(UserError, match="the size of the first version is nan; accepted"):
+        follow(corners_job(1000), tmp_path, ConfigDict(), lambda w: np.nan, name="size")
+
+
 @pytest.mark.parametrize(
     ("address", "message"),
     [
@@ -519,6 +540,14 @@ def test_something_else_that_listens_is_no_cluster(monkeypatch):
         address = f"localhost:{listener.getsockname()[1]}"
         with pytest.raises(UserError, match="no cluster that has this machine in it"):
             engine._find_cluster(address)
+
+
+@needs_ray
+def test_an_address_of_a_cluster_that_is_gone_is_said(monkeypatch):
+    monkeypatch.setattr(engine, "_JOIN_SECONDS", 0.5)
+    monkeypatch.setenv("RAY_ADDRESS", "localhost:1")
+    with pytest.raises(UserError, match=r"at config\.ray\.address 'auto' .*RAY_ADDRESS names"):
+        engine._find_cluster("auto")
 
 
 def test_without_ray_the_extra_is_named(monkeypatch):

@@ -117,6 +117,18 @@ def test_another_config_or_other_data_are_refused(finished):
         run_experiment(config, workdir)
 
 
+def test_experiments_do_not_share_a_folder(finished, tmp_path):
+    workdir, _ = finished
+    config = small()
+    config.engine = "ray"
+    with pytest.raises(UserError, match=r"has config\.json of another experiment"):
+        run_experiment(config, workdir)
+    (tmp_path / "settings.json").write_text("{}")
+    with pytest.raises(UserError, match=r"has settings\.json of another experiment"):
+        run_experiment(small(), tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["settings.json"]
+
+
 def test_divergence_is_told_after_all_others_are_done(tmp_path):
     config = small()
     config.n_seeds = 1
@@ -148,6 +160,9 @@ def test_speed_ups_by_hand():
     assert np.isnan(found.sd)
     lost = curve([0, 10, 20], [10, np.nan, np.nan], [10, 0, 0])
     assert speed_up(one, lost, 0.1).n_diverged == 1
+    # One worker that ends worse than it began sets no aim.
+    worse = curve([0, 10, 20], [10, 12, 11], [10, 5, 0])
+    assert speed_up(worse, other, 0.1).n_reached == 0
     text = table({"x": ("Title", [one.setting])}, {one.setting: one}, 0.1)
     assert "| A: averaging, M = 2, τ = 1 | 1.00 ± 0.00 | 2 of 2 | 0 | 0 |" in text
 
@@ -174,6 +189,7 @@ def test_configs_are_complete(module):
     [
         ("figures.averaging", (0,), "a tuple of integers of at least 1"),
         ("tau", 0, "an integer of at least 1"),
+        ("figures.tau_workers", 1, "an integer of at least 2"),
         ("figures.tau", (10, 0), "a tuple of integers of at least 1"),
         ("delay", 0.0, "a number of samples, at least 1"),
         ("delay", -2.0, "a number of samples, at least 1"),

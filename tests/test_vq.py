@@ -245,6 +245,7 @@ def test_patches_and_first_prototypes():
         (lambda: run(setting("averaging", n_workers=300), 0, FIRST, DATA), "there are 300 workers"),
         (lambda: run(setting("averaging", duration=3), 0, FIRST, DATA), "duration is 3"),
         (lambda: run(setting("averaging"), 0, FIRST, DATA[:4]), "there are 5 prototypes"),
+        (lambda: run(setting("averaging"), 0, FIRST, 1e25 * DATA), "too large for float32"),
         (lambda: first_prototypes(np.random.default_rng(0), DATA, 300, 1), "300 samples"),
         (lambda: cut_patches(np.zeros((1, 8, 8)), 9), "patch is 9"),
     ],

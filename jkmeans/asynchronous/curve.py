@@ -22,6 +22,10 @@ from jkmeans.workdir import write_json
 
 CURVE_FILE = "curve.jsonl"
 SETTINGS_FILE = "settings.json"
+RESULTS_FILE = "results.json"
+CONFIG_FILE = "config.json"
+"""What experiments begin with that have no server."""
+
 LAST_GOOD_FILE = "last_good.npz"
 EXPLODED = 10.0
 """A run ends once the criterion is so many times that of the first version."""
@@ -61,7 +65,9 @@ class Curve:
                 self.points.append(json.loads(line))
             except ValueError:  # Cut by a kill; nothing follows it.
                 break
-        path.write_text("".join(json.dumps(point) + "\n" for point in self.points))
+        temporary = path.with_name(path.name + ".tmp")
+        temporary.write_text("".join(json.dumps(point) + "\n" for point in self.points))
+        temporary.replace(path)
         self._before = self.points[-1]["seconds"] if self.points else 0.0
 
     def add(self, seconds: float, status: Status, value: float) -> None:
@@ -81,10 +87,12 @@ def claim(folder: Path, settings: Mapping[str, Any]) -> None:
     """Writes what decides a result into a new folder, or checks that it is what is there.
 
     Raises:
-      UserError: the folder holds a run with other settings, or cannot be written.
+      UserError: the folder holds a run with other settings or of another experiment, or cannot be
+        written.
     """
     path = folder / SETTINGS_FILE
     settings = json.loads(json.dumps(settings))
+    refuse_foreign(folder, SETTINGS_FILE)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not path.exists():
@@ -100,6 +108,25 @@ def claim(folder: Path, settings: Mapping[str, Any]) -> None:
             raise UserError(
                 f"{folder} holds a run with another config: {name} is {settings[name]!r} here and "
                 f"{there.get(name)!r} there; accepted: the same config, or another --workdir"
+            )
+
+
+def refuse_foreign(folder: Path, own: str) -> None:
+    """Refuses a folder of another experiment, whose results would be taken for ours or replaced.
+
+    Args:
+      folder: of the results; need not be there.
+      own: the file that ours begins with, CONFIG_FILE or SETTINGS_FILE.
+
+    Raises:
+      UserError: ours did not begin there, but another did.
+    """
+    if (folder / own).exists():
+        return
+    for name in (CONFIG_FILE, SETTINGS_FILE, RESULTS_FILE):
+        if (folder / name).exists():
+            raise UserError(
+                f"{folder} has {name} of another experiment in it; accepted: another --workdir"
             )
 
 
@@ -125,7 +152,8 @@ def follow(
     Raises:
       CollapseError: the shared version diverged: it is not finite, or the criterion is
         `EXPLODED` times that of the first version. The last good one is in ``last_good.npz``.
-      UserError, Interrupted: see `engine.run`.
+      UserError: the criterion of the first version is not finite; or see `engine.run`.
+      Interrupted: see `engine.run`.
     """
     curve = Curve(folder / CURVE_FILE)
     progress = _Progress(job.budget, name)
@@ -136,6 +164,11 @@ def follow(
         if curve.points and curve.points[-1]["clock"] == status.clock:
             return not diverged  # Nothing was applied since.
         value = float(criterion(shared))
+        if not status.clock and not math.isfinite(value):
+            raise UserError(
+                f"the {name} of the first version is {value}; accepted: data and a first version "
+                "of which it is finite"
+            )
         first = curve.points[0]["value"] if curve.points else value
         diverged |= not (math.isfinite(value) and value <= EXPLODED * first)
         if not diverged:

@@ -271,6 +271,8 @@ class _Run:
         for number in range(job.n_workers):
             self._set_to_work(number)
         self._dead: list[int] = []
+        # So many deaths for good end the run: no round is complete without all workers.
+        self._fatal = 1 if job.synchronous else job.n_workers
         self._processes: list[set[int]] = [set() for _ in self._workers]
         self._server_life: int | None = None
         self._silent: set[int] = set()
@@ -301,11 +303,12 @@ class _Run:
                 self._ask("stop")
                 stopping = True
             self._collect(again=not status.ended and not stopping)
-            if len(self._dead) == len(self._workers):
+            if len(self._dead) >= self._fatal and not status.ended:
+                self._ask("stop")  # Which saves.
                 raise UserError(
-                    f"every worker died more than config.ray.max_restarts = "
-                    f"{self._options.max_restarts} times; what was applied is saved, and the same "
-                    "command goes on from there"
+                    f"{len(self._dead)} of {len(self._workers)} workers died more than "
+                    f"config.ray.max_restarts = {self._options.max_restarts} times; what "
+                    "was applied is saved, and the same command goes on from there"
                 )
             if status.ended:
                 ended_at = ended_at or now
@@ -480,17 +483,15 @@ def _session(address: str, n_workers: int) -> Iterator[Any]:
 def _find_cluster(address: str) -> None:
     """Asks whether a cluster answers, in a few seconds: ``ray.init`` itself would wait for long."""
     if address == "auto":
-        return  # Which looks for one on this machine, and says at once if there is none.
-    host, separator, port = address.rpartition(":")
-    if not separator or not host or "/" in address or not port.isdigit():
-        raise UserError(
-            f"config.ray.address is {address!r}; accepted: 'local', 'auto' or host:port"
+        # One that was killed leaves its address behind, and so may RAY_ADDRESS.
+        reason = "none runs on this machine, or what RAY_ADDRESS names does not answer"
+    else:
+        _knock(address)
+        reason = (
+            "what listens there is no cluster that has this machine in it, or wants a token and "
+            "RAY_AUTH_MODE=token is not set"
         )
-    try:
-        socket.create_connection((host, int(port)), timeout=_KNOCK_SECONDS).close()
-    except (OSError, OverflowError) as error:
-        raise _no_cluster(address, str(error)) from error
-    # Something listens there. A process of its own tries to join, because it can be given up.
+    # A process of its own tries to join, because it can be given up.
     program = "import sys, ray; ray.init(address=sys.argv[1], log_to_driver=False)"
     try:
         subprocess.run(
@@ -500,11 +501,20 @@ def _find_cluster(address: str) -> None:
             timeout=_JOIN_SECONDS,
         )
     except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
-        raise _no_cluster(
-            address,
-            "what listens there is no cluster that has this machine in it, or wants a token and "
-            "RAY_AUTH_MODE=token is not set",
-        ) from error
+        raise _no_cluster(address, reason) from error
+
+
+def _knock(address: str) -> None:
+    """Asks whether anything listens at host:port."""
+    host, separator, port = address.rpartition(":")
+    if not separator or not host or "/" in address or not port.isdigit():
+        raise UserError(
+            f"config.ray.address is {address!r}; accepted: 'local', 'auto' or host:port"
+        )
+    try:
+        socket.create_connection((host, int(port)), timeout=_KNOCK_SECONDS).close()
+    except (OSError, OverflowError) as error:
+        raise _no_cluster(address, str(error)) from error
 
 
 def _no_cluster(address: str, reason: str) -> UserError:

@@ -17,7 +17,14 @@ import numpy as np
 import optax
 from ml_collections import ConfigDict
 
-from jkmeans.asynchronous.curve import CURVE_FILE, Curve, claim, follow, results_of
+from jkmeans.asynchronous.curve import (
+    CURVE_FILE,
+    RESULTS_FILE,
+    Curve,
+    claim,
+    follow,
+    results_of,
+)
 from jkmeans.asynchronous.fields import RAY_FIELDS
 from jkmeans.asynchronous.pictures import STALENESS_PICTURE, draw_curves, draw_staleness
 from jkmeans.asynchronous.problems import PROBLEMS, Problem, make_problem
@@ -30,7 +37,6 @@ from jkmeans.fields import Field, choice, integer, integers, number
 from jkmeans.recorder import results_table
 from jkmeans.workdir import only_process_in, write_json
 
-RESULTS_FILE = "results.json"
 CURVES_PICTURE = "curves.png"
 MODES = ("asynchronous", "synchronous")
 

@@ -44,6 +44,9 @@ def multilayer_perceptron(config: Config) -> Problem:
 
     Args:
       config: its groups ``data`` and ``problem`` are used.
+
+    Raises:
+      UserError: the data set cannot be read, has no labels, or is too small.
     """
     data = datasets.load(config.data.name, n_examples=config.data.n_examples)
     labels = data.labels
@@ -51,6 +54,11 @@ def multilayer_perceptron(config: Config) -> Problem:
         raise UserError(f"data set {data.name!r} has no labels; accepted: one that has")
     x = data.examples.reshape(len(data.examples), -1).astype(np.float32) * np.float32(data.scale)
     held_out = np.arange(len(x)) % _HELD_OUT == _HELD_OUT - 1
+    if not held_out.any():
+        raise UserError(
+            f"config.data.n_examples is {len(x)}, of which none is held out; accepted: at least "
+            f"{_HELD_OUT}, or 0 for all"
+        )
     widths = [x.shape[1], *config.problem.widths, int(labels.max()) + 1]
 
     def init(key: jax.Array) -> Tree:

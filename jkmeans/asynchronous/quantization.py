@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from jkmeans.asynchronous.curve import claim, follow, results_of
+from jkmeans.asynchronous.curve import RESULTS_FILE, claim, follow, results_of
 from jkmeans.asynchronous.pictures import STALENESS_PICTURE, draw_curves, draw_staleness
 from jkmeans.asynchronous.rules import Rule, displacement_rule
 from jkmeans.asynchronous.work import Work, quantization_work
@@ -28,7 +28,6 @@ from jkmeans.vq import make_steps
 from jkmeans.vq.data import first_prototypes, load_samples
 from jkmeans.workdir import only_process_in, write_json
 
-RESULTS_FILE = "results.json"
 PROTOTYPES_FILE = "prototypes.npy"
 CURVE_PICTURE = "distortion.png"
 
@@ -139,31 +138,37 @@ def quantize_in_parallel(
       staleness, the share of each worker, processes and what deaths of the server undid.
 
     Raises:
-      UserError: the folder, Ray or the cluster cannot be used.
+      UserError: the folder, the data, Ray or the cluster cannot be used.
       CollapseError: the prototypes diverged; the last good ones are kept.
       Interrupted: Ctrl-C or SIGTERM came; the same call goes on.
     """
     claim(folder, settings)
     with only_process_in(folder):
         if (folder / RESULTS_FILE).exists():
-            return json.loads((folder / RESULTS_FILE).read_text())
-        followed = follow(job, folder, ray, make_criterion(data), name="distortion")
-        results = results_of(followed)
-        title = f"{len(job.prototypes):,} prototypes, M = {job.n_workers}, τ = {job.tau}"
-        draw_staleness(folder / STALENESS_PICTURE, followed.outcome.history.staleness, title)
-        draw_curves(
-            folder / CURVE_PICTURE,
-            {"distortion": followed.points},
-            value="normalised distortion",
-            count="samples, of all workers",
-            title=title,
-        )
-        temporary = folder / f".{PROTOTYPES_FILE}"
-        np.save(temporary, followed.outcome.shared)
-        temporary.replace(folder / PROTOTYPES_FILE)
-        write_json(folder / RESULTS_FILE, results)
+            results = json.loads((folder / RESULTS_FILE).read_text())
+        else:
+            results = _quantize(job, folder, ray, data)
     shown = ("value", "seconds", "exchanges", "exchanges_per_second", "staleness_mean")
     results_table({name: results[name] for name in shown}, f"Results in {folder}")
+    return results
+
+
+def _quantize(job: QuantizationJob, folder: Path, ray: Config, data: np.ndarray) -> dict[str, Any]:
+    followed = follow(job, folder, ray, make_criterion(data), name="distortion")
+    results = results_of(followed)
+    title = f"{len(job.prototypes):,} prototypes, M = {job.n_workers}, τ = {job.tau}"
+    draw_staleness(folder / STALENESS_PICTURE, followed.outcome.history.staleness, title)
+    draw_curves(
+        folder / CURVE_PICTURE,
+        {"distortion": followed.points},
+        value="normalised distortion",
+        count="samples, of all workers",
+        title=title,
+    )
+    temporary = folder / f".{PROTOTYPES_FILE}"
+    np.save(temporary, followed.outcome.shared)
+    temporary.replace(folder / PROTOTYPES_FILE)
+    write_json(folder / RESULTS_FILE, results)
     return results
 
 

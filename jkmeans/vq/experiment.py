@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jkmeans import configuration
+from jkmeans.asynchronous.curve import CONFIG_FILE, RESULTS_FILE, refuse_foreign
 from jkmeans.asynchronous.fields import RAY_FIELDS
 from jkmeans.configuration import Config, Field, choice, convert_fields, integer, integers, nest
 from jkmeans.errors import CollapseError, UserError
@@ -43,10 +44,8 @@ from jkmeans.vq.simulation import Setting, run
 from jkmeans.vq.steps import STEPS
 from jkmeans.workdir import only_process_in, write_json
 
-CONFIG_FILE = "config.json"
 SIMULATIONS_FOLDER = "simulations"
 TABLE_FILE = "speed_ups.md"
-RESULTS_FILE = "results.json"
 CURVES_FILE = "curves.csv"
 ENGINES = ("simulation", "ray")
 
@@ -92,7 +91,7 @@ FIELDS: dict[str, Field] = {
     "figures.averaging": integers("M of scheme A; () leaves the figure out, as in the others"),
     "figures.displacements": integers("M of scheme B"),
     "figures.tau": integers("τ of scheme B"),
-    "figures.tau_workers": integer(1, "M of that figure"),
+    "figures.tau_workers": integer(2, "M of that figure; one worker exchanges nothing"),
     "figures.delays": integers("M of scheme C"),
     "figures.scaling": integers("M of scheme C, up to many"),
     "workers": integer(1, "M of engine 'ray'"),
@@ -354,6 +353,7 @@ def _claim(workdir: Path, config: Config, fingerprint: str) -> None:
     """Writes the config into the workdir, unless one is there that does not go with it."""
     path = workdir / CONFIG_FILE
     ours = {"fingerprint": fingerprint, "config": configuration.to_json(config)}
+    refuse_foreign(workdir, CONFIG_FILE)
     try:
         if not path.exists():
             workdir.mkdir(parents=True, exist_ok=True)

@@ -128,12 +128,15 @@ def speed_up(one: Curve, other: Curve, threshold: float) -> SpeedUp:
       one: M = 1.
       other: of the same seeds in the same order.
       threshold: f; the distortion to reach is C₁(T) + f (C₁(0) − C₁(T)), with C₁ the curve of one
-        worker from the same seed and T its end.
+        worker from the same seed and T its end. A seed where one worker ends no better than it
+        began does not count as one that reaches it.
     """
     ratios = []
     for first, second in zip(one.distortion, other.distortion, strict=True):
         wanted = first[-1] + threshold * (first[0] - first[-1])
-        ratios.append(time_to(wanted, one.times, first) / time_to(wanted, other.times, second))
+        ours, theirs = time_to(wanted, one.times, first), time_to(wanted, other.times, second)
+        # Where one worker only makes things worse, all are there before they begin.
+        ratios.append(ours / theirs if theirs else float("nan"))
     reached = [ratio for ratio in ratios if np.isfinite(ratio)]
     return SpeedUp(
         mean=float(np.mean(reached)) if reached else float("nan"),
@@ -228,7 +231,8 @@ def picture(title: str, curves: Sequence[Curve], *, logarithmic: bool = False) -
         )
     low = min(float(np.nanmin(curve.distortion)) for curve in curves)
     # A scheme that overshoots may rise far above where all begin.
-    axes.set_ylim(low - 0.05 * (top - low), top + 0.1 * (top - low))
+    if low < top:
+        axes.set_ylim(low - 0.05 * (top - low), top + 0.1 * (top - low))
     if logarithmic:
         axes.set_xscale("log")
     first = min(float(curve.times[1]) for curve in curves) if logarithmic else 0.0

@@ -189,8 +189,9 @@ class Setting(NamedTuple):
       tau: τ, samples of a round, at least 1.
       delay: of the scheme "asynchronous", in samples; see `jkmeans.vq.schemes`.
       steps: name, a and b of the steps, see `jkmeans.vq.steps`.
-      duration: samples that each worker sees; rounded down to whole rounds.
-      n_evaluations: E wanted; fewer where there are fewer rounds.
+      duration: samples that each worker sees; rounded down to a whole number of evaluations.
+      n_evaluations: E wanted; fewer where there are fewer rounds, and up to twice as many where
+        rounds cannot be shared out evenly.
     """
 
     scheme: str
@@ -237,7 +238,13 @@ def run(
     if mesh is not None:
         shares = jax.tree.map(lambda leaf: place(leaf, mesh, SHARDED), shares)
     found = _program(setting, mesh)(jax.random.key(seed), jnp.asarray(prototypes), shares)
-    return jax.tree.map(np.asarray, jax.block_until_ready(found))
+    found = jax.tree.map(np.asarray, jax.block_until_ready(found))
+    if not np.isfinite(found.distortion[0]):
+        raise UserError(
+            f"the distortion of the first prototypes is {found.distortion[0]}: the samples are too "
+            f"large for {found.distortion.dtype}; accepted: samples of a smaller scale"
+        )
+    return found
 
 
 @functools.lru_cache(maxsize=64)
