@@ -151,11 +151,11 @@ def cluster_blobs(config: Config, workdir: str | os.PathLike[str]) -> dict[str, 
         )
         results |= _scikit_learn(config, host_x, labels, start, np.asarray(one.labels))
     if config.pictures:
-        from jkmeans.report import _save
+        from jkmeans.drawing import save
 
         host_x = np.asarray(x)
         title = f"{blobs.n_samples:,} × {blobs.n_features}, K = {blobs.n_clusters}"
-        _save(draw(host_x, labels, np.asarray(fitted.centroids), title), folder / PICTURE_FILE)
+        save(draw(host_x, labels, np.asarray(fitted.centroids), title), folder / PICTURE_FILE)
     write_json(folder / RESULTS_FILE, results)
     results_table(_readable(results), f"Results in {folder}")
     return results
@@ -192,7 +192,8 @@ def draw(x: np.ndarray, labels: np.ndarray, centroids: np.ndarray, title: str) -
       centroids: [k, d].
       title: of the picture.
     """
-    from jkmeans.report import _INK, SHOWN_CLUSTERS, _figure, _head, _palette, _soften
+    from jkmeans.drawing import INK, head_figure, new_figure, palette, soften
+    from jkmeans.report import SHOWN_CLUSTERS
 
     if x.shape[1] == 1:
         # The height means nothing: it only spreads the points.
@@ -205,7 +206,7 @@ def draw(x: np.ndarray, labels: np.ndarray, centroids: np.ndarray, title: str) -
     lowest, highest = lowest - margin, highest + margin
     pixel = ((x[:, :2] - lowest) / (highest - lowest) * _PIXELS).astype(np.int64)
     cell = pixel[:, 1] * _PIXELS + pixel[:, 0]
-    palette = _palette(k)
+    palette = palette(k)
     total = np.bincount(cell, minlength=_PIXELS**2)
     # The mean colour of a cell's points, on white; the more points, the fuller, by the logarithm.
     colour = (
@@ -216,7 +217,7 @@ def draw(x: np.ndarray, labels: np.ndarray, centroids: np.ndarray, title: str) -
     )
     strength = np.where(total > 0, 0.25 + 0.75 * np.log1p(total) / np.log1p(total.max()), 0)
     image = 1 - strength[:, None] * (1 - colour)
-    figure = _figure(7, 7)
+    figure = new_figure(7, 7)
     ax = figure.subplots()
     ax.imshow(
         image.reshape(_PIXELS, _PIXELS, 3),
@@ -231,15 +232,15 @@ def draw(x: np.ndarray, labels: np.ndarray, centroids: np.ndarray, title: str) -
         centroids[:, 1],
         marker="X" if few else "o",
         s=60 if few else 10,
-        c=_INK,
+        c=INK,
         edgecolors="white",
         linewidths=0.9,
     )
-    ax.set_xlabel("feature 0", fontsize=9, color=_INK)
-    ax.set_ylabel("feature 1" if x.shape[1] > 1 else "", fontsize=9, color=_INK)
-    _soften(ax, 8.5)
+    ax.set_xlabel("feature 0", fontsize=9, color=INK)
+    ax.set_ylabel("feature 1" if x.shape[1] > 1 else "", fontsize=9, color=INK)
+    soften(ax, 8.5)
     ax.grid(visible=False)
-    _head(figure, title, "Points by cluster, darker where there are more (× centroids)")
+    head_figure(figure, title, "Points by cluster, darker where there are more (× centroids)")
     return figure
 
 

@@ -10,23 +10,20 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 # The look of all pictures of the house.
-from jkmeans.report import (
-    _BLUE,
-    _FAINT,
-    _GREEN,
-    _INK,
-    _ORANGE,
-    SHOWN_CLUSTERS,
-    EmbeddingMap,
-    _draw_map,
-    _figure,
-    _head,
-    _palette,
-    _save,
-    _soften,
-    _title,
-    counted,
+from jkmeans.drawing import (
+    BLUE,
+    FAINT,
+    GREEN,
+    INK,
+    ORANGE,
+    head_figure,
+    new_figure,
+    palette,
+    panel_title,
+    save,
+    soften,
 )
+from jkmeans.report import SHOWN_CLUSTERS, EmbeddingMap, counted, draw_map
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -85,7 +82,7 @@ def write_report(
     for name in PICTURES:
         path = folder / f"{name}.png"
         if name in figures:
-            _save(figures[name](), path)
+            save(figures[name](), path)
             written.append(path)
         else:
             path.unlink(missing_ok=True)
@@ -97,17 +94,17 @@ def _sizes(sizes: np.ndarray, title: str) -> Figure:
 
     k, n = len(sizes), int(sizes.sum())
     order = np.argsort(-sizes, kind="stable")
-    figure = _figure(8, 3.6)
+    figure = new_figure(8, 3.6)
     ax = figure.subplots()
     if k <= SHOWN_CLUSTERS:
-        ax.bar(range(k), sizes[order], color=_palette(k)[order], width=0.8)
+        ax.bar(range(k), sizes[order], color=palette(k)[order], width=0.8)
         ax.set_xticks(range(k), [str(i) for i in order])
-        ax.set_xlabel("cluster", fontsize=9, color=_INK)
+        ax.set_xlabel("cluster", fontsize=9, color=INK)
     else:
-        ax.stairs(sizes[order], np.arange(k + 1), fill=True, color=_BLUE)
-        ax.set_xlabel("clusters, largest first", fontsize=9, color=_INK)
+        ax.stairs(sizes[order], np.arange(k + 1), fill=True, color=BLUE)
+        ax.set_xlabel("clusters, largest first", fontsize=9, color=INK)
         ax.set_xlim(0, k)
-    ax.axhline(n / k, color=_INK, linewidth=1, linestyle=(0, (4, 3)))
+    ax.axhline(n / k, color=INK, linewidth=1, linestyle=(0, (4, 3)))
     ax.annotate(
         f"N / K = {n / k:,.0f}" if n >= 10 * k else f"N / K = {n / k:.1f}",
         (1, n / k),
@@ -116,15 +113,15 @@ def _sizes(sizes: np.ndarray, title: str) -> Figure:
         textcoords="offset points",
         ha="right",
         fontsize=8.5,
-        color=_INK,
+        color=INK,
     )
-    ax.set_ylabel("rows", fontsize=9, color=_INK)
+    ax.set_ylabel("rows", fontsize=9, color=INK)
     ax.yaxis.set_major_locator(MaxNLocator(integer=True))
     ax.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
-    _soften(ax, 8.5)
+    soften(ax, 8.5)
     ax.grid(axis="x", visible=False)
     empty = int((sizes == 0).sum())
-    _head(
+    head_figure(
         figure, title, f"Sizes: smallest {sizes.min():,}, largest {sizes.max():,}, {empty:,} empty"
     )
     return figure
@@ -133,16 +130,16 @@ def _sizes(sizes: np.ndarray, title: str) -> Figure:
 def _inertia(history: Sequence[tuple[int, int, float]], title: str) -> Figure:
     from matplotlib.ticker import MaxNLocator
 
-    figure = _figure(8, 3.6)
+    figure = new_figure(8, 3.6)
     ax = figure.subplots()
     restarts = sorted({restart for restart, _, _ in history})
     lowest = [min(v for r, _, v in history if r == restart) for restart in restarts]
     best = restarts[int(np.argmin(lowest))]
     for restart in [r for r in restarts if r != best] + [best]:
         points = np.asarray([(i, v) for r, i, v in history if r == restart])
-        line = {"marker": "o", "markersize": 2, "linewidth": 1, "color": _FAINT, "alpha": 0.6}
+        line = {"marker": "o", "markersize": 2, "linewidth": 1, "color": FAINT, "alpha": 0.6}
         if restart == best:
-            line = {"marker": "o", "markersize": 3.5, "color": _BLUE, "zorder": 3}
+            line = {"marker": "o", "markersize": 3.5, "color": BLUE, "zorder": 3}
         ax.plot(points[:, 0], points[:, 1], **line)  # pyright: ignore[reportArgumentType]
     last = [(i, v) for r, i, v in history if r == best][-1]
     ax.annotate(
@@ -152,28 +149,28 @@ def _inertia(history: Sequence[tuple[int, int, float]], title: str) -> Figure:
         textcoords="offset points",
         ha="right",
         fontsize=8.5,
-        color=_INK,
+        color=INK,
     )
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-    ax.set_xlabel("iteration", fontsize=9, color=_INK)
-    ax.set_ylabel("inertia", fontsize=9, color=_INK)
+    ax.set_xlabel("iteration", fontsize=9, color=INK)
+    ax.set_ylabel("inertia", fontsize=9, color=INK)
     ax.yaxis.set_major_formatter(lambda value, _: f"{value:,.10g}")
     ax.margins(y=0.12)
-    _soften(ax, 8.5)
+    soften(ax, 8.5)
     words = "Inertia by iteration"
     if len(restarts) > 1:
         words += f", {len(restarts)} restarts, the best in blue"
-    _head(figure, title, words)
+    head_figure(figure, title, words)
     return figure
 
 
 def _silhouette(labels: np.ndarray, silhouettes: np.ndarray, k: int, n: int, title: str) -> Figure:
     mean = float(silhouettes.mean())
-    figure = _figure(8, 4.4)
+    figure = new_figure(8, 4.4)
     ax = figure.subplots()
     few = k <= SHOWN_CLUSTERS
     if few:
-        colours = _palette(k)
+        colours = palette(k)
         gap = max(1, len(labels) // 100)
         bottom = 0
         for cluster in range(k):
@@ -191,25 +188,25 @@ def _silhouette(labels: np.ndarray, silhouettes: np.ndarray, k: int, n: int, tit
                 ha="right",
                 va="center",
                 fontsize=8.5,
-                color=_INK,
+                color=INK,
                 annotation_clip=False,
             )
             bottom = int(places[-1]) + 1 + gap
         ax.set_ylim(bottom, -gap)
         ax.set_yticks([])
-        ax.set_ylabel("cluster", fontsize=9, color=_INK, labelpad=18)
-        ax.set_xlabel("silhouette of a row", fontsize=9, color=_INK)
+        ax.set_ylabel("cluster", fontsize=9, color=INK, labelpad=18)
+        ax.set_xlabel("silhouette of a row", fontsize=9, color=INK)
     else:
         means = [silhouettes[labels == c].mean() for c in range(k) if (labels == c).any()]
-        ax.hist(means, bins=40, color=_BLUE)
-        ax.set_ylabel("clusters", fontsize=9, color=_INK)
-        ax.set_xlabel("mean silhouette of a cluster", fontsize=9, color=_INK)
-    ax.axvline(mean, color=_INK, linewidth=1, linestyle=(0, (4, 3)))
-    _soften(ax, 8.5)
+        ax.hist(means, bins=40, color=BLUE)
+        ax.set_ylabel("clusters", fontsize=9, color=INK)
+        ax.set_xlabel("mean silhouette of a cluster", fontsize=9, color=INK)
+    ax.axvline(mean, color=INK, linewidth=1, linestyle=(0, (4, 3)))
+    soften(ax, 8.5)
     if few:
         ax.grid(axis="y", visible=False)
     sample = f"{len(labels):,} of {n:,} rows" if len(labels) < n else f"{n:,} rows"
-    _head(figure, title, f"Silhouettes of {sample}, mean {mean:.3f} (dashed)")
+    head_figure(figure, title, f"Silhouettes of {sample}, mean {mean:.3f} (dashed)")
     return figure
 
 
@@ -228,19 +225,19 @@ def _map(
         # The plane of the rows alone: centroids are to be seen in it, not to choose it.
         both, method = _plane_of(rows, both), "PCA of "
     plane = EmbeddingMap(np.arange(len(rows)), both[: len(rows)], both[len(rows) :], method)
-    figure = _figure(6.5, 6.6)
+    figure = new_figure(6.5, 6.6)
     ax = figure.subplots()
     names = [str(i) for i in range(k)] if k <= SHOWN_CLUSTERS else None
     few = len(plane.centroids) <= SHOWN_CLUSTERS
-    _draw_map(ax, plane, labels, _palette(k), names, centroids=few)
+    draw_map(ax, plane, labels, palette(k), names, centroids=few)
     if not few:
         places = plane.centroids.T
-        ax.scatter(*places, s=12, c=_INK, edgecolors="white", linewidths=0.6, zorder=3)
+        ax.scatter(*places, s=12, c=INK, edgecolors="white", linewidths=0.6, zorder=3)
     mark = "×" if few else "●"
-    _title(ax, f"{counted(k, 'cluster')} ({mark} centroids)")
+    panel_title(ax, f"{counted(k, 'cluster')} ({mark} centroids)")
     n = int(sizes.sum())
     sample = f"{len(rows):,} of {n:,} rows" if len(rows) < n else f"{n:,} rows"
-    _head(figure, title, f"{method}{sample}")
+    head_figure(figure, title, f"{method}{sample}")
     return figure
 
 
@@ -255,25 +252,27 @@ def _plane_of(rows: np.ndarray, points: np.ndarray) -> np.ndarray:
 
 def _sweep(sweep: Mapping[str, Any], title: str) -> Figure:
     ks = np.asarray(sweep["n_clusters"])
-    figure = _figure(11, 3.6)
+    figure = new_figure(11, 3.6)
     axes = figure.subplots(1, 3)
     panels = (
-        ("inertia", "Inertia: the elbow", _BLUE),
-        ("silhouette", "Silhouette: higher is better", _ORANGE),
-        ("stability", "Stability: ARI of refits", _GREEN),
+        ("inertia", "Inertia: the elbow", BLUE),
+        ("silhouette", "Silhouette: higher is better", ORANGE),
+        ("stability", "Stability: ARI of refits", GREEN),
     )
     for ax, (name, heading, colour) in zip(axes, panels, strict=True):
         ax.plot(ks, sweep[name], marker="o", markersize=3.5, color=colour)
-        ax.axvline(sweep["suggestion"], color=_INK, linewidth=1, linestyle=(0, (4, 3)))
-        ax.set_xlabel("K", fontsize=9, color=_INK)
+        ax.axvline(sweep["suggestion"], color=INK, linewidth=1, linestyle=(0, (4, 3)))
+        ax.set_xlabel("K", fontsize=9, color=INK)
         if ks.max() >= 10 * ks.min():
             ax.set_xscale("log", base=2)
             ax.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
         ax.yaxis.set_major_formatter(lambda value, _: f"{value:,.10g}")
-        _soften(ax, 8.5)
-        _title(ax, heading)
+        soften(ax, 8.5)
+        panel_title(ax, heading)
     axes[2].set_ylim(min(0.0, min(sweep["stability"])), 1.05)
-    _head(figure, title, f"{sweep['n_rows']:,} rows, every K; {sweep['suggestion']} is suggested")
+    head_figure(
+        figure, title, f"{sweep['n_rows']:,} rows, every K; {sweep['suggestion']} is suggested"
+    )
     return figure
 
 
@@ -284,13 +283,13 @@ def _centroids(
     order = np.argsort(-sizes, kind="stable")[:_MOST_IMAGES]
     columns = min(10, len(order))
     lines = -(-len(order) // columns)
-    figure = _figure(max(0.85 * columns, 5), 0.98 * lines + 0.7)
+    figure = new_figure(max(0.85 * columns, 5), 0.98 * lines + 0.7)
     axes = figure.subplots(lines, columns, squeeze=False).ravel()
     for ax in axes:
         ax.set_axis_off()
     for ax, cluster in zip(axes, order, strict=False):
         ax.imshow(centroids[cluster].reshape(shape), cmap="gray_r", interpolation="nearest")
-        ax.set_title(f"{cluster}: {sizes[cluster]:,}", fontsize=7, color=_INK, pad=2)
+        ax.set_title(f"{cluster}: {sizes[cluster]:,}", fontsize=7, color=INK, pad=2)
     some = f"largest {len(order)} of " if len(order) < k else ""
-    _head(figure, title, f"Centroids of the {some}{counted(k, 'cluster')}, with their sizes")
+    head_figure(figure, title, f"Centroids of the {some}{counted(k, 'cluster')}, with their sizes")
     return figure

@@ -5,21 +5,33 @@ What is read off the arrays of a run here serves its page (page.py) too.
 
 from __future__ import annotations
 
-import colorsys
 import dataclasses
 import os
-import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from jkmeans.drawing import (
+    BLUE,
+    FAINT,
+    GRID,
+    INK,
+    LINES,
+    head_figure,
+    new_figure,
+    palette,
+    panel_title,
+    save,
+    say_instead,
+    soften,
+)
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-DPI = 150
 MAP_EXAMPLES = 2000  # t-SNE of this many takes seconds on a laptop
 SHOWN_CLUSTERS = 20
 SUMMARY_CLUSTERS = 10
@@ -28,11 +40,6 @@ MAX_CLASSES = 30
 
 PICTURES = ("curves", "map", "nearest", "confusion", "sizes", "summary")
 
-_INK = "#222222"
-_FAINT = "#8a8a8a"
-_GRID = "#e6e6e6"
-_BLUE, _ORANGE, _GREEN, _RED = "#1f77b4", "#ff7f0e", "#2ca02c", "#d62728"
-_LINES = (_BLUE, _ORANGE, _GREEN, _RED, "#9467bd", "#8c564b", "#17becf")
 PHASE_NAMES = {"pretrain": "pretraining", "cluster": "clustering"}
 
 
@@ -101,7 +108,7 @@ def write_report(
     written = []
     for name, draw in figures.items():
         path = folder / f"{name}.png"
-        _save(draw(), path)
+        save(draw(), path)
         written.append(path)
     for name in PICTURES:
         if name not in figures:
@@ -156,10 +163,10 @@ class ClusteredExamples:
             values, truth = np.unique(np.asarray(truth), return_inverse=True)
             truth = truth.reshape(-1)
             names = [_class_name(value, class_names) for value in values.tolist()]
-        colours, class_colours = _palette(k), _palette(len(names))
+        colours, class_colours = palette(k), palette(len(names))
         if truth is not None and max(k, len(names)) <= SHOWN_CLUSTERS:
-            palette = _palette(max(k, len(names)))
-            colours, class_colours = _matched_colours(truth, labels, k, palette), palette
+            shared = palette(max(k, len(names)))
+            colours, class_colours = _matched_colours(truth, labels, k, shared), shared
         return ClusteredExamples(
             embeddings=embeddings,
             labels=labels,
@@ -212,22 +219,6 @@ def _class_name(value: Any, class_names: Sequence[str] | None) -> str:
     if class_names is not None and isinstance(value, int) and 0 <= value < len(class_names):
         return str(class_names[value])
     return str(value)
-
-
-def _palette(n: int) -> np.ndarray:
-    """Colours for n groups, [n, 3]: distinct up to ten, and round the colour circle beyond."""
-    if n <= 10:
-        from matplotlib import colormaps
-
-        return np.asarray(colormaps["tab10"].colors)[:n]  # pyright: ignore[reportAttributeAccessIssue]
-    # The golden angle keeps neighbouring numbers far apart, for any n.
-    golden = (np.sqrt(5) - 1) / 2
-    return np.asarray(
-        [
-            colorsys.hsv_to_rgb(i * golden % 1, (0.85, 0.6)[i % 2], (0.65, 0.85, 0.95)[i % 3])
-            for i in range(n)
-        ]
-    )
 
 
 def _matched_colours(
@@ -318,7 +309,7 @@ def _tsne(x: np.ndarray, plane: np.ndarray, seed: int) -> np.ndarray:
         return tsne.fit_transform(x.astype(np.float32))
 
 
-def _draw_map(
+def draw_map(
     ax: Axes,
     embedding_map: EmbeddingMap,
     groups: np.ndarray,
@@ -350,7 +341,7 @@ def _draw_map(
             embedding_map.centroids[:, 1],
             marker="X" if few else "o",
             s=45 if few else 5,
-            c=_INK,
+            c=INK,
             edgecolors="white",
             linewidths=0.8 if few else 0.3,
             zorder=3,
@@ -381,9 +372,9 @@ def _draw_map(
             )
     ax.set_xticks([])
     ax.set_yticks([])
-    ax.spines[:].set_color(_GRID)
+    ax.spines[:].set_color(GRID)
     if len(points) == 0:
-        _say(ax, "no finite embeddings")
+        say_instead(ax, "no finite embeddings")
 
 
 def _label_offsets(ax: Axes, places: np.ndarray, texts: Sequence[str], size: float) -> np.ndarray:
@@ -422,7 +413,7 @@ def _draw_cluster_map(
 ) -> None:
     names = [str(i) for i in range(clusters.k)] if clusters.k <= SHOWN_CLUSTERS else None
     groups = clusters.labels[embedding_map.rows]
-    _draw_map(ax, embedding_map, groups, clusters.colours, names, centroids=centroids, size=size)
+    draw_map(ax, embedding_map, groups, clusters.colours, names, centroids=centroids, size=size)
 
 
 def _draw_class_map(
@@ -431,24 +422,26 @@ def _draw_class_map(
     assert clusters.truth is not None
     names = clusters.class_names if len(clusters.class_names) <= SHOWN_CLUSTERS else None
     groups = clusters.truth[embedding_map.rows]
-    _draw_map(ax, embedding_map, groups, clusters.class_colours, names, centroids=False, size=size)
+    draw_map(ax, embedding_map, groups, clusters.class_colours, names, centroids=False, size=size)
 
 
 def _map(clusters: ClusteredExamples, embedding_map: EmbeddingMap, title: str) -> Figure:
     panels = 1 if clusters.truth is None else 2
-    figure = _figure(6.2 * panels + 0.3, 6.6)
+    figure = new_figure(6.2 * panels + 0.3, 6.6)
     axes = figure.subplots(1, panels, squeeze=False)[0]
     m = min(MAP_EXAMPLES, clusters.n)
     some = f"{m:,} of {clusters.n:,}" if m < clusters.n else f"{clusters.n:,}"
-    _head(figure, title, f"{embedding_map.method}{some} embedding{'s' if clusters.n > 1 else ''}")
+    head_figure(
+        figure, title, f"{embedding_map.method}{some} embedding{'s' if clusters.n > 1 else ''}"
+    )
 
     _draw_cluster_map(axes[0], clusters, embedding_map, centroids=True, size=10)
     mark = "×" if len(embedding_map.centroids) <= SHOWN_CLUSTERS else "●"
-    _title(axes[0], f"{counted(clusters.k, 'cluster')} ({mark} centroids)")
+    panel_title(axes[0], f"{counted(clusters.k, 'cluster')} ({mark} centroids)")
     if clusters.truth is not None:
         _draw_class_map(axes[1], clusters, embedding_map, size=9)
         n_classes = len(clusters.class_names)
-        _title(axes[1], counted(n_classes, "true class"))
+        panel_title(axes[1], counted(n_classes, "true class"))
     return figure
 
 
@@ -552,7 +545,7 @@ def _draw_images(
                 -gap,
                 middle + 0.2 * pitch,
                 clusters.describe(int(cluster)),
-                color=_INK,
+                color=INK,
                 fontsize=0.8 * size,
                 ha="right",
                 va="center",
@@ -609,9 +602,9 @@ def _draw_vectors(
         )
     for ax in axes:
         ax.set_xticks([])
-        ax.tick_params(labelsize=7, colors=_FAINT, length=2)
+        ax.tick_params(labelsize=7, colors=FAINT, length=2)
         ax.spines[["top", "right"]].set_visible(False)
-        ax.spines[["left", "bottom"]].set_color(_GRID)
+        ax.spines[["left", "bottom"]].set_color(GRID)
     for ax in axes[len(shown) :]:
         ax.set_visible(False)
     if len(features) < d:
@@ -626,18 +619,20 @@ def _nearest(clusters: ClusteredExamples, title: str) -> Figure:
         h, w = clusters.examples.shape[1:3]
         tile = 0.62
         margin = 0.55 + 0.08 * max(len(clusters.describe(int(i))) for i in shown)
-        figure = _figure(NEAREST * tile * min(w / h, 3) + margin, max(len(shown) * tile + 0.9, 2))
+        figure = new_figure(
+            NEAREST * tile * min(w / h, 3) + margin, max(len(shown) * tile + 0.9, 2)
+        )
         ax = figure.subplots()
         _draw_images(ax, clusters, shown, NEAREST, size=10, details=True)
-        _head(figure, title, f"Examples nearest to each centroid{which}")
+        head_figure(figure, title, f"Examples nearest to each centroid{which}")
         return figure
     columns = min(5, len(shown))
     rows = -(-len(shown) // columns)
-    figure = _figure(max(2.5 * columns, 6), 1.6 * rows + 1.1)
+    figure = new_figure(max(2.5 * columns, 6), 1.6 * rows + 1.1)
     axes = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).ravel()
     features = _draw_vectors(axes, clusters, shown, size=8, details=True)
     subtitle = f"Examples nearest to each centroid{which}, bold: mean of the cluster; {features}"
-    _head(figure, title, subtitle)
+    head_figure(figure, title, subtitle)
     return figure
 
 
@@ -666,7 +661,7 @@ def _draw_curves(
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     everything = []
-    colours = iter(_LINES * (1 + len(names) // len(_LINES)))
+    colours = iter(LINES * (1 + len(names) // len(LINES)))
     for index, (name, label) in enumerate(names.items()):
         series = _series(metrics, name)
         if not series:
@@ -674,7 +669,7 @@ def _draw_curves(
         # The first of several may coincide with another (a total with its only term, the empty
         # clusters with the relocated ones): it lies beneath, wide and pale.
         beneath = index == 0 and name in ("loss", "empty_clusters") and len(names) > 1
-        colour = _INK if beneath else next(colours)
+        colour = INK if beneath else next(colours)
         for part, (epochs, values) in enumerate(series):
             ax.plot(
                 epochs,
@@ -702,8 +697,8 @@ def _draw_curves(
         ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         ax.yaxis.set_minor_formatter(NullFormatter())
     if len(names) > 1:
-        ax.legend(fontsize=size, frameon=False, labelcolor=_INK, handlelength=1.2)
-    _soften(ax, size)
+        ax.legend(fontsize=size, frameon=False, labelcolor=INK, handlelength=1.2)
+    soften(ax, size)
 
 
 def _phase_names(ax: Axes, metrics: Sequence[Mapping[str, Any]], size: float) -> None:
@@ -721,7 +716,7 @@ def _phase_names(ax: Axes, metrics: Sequence[Mapping[str, Any]], size: float) ->
                 ha="center",
                 va="bottom",
                 fontsize=size,
-                color=_FAINT,
+                color=FAINT,
             )
 
 
@@ -755,21 +750,21 @@ def _curves(metrics: Sequence[Mapping[str, Any]], title: str) -> Figure:
         panels.append((heading, _present(metrics, names)))
     panels = [(heading, names) for heading, names in panels if names]
     if not panels:
-        figure = _figure(8, 3)
-        _say(figure.subplots(), "no metric was recorded")
-        _head(figure, title, "Metrics by epoch")
+        figure = new_figure(8, 3)
+        say_instead(figure.subplots(), "no metric was recorded")
+        head_figure(figure, title, "Metrics by epoch")
         return figure
 
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
     columns = min(len(panels), 2 if len(panels) in (2, 4) else 3)
     rows = -(-len(panels) // columns)
-    figure = _figure(4.2 * columns, 2.8 * rows + 0.5)
+    figure = new_figure(4.2 * columns, 2.8 * rows + 0.5)
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
     for ax, (heading, names) in zip(axes, panels, strict=False):
         _draw_curves(ax, metrics, names)
         _phase_names(ax, metrics, 7.5)
-        _title(ax, heading, pad=18)
+        panel_title(ax, heading, pad=18)
         if "label_change" in names:
             ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g}%"))
         if "empty_clusters" in names:
@@ -777,10 +772,10 @@ def _curves(metrics: Sequence[Mapping[str, Any]], title: str) -> Figure:
             # A count of zero is drawn just above the axis, not under it.
             top = max(1.0, ax.get_ylim()[1])
             ax.set_ylim(-0.03 * top, top)
-        ax.set_xlabel("epoch", fontsize=8, color=_INK)
+        ax.set_xlabel("epoch", fontsize=8, color=INK)
     for ax in axes[len(panels) :]:
         ax.set_visible(False)
-    _head(figure, title, "Metrics by epoch")
+    head_figure(figure, title, "Metrics by epoch")
     return figure
 
 
@@ -831,7 +826,7 @@ def _confusion(clusters: ClusteredExamples, title: str) -> Figure:
 
     n_rows, n_columns = matrix.shape
     cell = 0.5 if n_columns <= 20 else 0.36
-    figure = _figure(max(cell * n_columns + 2.2, 5.0), max(cell * n_rows + 1.7, 3.2))
+    figure = new_figure(max(cell * n_columns + 2.2, 5.0), max(cell * n_rows + 1.7, 3.2))
     ax = figure.subplots()
     ax.imshow(share, cmap="Blues", vmin=0, vmax=1, aspect="auto")
     if n_columns <= 20:
@@ -845,7 +840,7 @@ def _confusion(clusters: ClusteredExamples, title: str) -> Figure:
                         ha="center",
                         va="center",
                         fontsize=7 if matrix[y, x] < 10_000 else 6,
-                        color="white" if share[y, x] > 0.55 else _INK,
+                        color="white" if share[y, x] > 0.55 else INK,
                     )
     tilt = max(map(len, heads)) > 3
     ax.set_xticks(range(n_columns), heads, fontsize=8, rotation=45 if tilt else 0)
@@ -855,12 +850,12 @@ def _confusion(clusters: ClusteredExamples, title: str) -> Figure:
     ax.set_yticks(range(n_rows), names, fontsize=8)
     for text in (*ax.get_xticklabels(), *ax.get_yticklabels()):
         text.set_parse_math(False)
-        text.set_color(_INK)
+        text.set_color(INK)
     ax.tick_params(length=0)
     ax.spines[:].set_visible(False)
-    ax.set_xlabel(below, fontsize=8.5, color=_INK)
-    ax.set_ylabel("true class", fontsize=8.5, color=_INK)
-    _head(figure, title, "Matched confusion matrix")
+    ax.set_xlabel(below, fontsize=8.5, color=INK)
+    ax.set_ylabel("true class", fontsize=8.5, color=INK)
+    head_figure(figure, title, "Matched confusion matrix")
     return figure
 
 
@@ -869,18 +864,18 @@ def _sizes(clusters: ClusteredExamples, title: str) -> Figure:
 
     order = np.argsort(-clusters.sizes, kind="stable")
     sizes = clusters.sizes[order]
-    figure = _figure(8, 3.6)
+    figure = new_figure(8, 3.6)
     ax = figure.subplots()
     if clusters.k <= SHOWN_CLUSTERS:
         ax.bar(range(clusters.k), sizes, color=clusters.colours[order], width=0.8)
         ax.set_xticks(range(clusters.k), [str(i) for i in order])
-        ax.set_xlabel("cluster", fontsize=9, color=_INK)
+        ax.set_xlabel("cluster", fontsize=9, color=INK)
     else:
-        ax.stairs(sizes, np.arange(clusters.k + 1), fill=True, color=_BLUE)
-        ax.set_xlabel("clusters, largest first", fontsize=9, color=_INK)
+        ax.stairs(sizes, np.arange(clusters.k + 1), fill=True, color=BLUE)
+        ax.set_xlabel("clusters, largest first", fontsize=9, color=INK)
         ax.set_xlim(0, clusters.k)
     uniform = clusters.n / clusters.k
-    ax.axhline(uniform, color=_INK, linewidth=1, linestyle=(0, (4, 3)))
+    ax.axhline(uniform, color=INK, linewidth=1, linestyle=(0, (4, 3)))
     ax.annotate(
         f"n / K = {uniform:,.0f}" if uniform >= 10 else f"n / K = {uniform:.1f}",
         (1, uniform),
@@ -890,14 +885,14 @@ def _sizes(clusters: ClusteredExamples, title: str) -> Figure:
         ha="right",
         va="bottom",
         fontsize=8.5,
-        color=_INK,
+        color=INK,
     )
-    ax.set_ylabel("examples", fontsize=9, color=_INK)
+    ax.set_ylabel("examples", fontsize=9, color=INK)
     ax.yaxis.set_major_locator(MaxNLocator(integer=True))
-    _soften(ax, 8.5)
+    soften(ax, 8.5)
     ax.grid(axis="x", visible=False)
     empty = int((sizes == 0).sum())
-    _head(figure, title, f"Sizes of {counted(clusters.k, 'cluster')}, {empty:,} empty")
+    head_figure(figure, title, f"Sizes of {counted(clusters.k, 'cluster')}, {empty:,} empty")
     return figure
 
 
@@ -919,7 +914,7 @@ def _summary(
     top = 0.86 if title else 0.91
     if title:
         figure.text(
-            0.012, 0.975, title, fontsize=14, fontweight="bold", color=_INK, va="top",
+            0.012, 0.975, title, fontsize=14, fontweight="bold", color=INK, va="top",
             parse_math=False,
         )  # fmt: skip
     width = 0.365 if curves else 0.46
@@ -931,7 +926,7 @@ def _summary(
         heading += ", by true class"
     else:
         _draw_cluster_map(ax, clusters, embedding_map, centroids=False, size=13)
-    _title(ax, "The" + heading[3:] if heading.startswith("the") else heading, 11)
+    panel_title(ax, "The" + heading[3:] if heading.startswith("the") else heading, 11)
 
     shown = clusters.shown(SUMMARY_CLUSTERS)
     left = 0.012 + width + 0.035
@@ -948,7 +943,7 @@ def _summary(
             ax, clusters, shown, int(np.clip(round(fit), 3, NEAREST)), size=11, details=False
         )
         ax.set_anchor("NW")
-        _title(ax, heading, 11)
+        panel_title(ax, heading, 11)
     else:
         n_columns = 1 if len(shown) <= 4 else 2
         grid = figure.add_gridspec(
@@ -957,61 +952,19 @@ def _summary(
         )  # fmt: skip
         axes = grid.subplots(squeeze=False, sharex=True, sharey=True).ravel()
         _draw_vectors(axes, clusters, shown, size=10, details=False)
-        figure.text(left + 0.01, top + 0.0177, heading, fontsize=11, color=_INK)
+        figure.text(left + 0.01, top + 0.0177, heading, fontsize=11, color=INK)
     if curves:
         ax = figure.add_axes((0.755, 0.12, 0.23, top - 0.12))
         _draw_curves(ax, metrics, curves, size=10)
-        _title(ax, "Agreement with the true classes" if agreement else "Loss", 11)
-        ax.set_xlabel("epoch", fontsize=10, color=_INK)
+        panel_title(ax, "Agreement with the true classes" if agreement else "Loss", 11)
+        ax.set_xlabel("epoch", fontsize=10, color=INK)
     return figure
 
 
 # --- common ----------------------------------------------------------------------------------
 
 
-def _figure(width: float, height: float) -> Figure:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained", facecolor="white")
-    figure.get_layout_engine().set(w_pad=0.1, h_pad=0.08)  # pyright: ignore
-    return figure
-
-
-def _head(figure: Figure, title: str, subtitle: str) -> None:
-    # Seven points a letter: no more of them than fit above the figure.
-    letters = int(figure.get_figwidth() * 72 / 7)
-    lines = [line for text in (title, subtitle) for line in textwrap.wrap(text, letters)]
-    figure.suptitle("\n".join(lines), fontsize=11, color=_INK, fontweight="bold", parse_math=False)
-
-
 def counted(n: int, noun: str) -> str:
     """A number with its noun: `1 class`, `1,200 classes`."""
     plural = noun + ("es" if noun.endswith("s") else "s")
     return f"{n:,} {noun if n == 1 else plural}"
-
-
-def _title(ax: Axes, text: str, size: float = 9.5, pad: float = 6) -> None:
-    ax.set_title(text, fontsize=size, color=_INK, loc="left", pad=pad, parse_math=False)
-
-
-def _soften(ax: Axes, size: float) -> None:
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.spines[["left", "bottom"]].set_color(_FAINT)
-    ax.grid(color=_GRID, linewidth=0.7)
-    ax.set_axisbelow(True)
-    ax.tick_params(labelsize=size, colors=_INK, which="both", length=2.5)
-
-
-def _say(ax: Axes, text: str) -> None:
-    ax.text(0.5, 0.5, text, transform=ax.transAxes, ha="center", va="center", color=_FAINT)
-    ax.set_xticks([])
-    ax.set_yticks([])
-
-
-def _save(figure: Figure, path: Path) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        figure.savefig(temporary, format="png", dpi=DPI)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

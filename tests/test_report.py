@@ -6,7 +6,7 @@ import pytest
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 
-from jkmeans import report
+from jkmeans import drawing, report
 from jkmeans.report import MAP_EXAMPLES, PICTURES, write_report
 
 
@@ -272,7 +272,7 @@ def test_matched_clusters_have_the_colours_of_their_classes():
 
 @pytest.mark.parametrize("n", [1, 10, 11, 20, 500])
 def test_palette_has_distinct_colours(n):
-    colours = report._palette(n)
+    colours = drawing.palette(n)
     assert colours.shape == (n, 3)
     assert len(np.unique(colours.round(6), axis=0)) == n
 

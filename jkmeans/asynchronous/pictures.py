@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from jkmeans.report import _BLUE, _INK, _LINES, _figure, _head, _save, _soften, _title
+from jkmeans.drawing import BLUE, INK, LINES, head_figure, new_figure, panel_title, save, soften
 
 STALENESS_PICTURE = "staleness.png"
 _MOST_BINS, _BIN_SIZE = 200, 50
@@ -23,31 +23,31 @@ def draw_staleness(path: Path, staleness: np.ndarray, title: str) -> None:
     """
     from matplotlib.ticker import MaxNLocator
 
-    figure = _figure(9, 3.6)
+    figure = new_figure(9, 3.6)
     left, right = figure.subplots(1, 2)
     values, counts = np.unique(staleness, return_counts=True)
-    left.bar(values, counts / len(staleness), width=1.0, color=_BLUE, edgecolor="white")
+    left.bar(values, counts / len(staleness), width=1.0, color=BLUE, edgecolor="white")
     left.set_yscale("log")
     left.xaxis.set_major_locator(MaxNLocator(integer=True))
     right.yaxis.set_major_locator(MaxNLocator(integer=True))
-    left.set_xlabel("staleness", fontsize=9, color=_INK)
-    left.set_ylabel("share of displacements", fontsize=9, color=_INK)
-    _title(left, "How often")
+    left.set_xlabel("staleness", fontsize=9, color=INK)
+    left.set_ylabel("share of displacements", fontsize=9, color=INK)
+    panel_title(left, "How often")
 
     bins = np.array_split(staleness, min(_MOST_BINS, len(staleness) // _BIN_SIZE + 1))
     ends = np.cumsum([len(part) for part in bins])
     low, high = (np.array([np.percentile(part, q) for part in bins]) for q in (5, 95))
-    right.fill_between(ends, low, high, color=_BLUE, alpha=0.2, linewidth=0, label="5 to 95 %")
-    right.plot(ends, [part.mean() for part in bins], color=_BLUE, linewidth=1.4, label="mean")
-    right.set_xlabel("displacements applied", fontsize=9, color=_INK)
-    right.set_ylabel("staleness", fontsize=9, color=_INK)
+    right.fill_between(ends, low, high, color=BLUE, alpha=0.2, linewidth=0, label="5 to 95 %")
+    right.plot(ends, [part.mean() for part in bins], color=BLUE, linewidth=1.4, label="mean")
+    right.set_xlabel("displacements applied", fontsize=9, color=INK)
+    right.set_ylabel("staleness", fontsize=9, color=INK)
     right.set_ylim(bottom=0)
     right.legend(fontsize=8, frameon=False)
-    _title(right, "When")
+    panel_title(right, "When")
     for ax in (left, right):
-        _soften(ax, 8.5)
-    _head(figure, title, "Displacements of others applied between download and application")
-    _save(figure, path)
+        soften(ax, 8.5)
+    head_figure(figure, title, "Displacements of others applied between download and application")
+    save(figure, path)
 
 
 def draw_curves(
@@ -67,18 +67,18 @@ def draw_curves(
       count: what "samples" are called.
       title: of the picture.
     """
-    figure = _figure(9, 3.6)
+    figure = new_figure(9, 3.6)
     axes = figure.subplots(1, 2, sharey=True)
     for ax, field, label in zip(axes, ("seconds", "samples"), ("seconds", count), strict=True):
-        for (name, points), colour in zip(curves.items(), _LINES, strict=False):
+        for (name, points), colour in zip(curves.items(), LINES, strict=False):
             x, y = ([point[key] for point in points] for key in (field, "value"))
             ax.plot(x, y, color=colour, linewidth=1.5, marker=".", markersize=4, label=name)
-        ax.set_xlabel(label, fontsize=9, color=_INK)
+        ax.set_xlabel(label, fontsize=9, color=INK)
         ax.set_yscale("log")
         ax.set_xlim(left=0)
-        _soften(ax, 8.5)
-    axes[0].set_ylabel(value, fontsize=9, color=_INK)
+        soften(ax, 8.5)
+    axes[0].set_ylabel(value, fontsize=9, color=INK)
     if len(curves) > 1:
         axes[0].legend(fontsize=8, frameon=False)
-    _head(figure, title, "")
-    _save(figure, path)
+    head_figure(figure, title, "")
+    save(figure, path)
