@@ -18,7 +18,9 @@ def get_config() -> Config:
     config: Config = ConfigDict()
     config.n_seeds = 3
     config.runs = ConfigDict(sort_keys=False)  # The order of the rows.
-    for name in ("autoencoder", "n2d", "dec", "idec", "dcn", "dkm"):
+    config.runs["autoencoder"] = with_method(plain, "autoencoder")
+    config.runs["n2d"] = with_method(plain, "n2d", objective__starts=10)
+    for name in ("dec", "idec", "dcn", "dkm"):
         config.runs[name] = with_method(plain, name)
     config.runs["joint"] = for_a_table(joint)
     return config

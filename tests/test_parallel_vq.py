@@ -12,7 +12,7 @@ import pytest
 from configs import parallel_vq, parallel_vq_mnist, parallel_vq_patches
 from jkmeans.errors import CollapseError, UserError
 from jkmeans.interruption import Interrupted
-from jkmeans.vq import Setting, experiment
+from jkmeans.vq import Setting, data, experiment
 from jkmeans.vq.data import load_samples
 from jkmeans.vq.experiment import run_experiment, validate
 from jkmeans.vq.figures import Curve, speed_up, table, time_to
@@ -177,6 +177,23 @@ def test_real_data_and_files(tmp_path):
     np.save(tmp_path / "x.npy", np.arange(12).reshape(6, 2))
     config.data.input, config.data.patch, config.data.n_samples = str(tmp_path / "x.npy"), 0, 0
     np.testing.assert_array_equal(load_samples(validate(config)), np.arange(12).reshape(6, 2))
+
+
+def test_a_file_is_read_in_chunks(tmp_path, monkeypatch):
+    rows = np.random.default_rng(0).normal(size=(50, 3)).astype(np.float32)
+    np.save(tmp_path / "x.npy", rows)
+    config = small()
+    config.data.input, config.data.n_samples = str(tmp_path / "x.npy"), 20
+    whole = load_samples(validate(config))
+    monkeypatch.setattr(data, "_CHUNK_BYTES", 7 * 3 * 4)
+    np.testing.assert_array_equal(load_samples(validate(config)), whole)
+    place = [int(np.flatnonzero((rows == row).all(axis=1))[0]) for row in whole]
+    assert place == sorted(set(place))
+    assert len(place) == 20
+    rows[30] = np.nan
+    np.save(tmp_path / "x.npy", rows)
+    with pytest.raises(UserError, match="from row 28 on"):
+        load_samples(validate(config))
 
 
 @pytest.mark.parametrize("module", [parallel_vq, parallel_vq_mnist, parallel_vq_patches])

@@ -7,10 +7,11 @@ import numpy as np
 from jkmeans import datasets
 from jkmeans.configuration import Config
 from jkmeans.errors import UserError
-from jkmeans.sources import open_source
+from jkmeans.sources import Source, open_source
 from jkmeans.vq.mixtures import spline_mixture
 
 MIXTURE = "mixture"
+_CHUNK_BYTES = 2**26
 NAMED = (MIXTURE, *(name for name in datasets.NAMES if name != "npy"))
 
 
@@ -39,19 +40,35 @@ def load_samples(config: Config) -> np.ndarray:
         if config.data.patch:
             images = cut_patches(images, config.data.patch)
         rows = images.reshape(len(images), -1)
-    else:
-        source = open_source(name)
-        rows = source.read(0, source.n_rows)
-        rows = datasets.check_examples(rows, name=source.name).astype(np.float32)
-    if n_samples > len(rows):
+        return rows[_drawn(name, len(rows), n_samples, config.seed)]
+    source = open_source(name)
+    return _read_rows(source, _drawn(name, source.n_rows, n_samples, config.seed))
+
+
+def _drawn(name: str, n_rows: int, n_samples: int, seed: int) -> np.ndarray:
+    """Which rows of a data set are used, in their order."""
+    if n_samples > n_rows:
         raise UserError(
-            f"config.data.n_samples is {n_samples:,}, but {name} has {len(rows):,}; accepted: up "
+            f"config.data.n_samples is {n_samples:,}, but {name} has {n_rows:,}; accepted: up "
             "to that many, or 0 for all"
         )
-    if n_samples:
-        # Drawn rather than the first: patches of one image come one after another.
-        chosen = np.random.default_rng(config.seed).permutation(len(rows))[:n_samples]
-        rows = rows[np.sort(chosen)]
+    if not n_samples:
+        return np.arange(n_rows)
+    # Drawn rather than the first: patches of one image come one after another.
+    return np.sort(np.random.default_rng(seed).permutation(n_rows)[:n_samples])
+
+
+def _read_rows(source: Source, chosen: np.ndarray) -> np.ndarray:
+    """Rows of a source, of which no more than these and a chunk are in memory."""
+    rows = np.empty((len(chosen), source.n_features), np.float32)
+    size = max(1, _CHUNK_BYTES // (source.n_features * source.dtype.itemsize))
+    for start in range(0, source.n_rows, size):
+        first, last = np.searchsorted(chosen, (start, start + size))
+        if first == last:
+            continue
+        chunk = source.read(start, min(start + size, source.n_rows))
+        where = f"{source.name} from row {start:,} on" if start else source.name
+        rows[first:last] = datasets.check_examples(chunk, name=where)[chosen[first:last] - start]
     return rows
 
 
