@@ -27,7 +27,7 @@ def make_config(**changes) -> ConfigDict:
     return config
 
 
-@pytest.mark.parametrize("n_devices", [1, 8])
+@pytest.mark.parametrize("n_devices", [pytest.param(1, marks=pytest.mark.slow), 8])
 def test_labels_are_those_of_scikit_learn(n_devices, tmp_path):
     results = cluster_blobs(make_config(n_devices=n_devices), tmp_path / "w")
     assert results["ari_truth"] == 1.0

@@ -563,7 +563,9 @@ def test_bad_command_lines(more, sentence, files, tmp_path):
     assert not (tmp_path / "w").exists()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
+)
 def test_a_signal_to_the_command(number, tmp_path):
     import subprocess
 

@@ -260,6 +260,7 @@ def test_a_collapsed_row_is_counted_and_the_others_go_on(data, tmp_path, trainin
     assert texts(tmp_path) == before
 
 
+@pytest.mark.slow
 def test_a_real_collapse(data, tmp_path):
     """One cluster pulls everything to one point; the file of it is of the run's own folder."""
     config = ConfigDict({"n_seeds": 1, "runs": {}})

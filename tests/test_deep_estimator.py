@@ -149,7 +149,7 @@ def test_random_states(blobs):
     assert 0 <= make(random_state=2**32 - 1)._seed() < 2**31
 
 
-@pytest.mark.parametrize("method", ["autoencoder", "vade"])
+@pytest.mark.parametrize("method", ["autoencoder", pytest.param("vade", marks=pytest.mark.slow)])
 def test_methods(method, blobs):
     x = blobs[0] / np.ptp(blobs[0])
     x -= x.min()

@@ -193,8 +193,18 @@ def test_devices_agree_step_by_step(n_devices):
         np.testing.assert_allclose(*banks, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("n_devices", [3, 8])
-@pytest.mark.parametrize("init", ["sample", "k-means++", "k-means||"])
+@pytest.mark.parametrize(
+    ("n_devices", "init"),
+    [
+        (8, "sample"),
+        (3, "k-means||"),
+        (8, "k-means++"),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in ((3, "sample"), (3, "k-means++"), (8, "k-means||"))
+        ),
+    ],
+)
 def test_devices_agree_over_a_run(n_devices, init):
     _, one, values = run_epochs(4, n_devices=1, centroids__init=init)
     _, many, others = run_epochs(4, n_devices=n_devices, centroids__init=init)

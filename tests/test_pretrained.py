@@ -207,7 +207,10 @@ def alone(folder, name, **changes):
     return run_in(folder / f"alone-{name}", name, "", **changes)
 
 
-@pytest.mark.parametrize(("first", "second"), [("dec", "dec"), ("idec", "dec"), ("dec", "dcn")])
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [pytest.param("dec", "dec", marks=pytest.mark.slow), ("idec", "dec"), ("dec", "dcn")],
+)
 def test_a_run_that_takes_its_network_equals_one_that_pretrains(first, second, folder, capsys):
     networks = folder / f"networks-of-{first}"
     if not networks.exists():

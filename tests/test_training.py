@@ -81,7 +81,7 @@ def without_time(lines: list[dict]) -> list[dict]:
 
 
 @pytest.mark.parametrize("n_devices", [1, 8])
-@pytest.mark.parametrize("stop", [1, pytest.param(2, marks=pytest.mark.slow), 3, 4])
+@pytest.mark.parametrize("stop", [1, *(pytest.param(n, marks=pytest.mark.slow) for n in (2, 4)), 3])
 def test_resumed_equals_uninterrupted(tmp_path, files, monkeypatch, stop, n_devices, whole_runs):
     config = tiny.config(**files | {"n_devices": n_devices})
     whole = whole_runs(n_devices)
