@@ -118,7 +118,7 @@ class Programs:
       fill: ``(state, order, examples) -> state``, the same for a chunk that the host feeds.
         Donates state.
       initialize: ``(state, rows) -> (state, metrics)``, the first clusters from the bank, and a
-        fresh optimizer. Donates state.
+        fresh optimizer where the method has one. Donates state.
       reset: ``(state) -> state``, hidden layers mixed with fresh ones (BRB). Donates state.
       restart: ``(state, rows) -> (state, metrics)``, new clusters from the bank, which the
         optimizer meets without memory of the old ones (BRB). Donates state.
@@ -366,11 +366,9 @@ def make_programs(
         key = _epoch_key(state, 2)
         clusters, assigned = method.initialize(key, state.bank, rows.weights, rows.index)
         state, metrics = adopt(state, rows, clusters, assigned)
-        state = state._replace(
-            reference_variance=metrics["embedding_variance"],
-            optimizer=optimizer.init(trained(state.parameters, clusters)),
-        )
-        return state, metrics
+        if method.fresh_optimizer:
+            state = state._replace(optimizer=optimizer.init(trained(state.parameters, clusters)))
+        return state._replace(reference_variance=metrics["embedding_variance"]), metrics
 
     def reset(state: TrainState):
         # Of the hidden layers only: θ ← α θ + (1 − α) φ.

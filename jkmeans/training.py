@@ -480,7 +480,9 @@ class Run:
     def create_pretrained(self) -> tuple[TrainState, float]:
         """The state to begin with, and the seconds it stands for: pretrained, if it can be."""
         state = self.create()
-        found = pretrained.load(self.config, self.data_record)
+        # What the optimizer remembers is not kept with the network.
+        continues = not self.method.fresh_optimizer
+        found = None if continues else pretrained.load(self.config, self.data_record)
         if found is None:
             return state, 0.0
         print(f"the network was pretrained by another run ({found.seconds:.0f} s)")

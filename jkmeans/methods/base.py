@@ -138,6 +138,10 @@ class Method(NamedTuple):
         thing of a run, or None.
       warmup_epochs: epochs of clustering before losses of different epochs compare.
       decodes: whether clustering uses the decoder; where it does not, the decoder stays as it is.
+      fresh_optimizer: whether clustering begins without the optimizer's memory of pretraining, as
+        the reference programs of most methods do. Adam's first steps are then of full length in
+        every direction, which at the rate of pretraining undoes part of it. A method that goes on
+        with that memory learns nothing of its clusters, and pretrains its network itself.
     """
 
     initialize: Callable
@@ -150,6 +154,7 @@ class Method(NamedTuple):
     on_host: Callable | None = None
     warmup_epochs: float = 0.0
     decodes: bool = True
+    fresh_optimizer: bool = True
 
 
 class MethodSpec(NamedTuple):

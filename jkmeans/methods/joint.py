@@ -143,7 +143,9 @@ def joint(config, axis_name: AxisName) -> Method:
             assignment=config.objective.assignment,
             decoder=config.network.decoder,
         )
-    return with_kmeans(config, axis_name, chosen, config.objective.warmup_epochs)
+    method = with_kmeans(config, axis_name, chosen, config.objective.warmup_epochs)
+    # Clustering is pretraining with one term more, at the same rate.
+    return method._replace(fresh_optimizer=False)
 
 
 def _check(values: Mapping[str, Any]) -> None:
