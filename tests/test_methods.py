@@ -473,6 +473,22 @@ def test_a_reset_mixes_the_hidden_layers_and_nothing_else():
             np.testing.assert_array_equal(one, two)
 
 
+@pytest.mark.parametrize("name", ["joint", "dcn"])
+def test_only_joint_training_remembers_the_moments_of_pretraining(name):
+    run, state, _ = trained(name, 1)
+    before = jax.tree.map(np.asarray, state)
+    after, _ = run.programs.initialize(jax.tree.map(jnp.copy, state), run.rows)
+    kept = [np.array_equal(a, b) for a, b in zip(
+        jax.tree.leaves(after.optimizer), jax.tree.leaves(before.optimizer), strict=True
+    )]  # fmt: skip
+    assert int(before.optimizer.count) > 0
+    assert np.any(before.optimizer.mu["network"]["encoder/0/kernel"])
+    if name == "joint":
+        assert all(kept)
+    else:
+        assert not any(np.any(leaf) for leaf in jax.tree.leaves(after.optimizer))
+
+
 def test_a_restart_forgets_moments_of_clusters_alone():
     run, state, _ = trained("dec", 1)
     before = jax.tree.map(np.asarray, state)
