@@ -200,6 +200,8 @@ def one_step_at_a_time(feeder, order, first_step=0):
         yield feeder._read(order[step : step + 1])
 
 
+# Orbax leaves what it could not read to the garbage collector.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_damaged_newest_checkpoint_falls_back(tmp_path, files, monkeypatch, capsys, whole_runs):
     config = tiny.config(**files)
     with monkeypatch.context() as patch:
@@ -215,6 +217,8 @@ def test_a_damaged_newest_checkpoint_falls_back(tmp_path, files, monkeypatch, ca
     assert_same_bits(tmp_path / "run", whole_runs(1))
 
 
+# Orbax leaves what it could not read to the garbage collector.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_all_checkpoints_damaged(tmp_path, files):
     training.train_and_evaluate(tiny.config(**files), tmp_path / "run")
     for checkpoint in (tmp_path / "run" / "checkpoints").iterdir():
