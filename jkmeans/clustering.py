@@ -754,7 +754,7 @@ def _claim(workdir: Path, config: Config) -> None:
     try:
         if path.exists():
             try:
-                there = nest(convert_fields(nest(_flat(json.loads(path.read_text()))), FIELDS))
+                there = nest(convert_fields(json.loads(path.read_text()), FIELDS))
             except (ValueError, AttributeError, UserError) as error:
                 raise UserError(
                     f"{path} is not the config of a job of this version of jkmeans ({error}); "
@@ -772,16 +772,6 @@ def _claim(workdir: Path, config: Config) -> None:
         write_json(path, configuration.to_json(config))
     except OSError as error:
         raise UserError(f"cannot write to --workdir {workdir}: {error.strerror}") from error
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat = {}
-    for name, value in values.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{name}.")
-        else:
-            flat[prefix + name] = value
-    return flat
 
 
 def _read_sweep(path: Path, fingerprint: str) -> dict[int, tuple]:

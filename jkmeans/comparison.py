@@ -17,7 +17,7 @@ from jkmeans.errors import CollapseError, UserError
 from jkmeans.fields import integer
 from jkmeans.published import Published, published_result
 from jkmeans.recorder import results_table
-from jkmeans.workdir import write_json
+from jkmeans.workdir import write_json, write_whole
 
 TABLE_NAMES = ("table.md", "table.tex", "table.csv", "runs.csv", "table.json", "table.png")
 PRETRAINED_FOLDER = "pretrained"
@@ -266,17 +266,10 @@ def write_tables(workdir: Path, rows: Sequence[Row]) -> dict[str, dict[str, Any]
         "runs.csv": every_run(rows),
     }
     for name, text in forms.items():
-        _write_whole(workdir / name, text.encode())
+        write_whole(workdir / name, text.encode())
     if _has_scores(summary):
-        _write_whole(workdir / "table.png", picture(rows))
+        write_whole(workdir / "table.png", picture(rows))
     return summary
-
-
-def _write_whole(path: Path, content: bytes) -> None:
-    # With the process in the name: others may train other rows of the same table.
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
 
 
 def summarize(row: Row) -> dict[str, Any]:

@@ -38,8 +38,14 @@ def only_process_in(workdir: Path) -> Iterator[None]:
 
 def write_json(path: Path, values: Any) -> None:
     """Writes JSON under its name only when it is complete."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(values, indent=2, default=_plain) + "\n")
+    write_whole(path, (json.dumps(values, indent=2, default=_plain) + "\n").encode())
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Writes a file under its name only when it is complete."""
+    # With the process in the name: others may write the same file, of one table for instance.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_bytes(content)
     os.replace(temporary, path)
 
 

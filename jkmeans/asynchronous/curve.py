@@ -18,6 +18,7 @@ from jkmeans.asynchronous.server import DIVERGED, Status
 from jkmeans.configuration import Config
 from jkmeans.errors import CollapseError, UserError
 from jkmeans.recorder import format_duration
+from jkmeans.vq.simulation import EXPLODED
 from jkmeans.workdir import write_json
 
 CURVE_FILE = "curve.jsonl"
@@ -27,9 +28,6 @@ CONFIG_FILE = "config.json"
 """What experiments begin with that have no server."""
 
 LAST_GOOD_FILE = "last_good.npz"
-EXPLODED = 10.0
-"""A run ends once the criterion is so many times that of the first version."""
-
 _LINE_SECONDS = 5.0
 
 

@@ -12,7 +12,7 @@ import sys
 import time
 import zipfile
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,7 +42,7 @@ from jkmeans.vq.figures import (
 )
 from jkmeans.vq.simulation import Setting, run
 from jkmeans.vq.steps import STEPS
-from jkmeans.workdir import only_process_in, write_json
+from jkmeans.workdir import only_process_in, write_json, write_whole
 
 SIMULATIONS_FOLDER = "simulations"
 TABLE_FILE = "speed_ups.md"
@@ -261,7 +261,7 @@ class _Experiment:
             if interruption.requested:
                 interruption.leave()
             drawn = [curves[setting] for setting in settings]
-            _write_whole(
+            write_whole(
                 self.workdir / f"{name}.png", picture(title, drawn, logarithmic=name == SCALING)
             )
             results[name] = {
@@ -269,8 +269,8 @@ class _Experiment:
                 for curve in drawn
             }
         text_of_table = table(self.figures, curves, threshold)
-        _write_whole(self.workdir / TABLE_FILE, text_of_table.encode())
-        _write_whole(self.workdir / CURVES_FILE, comma_separated(curves, self.seeds).encode())
+        write_whole(self.workdir / TABLE_FILE, text_of_table.encode())
+        write_whole(self.workdir / CURVES_FILE, comma_separated(curves, self.seeds).encode())
         write_json(self.workdir / RESULTS_FILE, results)
         print(text_of_table, flush=True)
         return results
@@ -360,7 +360,7 @@ def _claim(workdir: Path, config: Config, fingerprint: str) -> None:
             write_json(path, ours)
             return
         record = json.loads(path.read_text())
-        there = nest(convert_fields(nest(dict(_flat(record["config"]))), FIELDS))
+        there = nest(convert_fields(record["config"], FIELDS))
     except OSError as error:
         raise UserError(f"cannot write to --workdir {workdir}: {error.strerror}") from error
     except (ValueError, KeyError, TypeError, AttributeError, UserError) as error:
@@ -378,20 +378,6 @@ def _claim(workdir: Path, config: Config, fingerprint: str) -> None:
             "the same config, or another --workdir"
         )
     write_json(path, ours)
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
-    for name, value in values.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name, value
-
-
-def _write_whole(path: Path, content: bytes) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
 
 
 def _finite(values: dict[str, Any]) -> dict[str, Any]:
