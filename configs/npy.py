@@ -42,6 +42,7 @@ def get_config() -> Config:
     config.network.widths = (500, 500, 2000)
     config.network.decoder = True
     config.network.normalize = False
+    config.network.initializer = "glorot_uniform"
 
     config.objective = ConfigDict()
     config.objective.name = "joint"

@@ -15,7 +15,7 @@ from jkmeans.errors import UserError
 from jkmeans.fields import Field, boolean, choice, integer, integers, number, text
 from jkmeans.kmeans import INITIALIZATIONS
 from jkmeans.methods import METHODS, method_spec
-from jkmeans.networks import NETWORKS
+from jkmeans.networks import INITIALIZERS, NETWORKS
 
 Config = Any
 """An ``ml_collections.ConfigDict``: its fields have no types that a checker could know."""
@@ -43,6 +43,7 @@ FIELDS: dict[str, Field] = {
     "network.widths": integers("widths of hidden layers, or channels of convolutions"),
     "network.decoder": boolean("whether there is a reconstruction"),
     "network.normalize": boolean("whether embeddings have length one"),
+    "network.initializer": choice(tuple(INITIALIZERS), "how kernels begin"),
     "objective.name": choice(tuple(METHODS), "the method", or_function=True),
     "centroids.init": choice(tuple(INITIALIZATIONS), "how the first centroids are chosen"),
     "centroids.n_init": integer(1, "restarts, of which the one of least inertia is kept"),

@@ -28,7 +28,14 @@ from flax import nnx
 from jkmeans.errors import UserError
 from jkmeans.naming import resolve
 
-_glorot = nnx.initializers.glorot_uniform()
+INITIALIZERS: dict[str, nnx.Initializer] = {
+    "glorot_uniform": nnx.initializers.glorot_uniform(),
+    "fan_in_uniform": nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform"),
+}
+"""How kernels begin: uniform in ±√(6 / (i + o)), or in ±1 / √i, for i inputs and o outputs.
+
+The second is what PyTorch does, and what DEC-keras does on images. Biases begin at zero.
+"""
 
 
 def unit_norm(z: jax.Array) -> jax.Array:
@@ -40,8 +47,8 @@ def unit_norm(z: jax.Array) -> jax.Array:
 class FullyConnectedAutoencoder(nnx.Module):
     """The d-500-500-2000-z autoencoder of the deep clustering literature.
 
-    ReLU between the layers, none on the embedding and on the output; Glorot-uniform weights and
-    zero biases. The decoder mirrors the encoder (Xie et al. 2016, section 4.2).
+    ReLU between the layers, none on the embedding and on the output. The decoder mirrors the
+    encoder (Xie et al. 2016, section 4.2).
     """
 
     def __init__(
@@ -52,13 +59,14 @@ class FullyConnectedAutoencoder(nnx.Module):
         widths: Sequence[int],
         decoder: bool,
         normalize: bool,
+        kernel_init: nnx.Initializer,
         rngs: nnx.Rngs,
     ):
         self.example_shape = tuple(example_shape)
         self.normalize = normalize
         sizes = [math.prod(example_shape), *widths, embedding_dim]
-        self.encoder = _dense_layers(sizes, rngs)
-        self.decoder = _dense_layers(sizes[::-1], rngs) if decoder else None
+        self.encoder = _dense_layers(sizes, kernel_init, rngs)
+        self.decoder = _dense_layers(sizes[::-1], kernel_init, rngs) if decoder else None
         self.hidden_layers = tuple(f"encoder/{i}/" for i in range(len(widths)))
         self.decoder_layers = ("decoder/",)
 
@@ -80,16 +88,21 @@ class VariationalAutoencoder(FullyConnectedAutoencoder):
     2017).
     """
 
-    def __init__(self, example_shape, *, embedding_dim, widths, decoder, normalize, rngs):
+    def __init__(
+        self, example_shape, *, embedding_dim, widths, decoder, normalize, kernel_init, rngs
+    ):
         super().__init__(
             example_shape,
             embedding_dim=embedding_dim,
             widths=widths,
             decoder=decoder,
             normalize=normalize,
+            kernel_init=kernel_init,
             rngs=rngs,
         )
-        self.log_variance = nnx.Linear(widths[-1], embedding_dim, kernel_init=_glorot, rngs=rngs)
+        self.log_variance = nnx.Linear(
+            widths[-1], embedding_dim, kernel_init=kernel_init, rngs=rngs
+        )
 
     def encode_distribution(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Mean [b, z] and log-variance [b, z] of the embeddings of examples."""
@@ -99,9 +112,9 @@ class VariationalAutoencoder(FullyConnectedAutoencoder):
         return self.encoder[-1](x), self.log_variance(x)
 
 
-def _dense_layers(sizes: Sequence[int], rngs: nnx.Rngs) -> nnx.List:
+def _dense_layers(sizes: Sequence[int], kernel_init, rngs: nnx.Rngs) -> nnx.List:
     return nnx.List(
-        [nnx.Linear(i, o, kernel_init=_glorot, rngs=rngs) for i, o in itertools.pairwise(sizes)]
+        [nnx.Linear(i, o, kernel_init=kernel_init, rngs=rngs) for i, o in itertools.pairwise(sizes)]
     )
 
 
@@ -128,6 +141,7 @@ class ConvolutionalAutoencoder(nnx.Module):
         widths: Sequence[int],
         decoder: bool,
         normalize: bool,
+        kernel_init: nnx.Initializer,
         rngs: nnx.Rngs,
     ):
         if len(example_shape) not in (2, 3):
@@ -143,21 +157,18 @@ class ConvolutionalAutoencoder(nnx.Module):
         self.coarse_shape = (math.ceil(height / halvings), math.ceil(width / halvings), widths[-1])
         channels = [n_channels, *widths]
         pairs = list(itertools.pairwise(channels))
-        options = {"kernel_size": (3, 3), "strides": (2, 2), "padding": "SAME", "rngs": rngs}
-        self.convolutions = nnx.List(
-            [nnx.Conv(i, o, kernel_init=_glorot, **options) for i, o in pairs]
-        )
+        dense = {"kernel_init": kernel_init, "rngs": rngs}
+        strided = {"kernel_size": (3, 3), "strides": (2, 2), "padding": "SAME", **dense}
+        self.convolutions = nnx.List([nnx.Conv(i, o, **strided) for i, o in pairs])
         self.hidden_layers = ("convolutions/",)
         self.decoder_layers = ("from_embedding/", "decoder/")
         n_coarse = math.prod(self.coarse_shape)
-        self.to_embedding = nnx.Linear(n_coarse, embedding_dim, kernel_init=_glorot, rngs=rngs)
+        self.to_embedding = nnx.Linear(n_coarse, embedding_dim, **dense)
         if not decoder:
             self.from_embedding = self.decoder = None
             return
-        self.from_embedding = nnx.Linear(embedding_dim, n_coarse, kernel_init=_glorot, rngs=rngs)
-        self.decoder = nnx.List(
-            [nnx.ConvTranspose(o, i, kernel_init=_glorot, **options) for i, o in reversed(pairs)]
-        )
+        self.from_embedding = nnx.Linear(embedding_dim, n_coarse, **dense)
+        self.decoder = nnx.List([nnx.ConvTranspose(o, i, **strided) for i, o in reversed(pairs)])
 
     def encode(self, x: jax.Array) -> jax.Array:
         """Embeddings [b, z] of images [b, h, w] or [b, h, w, c]."""
@@ -192,6 +203,7 @@ def _from_options(network: Callable[..., nnx.Module]) -> Callable[..., nnx.Modul
             widths=options.widths,
             decoder=options.decoder,
             normalize=options.normalize,
+            kernel_init=INITIALIZERS[options.initializer],
             rngs=rngs,
         )
 

@@ -356,6 +356,7 @@ def test_all_other_differences_count(name):
         "data.split": "train",
         "augmentation.zoom": 0.5,
         "network.name": "convolutional",
+        "network.initializer": "fan_in_uniform",
         "network.widths": (3,),
         "objective.name": "mine:f",
         "objective.assignment": "stored",
@@ -498,7 +499,10 @@ def test_no_method_of_this_name():
             (name, changes, said)
             for name in ("dec", "idec")
             for changes, said in (
-                ({"centroids__bank": "stored"}, "config.centroids.bank is 'stored'"),
+                (
+                    {"centroids__bank": "stored", "augmentation__shift": 1.0},
+                    "config.centroids.bank is 'stored'",
+                ),
                 ({"centroids__every": 2}, "config.centroids.every is 2"),
                 ({"centroids__n_iterations": 0}, "config.centroids.n_iterations is 0"),
             )
@@ -536,6 +540,8 @@ def test_contradictions_of_a_method(name, changes, said):
         ("deepcluster_v2", {"network__decoder": False, "training__n_pretrain_epochs": 0}),
         ("deepcluster_v2", {"centroids__bank": "stored"}),
         ("dcn", {"centroids__bank": "stored", "centroids__n_iterations": 0}),
+        ("idec", {"centroids__bank": "stored"}),
+        ("idec", {"augmentation__shift": 1.0}),
         ("vade", {"network__name": "mine:f"}),
         ("n2d", {"objective__min_dist": 1.0}),
     ],

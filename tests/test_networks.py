@@ -31,7 +31,7 @@ CASES = [
 
 def options(name, **changes):
     values = {"embedding_dim": 4, "widths": (6, 5), "decoder": True, "normalize": False}
-    return ConfigDict({"name": name} | values | changes)
+    return ConfigDict({"name": name, "initializer": "glorot_uniform"} | values | changes)
 
 
 @functools.cache
@@ -111,13 +111,21 @@ def test_without_decoder_there_are_no_decoder_parameters(name):
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_initial_biases_are_zero_and_kernels_glorot(name):
-    for path, value in numpy_parameters(network_of(name, (28, 28))).items():
+@pytest.mark.parametrize(
+    ("initializer", "bound_of"),
+    [
+        ("glorot_uniform", lambda i, o: np.sqrt(6 / (i + o))),
+        ("fan_in_uniform", lambda i, o: 1 / np.sqrt(i)),
+    ],
+)
+def test_initial_biases_are_zero_and_kernels_bounded(name, initializer, bound_of):
+    network = network_of(name, (28, 28), initializer=initializer)
+    for path, value in numpy_parameters(network).items():
         if path.endswith("bias"):
             assert not value.any()
         else:
             field = np.prod(value.shape[:-2], initial=1)
-            bound = np.sqrt(6 / (field * (value.shape[-2] + value.shape[-1])))
+            bound = bound_of(field * value.shape[-2], field * value.shape[-1])
             assert np.abs(value).max() <= bound * 1.0001
             assert np.abs(value).max() > 0.6 * bound
 

@@ -60,6 +60,7 @@ BASE: dict[str, Any] = {
     "network.widths": (500, 500, 2000),  # Of hidden layers; mirrored in the decoder.
     "network.decoder": True,  # Whether there is a reconstruction.
     "network.normalize": False,  # Whether embeddings have length one.
+    "network.initializer": "glorot_uniform",
     # The first centroids: k-means on the pretrained embeddings.
     "centroids.init": "k-means++",
     "centroids.n_init": 20,  # Restarts, of which the best is kept.
