@@ -12,9 +12,9 @@ P is of the whole data set: fₖ is a sum over all examples. It is never stored:
 stored embedding of example i, and from the centroids and frequencies of the end of the last epoch,
 when P is made anew (the paper's interval is a number of steps, 140 of 256 examples in DEC-keras:
 half an epoch of MNIST). With ``centroids.bank = "refreshed"``, as in the paper, all embeddings are
-of one set of weights, and the network embeds every example once more for them. With "stored" each is
-what the step of its example has computed, which takes a fifth of the time off an epoch; the first
-targets are of one set of weights all the same.
+of one set of weights, and the network embeds every example once more for them. With "stored" each
+is what the step of its example has computed, which takes a fifth of the time off an epoch; the
+first targets are of one set of weights all the same.
 
 With ``augmentation`` the network sees a view, and P is of the example itself, as in Guo et al.
 2018, "Deep embedded clustering with data augmentation", eq. 7; with ``augmentation.invariance`` Q
@@ -143,8 +143,8 @@ def check_targets(values: Mapping[str, Any]) -> None:
     views = any(values[f"augmentation.{view}"] for view in ("shift", "rotation", "zoom"))
     if values["centroids.bank"] == "stored" and views:
         raise UserError(
-            f"config.centroids.bank is 'stored', but the targets of {name} are of the examples, not "
-            "of the views that the augmentation shows the network; accepted: 'refreshed'"
+            f"config.centroids.bank is 'stored', but the targets of {name} are of the examples, "
+            "not of the views that the augmentation shows the network; accepted: 'refreshed'"
         )
     if values["centroids.every"] != 1:
         raise UserError(
