@@ -51,6 +51,11 @@ class Appender:
                 self._file.truncate(os.path.getsize(self.path) - (written or 0))
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
+    @property
+    def closed(self) -> bool:
+        """Whether `close` was called."""
+        return self._file.closed
+
     def flush(self) -> None:
         """Waits until everything is on the disk."""
         os.fsync(self._file.fileno())

@@ -117,7 +117,11 @@ class PartStore:
         self._files = files
         path = folder / JOURNAL_FILE
         self._journal = Appender(path, lambda content: content.rfind(b"\n") + 1)
-        self._records = read_journal(path)
+        try:
+            self._records = read_journal(path)
+        except UserError:
+            self._journal.close()
+            raise
 
     def begin(self) -> int:
         """A life of the master begins; its number, from 1."""
@@ -168,8 +172,9 @@ class PartStore:
 
     def close(self) -> None:
         """Closes the journal, once it is on the disk."""
-        self._journal.flush()
-        self._journal.close()
+        if not self._journal.closed:
+            self._journal.flush()
+            self._journal.close()
 
     def _note(self, record: dict[str, Any]) -> None:
         self._journal.append((json.dumps(record) + "\n").encode())
