@@ -11,7 +11,8 @@ programs are compiled for files of all lengths.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -30,35 +31,52 @@ def block_rows(example_shape: Sequence[int]) -> int:
     return 1 << (most.bit_length() - 1)
 
 
-def blocks(
-    examples: np.ndarray, n_devices: int, dtype: np.dtype | None = None
-) -> Iterator[tuple[np.ndarray, int]]:
-    """Cuts rows into one block for each device, and the next, and so on.
+class Block(NamedTuple):
+    """What the devices compute at a time.
+
+    Attributes:
+      read: (first, last) -> rows first … last - 1 of the block, [last - first, *example_shape];
+        zeros where there is no example any more.
+      n_rows: of the block, zeros included: as many for each device.
+      n_examples: of the block, from its start.
+    """
+
+    read: Callable[[int, int], np.ndarray]
+    n_rows: int
+    n_examples: int
+
+
+def blocks(examples: np.ndarray, n_devices: int, dtype: np.dtype | None = None) -> Iterator[Block]:
+    """Cuts rows into one block of `block_rows` for each device, and the next, and so on.
 
     Args:
       examples: [n, *example_shape]: a file, or a part of it that begins where a block begins and
         ends where a block or the file ends.
-      n_devices: that share what is yielded, along its first axis.
-      dtype: of what is yielded; None for the type that such examples have on devices.
+      n_devices: that share what is yielded.
+      dtype: of what is read; None for the type that such examples have on devices.
 
     Yields:
-      [n_devices · b, *example_shape], padded with zeros at the end; and how many of them, from the
-      start, are examples. b is `block_rows`, and for the rest of the file a smaller power of two.
+      Block. The last one, for the rest of the file, has a smaller power of two of rows for each
+      device.
     """
     size = block_rows(examples.shape[1:])
     dtype = device_dtype(examples.dtype) if dtype is None else dtype
     whole = len(examples) - len(examples) % size
     for start in range(0, whole, n_devices * size):
         stop = min(start + n_devices * size, whole)
-        yield _padded(examples[start:stop], n_devices * size, dtype)
+        yield _block(examples[start:stop], n_devices * size, dtype)
     if whole < len(examples):
         # The first device has all of the rest, the others zeros.
         rest = len(examples) - whole
         smallest = max(FEWEST_ROWS, 1 << (rest - 1).bit_length())
-        yield _padded(examples[whole:], n_devices * smallest, dtype)
+        yield _block(examples[whole:], n_devices * smallest, dtype)
 
 
-def _padded(examples: np.ndarray, n_rows: int, dtype: np.dtype) -> tuple[np.ndarray, int]:
-    chunk = np.zeros((n_rows, *examples.shape[1:]), dtype)
-    chunk[: len(examples)] = examples
-    return chunk, len(examples)
+def _block(examples: np.ndarray, n_rows: int, dtype: np.dtype) -> Block:
+    def read(first: int, last: int) -> np.ndarray:
+        rows = np.zeros((last - first, *examples.shape[1:]), dtype)
+        found = examples[first:last]
+        rows[: len(found)] = found
+        return rows
+
+    return Block(read, n_rows, len(examples))

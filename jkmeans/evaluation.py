@@ -34,6 +34,7 @@ from jkmeans.sharding import (
     SHARDED,
     data_parallel,
     make_mesh,
+    read_to_devices,
     to_host,
 )
 from jkmeans.training import CHECKPOINT_FOLDER
@@ -67,8 +68,9 @@ class TrainedModel(NamedTuple):
       digest: of everything that predictions depend on, in hexadecimal digits.
       position: the checkpoint, in steps.
       epoch: epochs it was trained for.
-      predict_rows: ``(examples [r, *example_shape]) -> (labels, distances, embeddings)`` on the
-        devices, r a multiple of their number.
+      predict_rows: ``(read, r) -> (labels, distances, embeddings)`` on the devices, of r rows, a
+        multiple of their number; ``read(first, last)`` gives rows [last - first, *example_shape],
+        and is asked for those of each device.
       n_devices: of the mesh.
     """
 
@@ -167,9 +169,8 @@ def _restore(checkpoints: Checkpoints, position: int, mesh) -> TrainedModel:
 
     program = jax.jit(data_parallel(predict_local, mesh, (REPLICATED, SHARDED), SHARDED))
 
-    def predict_rows(examples: np.ndarray):
-        rows = jax.device_put(examples, NamedSharding(mesh, SHARDED))
-        return program(model, rows)
+    def predict_rows(read: Callable[[int, int], np.ndarray], n_rows: int):
+        return program(model, read_to_devices(read, (n_rows, *shape), mesh))
 
     return TrainedModel(
         config=config,
@@ -218,7 +219,7 @@ def predict(
 
 
 def compute_in_blocks(
-    compute: Callable[[np.ndarray], tuple],
+    compute: Callable[[Callable[[int, int], np.ndarray], int], tuple],
     examples: np.ndarray,
     n_devices: int,
     progress: Callable[[int], object],
@@ -227,7 +228,8 @@ def compute_in_blocks(
     """Columns [n, ...] of what is computed of examples [n, ...], block by block.
 
     Args:
-      compute: ``(examples [r, ...]) -> arrays [r, ...]`` on the devices.
+      compute: ``(read, r) -> arrays [r, ...]`` on the devices; see ``predict_rows`` of
+        `TrainedModel`.
       examples: see `jkmeans.blocks.blocks`.
       n_devices: of the mesh.
       progress: called with the number of examples done.
@@ -235,9 +237,10 @@ def compute_in_blocks(
     """
     parts = []
     n_done = 0
-    for chunk, n in blocks(examples, n_devices, dtype):
-        parts.append([to_host(array)[:n] for array in compute(chunk)])
-        n_done += n
+    for block in blocks(examples, n_devices, dtype):
+        found = compute(block.read, block.n_rows)
+        parts.append([to_host(array)[: block.n_examples] for array in found])
+        n_done += block.n_examples
         progress(n_done)
     return [np.concatenate(column) for column in zip(*parts, strict=True)]
 

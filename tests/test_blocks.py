@@ -23,11 +23,13 @@ def test_a_block_is_as_large_as_fits(shape, rows):
 def test_every_row_lies_at_its_place_in_one_block(n, n_devices):
     examples = np.arange(1, n + 1, dtype=np.float64)[:, None]
     place = {}
-    for chunk, count in blocks(examples, n_devices):
+    for block in blocks(examples, n_devices):
+        chunk, count = block.read(0, block.n_rows), block.n_examples
         assert chunk.dtype == np.float32
         assert not chunk[count:].any()
-        size = len(chunk) // n_devices
+        size = block.n_rows // n_devices
         assert size * n_devices == len(chunk)
+        np.testing.assert_array_equal(block.read(size - 1, len(chunk)), chunk[size - 1 :])
         assert size & (size - 1) == 0
         for i, row in enumerate(chunk[:count, 0]):
             # The shape of the block, and where in it: what the bits may depend on.

@@ -10,12 +10,11 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding
 
 from jkmeans import evaluation, kmeans, sharded
 from jkmeans.clustering import SUMMARY_FILE
 from jkmeans.errors import UserError
-from jkmeans.sharding import REPLICATED, SHARDED, data_parallel, make_mesh
+from jkmeans.sharding import REPLICATED, SHARDED, data_parallel, make_mesh, read_to_devices
 
 CENTROIDS_FILE = "centroids.npy"
 
@@ -114,9 +113,10 @@ def _centroids(folder: Path, n_devices: int) -> Predictor:
     # Where the rows were float64, so are centroids, and what is computed.
     dtype = np.dtype(np.float64) if centroids.dtype == np.float64 else None
 
-    def predict_rows(examples: np.ndarray) -> tuple:
+    def predict_rows(read: Callable[[int, int], np.ndarray], n_rows: int) -> tuple:
         with sharded.precision(centroids):
-            return program(centroids, jax.device_put(examples, NamedSharding(mesh, SHARDED)))
+            rows = read_to_devices(read, (n_rows, centroids.shape[1]), mesh)
+            return program(centroids, rows)
 
     def compute(examples: np.ndarray, tell: Callable[[int], object]) -> dict[str, np.ndarray]:
         found = evaluation.compute_in_blocks(predict_rows, examples, mesh.size, tell, dtype)
