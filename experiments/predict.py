@@ -30,6 +30,11 @@ def main() -> None:
                 f"--output is {FLAGS.output!r}, one file, and {given} was given; accepted: the "
                 "name of a folder"
             )
+        if not FLAGS.input.endswith(".npy"):
+            raise UserError(
+                f"--output is {FLAGS.output!r}, one file, but --input is {FLAGS.input!r}; accepted: "
+                "one .npy file, or the name of a folder for --output"
+            )
         predict_file(
             FLAGS.workdir,
             FLAGS.input,

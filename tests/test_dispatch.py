@@ -610,8 +610,11 @@ def test_what_cannot_be_used_is_refused_and_leaves_no_trace(run, many, tmp_path)
         ({"input_path": str(tmp_path / "empty")}, "--input .*empty has no file in it; accepted"),
         ({"input_path": str(tmp_path / "a.txt")}, "is no file of a kind that is known"),
         ({"output_path": str(tmp_path / "a.txt")}, "a.txt is a file; accepted: a folder"),
-        ({"output_path": str(tmp_path / "other")}, "a folder with other things in it; accepted"),
-        ({"output_path": str(folder)}, "a folder with other things in it; accepted"),
+        (
+            {"output_path": str(tmp_path / "other")},
+            "a folder with other things in it, such as thesis.tex",
+        ),
+        ({"output_path": str(folder)}, "a folder with other things in it, such as f-10.npy"),
         ({"shard_rows": 1000}, r"--shard_rows is 1,000; accepted: a multiple of 1,024"),
         ({"workdir": str(tmp_path / "empty")}, "holds no checkpoint"),
     ):
@@ -622,7 +625,7 @@ def test_what_cannot_be_used_is_refused_and_leaves_no_trace(run, many, tmp_path)
     assert [f.name for f in (tmp_path / "other").iterdir()] == ["thesis.tex"]
 
 
-def test_the_folder_of_another_model_is_refused(run, many, tmp_path):
+def test_the_folder_of_another_model_is_refused(run, many, tmp_path, monkeypatch):
     folder, *_ = many
     out = tmp_path / "out"
     predict_files(run, str(folder), str(out))
@@ -637,6 +640,12 @@ def test_the_folder_of_another_model_is_refused(run, many, tmp_path):
     with pytest.raises(UserError, match=r"--shard_rows is 1,024, but .* are cut into 1,"):
         predict_files(run, str(folder), str(out), shard_rows=MOST_ROWS)
     assert (out / "plan.json").read_bytes() == before
+    # One in which nothing was done yet is anybody's.
+    empty = tmp_path / "empty"
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(UserError, match="Ray is not installed"):
+        predict_files(tmp_path / "work", str(folder), str(empty), engine_name="ray", options=RAY)
+    predict_files(run, str(folder), str(empty))
     # A copy of the run is the same model.
     shutil.copytree(run, tmp_path / "copy")
     predict_files(tmp_path / "copy", str(folder), str(out))

@@ -168,7 +168,7 @@ class WorkerActor:
         import ray
 
         port = _Port(master)
-        ray.get(port.call("enter", name, Process(socket.gethostname(), os.getpid())))
+        ray.get(port.call("enter", name, port.process))
         predictor = load_predictor(
             job.workdir, job.checkpoint, embeddings=job.embeddings, n_devices=1
         )
@@ -188,6 +188,7 @@ class _Port:
     def __init__(self, master: Any):
         self._master = master
         self._renewal: Any = None
+        self.process = Process(socket.gethostname(), os.getpid())
 
     def call(self, method: str, *arguments: Any) -> Any:
         return self._master.call.remote(method, *arguments)
@@ -196,7 +197,7 @@ class _Port:
         import ray
 
         self._renewal = None
-        return ray.get(self.call("ask", worker))
+        return ray.get(self.call("ask", worker, self.process))
 
     def renew(self, worker: str, lease: Lease) -> bool:
         """The answer to the renewal before: nobody waits for this one."""

@@ -93,8 +93,9 @@ def predict_files(
         "shard_rows": shard_rows,
         "default_shard_rows": default,
     }
-    plan = output.claim(folder, plan)
+    output.make_folder(folder)
     with only_process_in(folder):
+        plan = output.claim(folder, plan)
         output.clean(folder)
         job = engine.Job(
             workdir=str(Path(workdir).absolute()),

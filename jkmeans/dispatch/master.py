@@ -200,6 +200,7 @@ class Master:
         self._held: dict[int, _Held] = {}
         self._given = 0
         self._workers: dict[str, Process] = {}
+        self._gone: set[str] = set()
         self._deaths: Counter[Shard] = Counter()
         self._seconds_per_row: deque[float] = deque(maxlen=_DURATIONS)
         self._stopped = False
@@ -213,14 +214,17 @@ class Master:
         """A worker is there."""
         self._workers[worker] = process
 
-    def ask(self, worker: str) -> Answer:
-        """A worker wants a shard. One that asks again, because it heard no answer, hears the same.
+    def ask(self, worker: str, process: Process | None = None) -> Answer:
+        """A worker wants a shard, and says where it runs.
 
-        When all shards are given out, the one that is under way for longest goes to a second
-        worker, if it takes longer than is usual.
+        One that asks again, because it heard no answer, hears the same. When all shards are given
+        out, the one that is under way for longest goes to a second worker, if it takes longer than
+        is usual.
         """
         self._lapse()
-        if self._over():
+        if process is not None and worker not in self._gone:
+            self._workers[worker] = process  # A master that has come back does not know.
+        if self._over() or worker in self._gone:
             return Answer(None, 0.0, True)
         for held in self._held.values():
             if held.worker == worker:
@@ -284,6 +288,7 @@ class Master:
     def leave(self, worker: str, dead: bool) -> None:
         """A worker is gone; what it had goes to the next one."""
         self._workers.pop(worker, None)
+        self._gone.add(worker)  # What it still says on its way out is not to be waited for.
         for number, held in [*self._held.items()]:
             if held.worker != worker:
                 continue

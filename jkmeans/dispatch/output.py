@@ -28,7 +28,7 @@ from jkmeans.dispatch.inputs import InputFile
 from jkmeans.dispatch.master import Part, Shard
 from jkmeans.errors import UserError
 from jkmeans.streaming.outputs import npy_file
-from jkmeans.workdir import LOCK_FILE, write_json
+from jkmeans.workdir import write_json
 
 PLAN_FILE = "plan.json"
 JOURNAL_FILE = "journal.jsonl"
@@ -211,8 +211,26 @@ def read_journal(path: Path) -> list[dict[str, Any]]:
 # The folder
 
 
+def make_folder(folder: Path) -> None:
+    """Makes the output folder, or checks that there is nothing else in it.
+
+    Raises:
+      UserError: there is, or it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        others = [f.name for f in folder.iterdir() if not f.name.startswith(".")]
+    except OSError as error:
+        raise UserError(f"cannot write to --output {folder}: {error.strerror}") from error
+    if others and PLAN_FILE not in others:
+        raise UserError(
+            f"--output {folder} is a folder with other things in it, such as {min(others)}; "
+            "accepted: a new or empty folder, or one of this command"
+        )
+
+
 def claim(folder: Path, plan: Mapping[str, Any]) -> dict[str, Any]:
-    """Makes a new output folder, or checks that the one there is of the same model and columns.
+    """Writes down what an output folder is for, or checks that it is of the same model and columns.
 
     Args:
       folder: of the output.
@@ -224,10 +242,12 @@ def claim(folder: Path, plan: Mapping[str, Any]) -> dict[str, Any]:
       The plan of the folder.
 
     Raises:
-      UserError: it is of another model, or no folder of this command.
+      UserError: it is of another model or has other columns, or it cannot be written to.
     """
     path = folder / PLAN_FILE
-    if path.exists():
+    # A folder in which nothing was done yet may become one of another model.
+    records = read_journal(folder / JOURNAL_FILE)
+    if path.exists() and any("part" in record for record in records):
         try:
             there = json.loads(path.read_text())
             model, described = there["model"], there["described"]
@@ -251,21 +271,14 @@ def claim(folder: Path, plan: Mapping[str, Any]) -> dict[str, Any]:
                 f"{shard_rows:,} rows; accepted: {shard_rows}, 0, or another --output"
             )
         return there
+    mine = {name: plan[name] for name in ("model", "described", "columns")}
+    mine["shard_rows"] = plan["shard_rows"] or plan["default_shard_rows"]
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if any(f.name != LOCK_FILE and not f.name.startswith(f".{PLAN_FILE}.")
-               for f in folder.iterdir()):  # fmt: skip
-            raise UserError(
-                f"--output {folder} is a folder with other things in it; accepted: a new or empty "
-                "folder, or one of this command"
-            )
-        (folder / PARTS_FOLDER).mkdir()
-        mine = {name: plan[name] for name in ("model", "described", "columns")}
-        mine["shard_rows"] = plan["shard_rows"] or plan["default_shard_rows"]
+        (folder / PARTS_FOLDER).mkdir(exist_ok=True)
         write_json(path, mine)
     except OSError as error:
         raise UserError(f"cannot write to --output {folder}: {error.strerror}") from error
-    return json.loads(path.read_text())
+    return mine
 
 
 def clean(folder: Path) -> None:
