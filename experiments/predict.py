@@ -32,8 +32,8 @@ def main() -> None:
             )
         if not FLAGS.input.endswith(".npy"):
             raise UserError(
-                f"--output is {FLAGS.output!r}, one file, but --input is {FLAGS.input!r}; accepted: "
-                "one .npy file, or the name of a folder for --output"
+                f"--output is {FLAGS.output!r}, one file, but --input is {FLAGS.input!r}; "
+                "accepted: one .npy file, or the name of a folder for --output"
             )
         predict_file(
             FLAGS.workdir,
