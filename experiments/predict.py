@@ -13,6 +13,8 @@ experiments.cluster. With --engine=ray, workers on this machine or on a Ray clus
 (see docs/dispatch.md).
 """
 
+import os
+
 from absl import flags
 
 from experiments.launcher import FLAGS, launch
@@ -44,6 +46,9 @@ def main() -> None:
             n_devices=FLAGS.n_devices,
         )
         return
+    if FLAGS.engine == "ray":
+        # Before JAX is imported: the memory of accelerators is for the workers.
+        os.environ["JAX_PLATFORMS"] = "cpu"
     from jkmeans.dispatch import Options, predict_files
 
     predict_files(

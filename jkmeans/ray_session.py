@@ -78,8 +78,14 @@ def session(address: str, n_cpus: int, option: str = "config.ray.address") -> It
             # JAX warns of forks; the children of Ray's start other programs at once.
             warnings.filterwarnings("ignore", message=r"os\.fork\(\)", category=RuntimeWarning)
             ray.init(address=address, **options)
-    except (ConnectionError, RuntimeError, ValueError, OSError) as error:
-        raise _no_cluster(address, option, str(error).split("\n")[0]) from error
+    except Exception as error:  # Where a machine is too busy, a plain Exception.
+        reason = str(error).split("\n")[0]
+        if address == "local":
+            raise UserError(
+                f"Ray did not begin on this machine ({reason}); accepted: the same command when it "
+                f"is less busy, or {option} of a cluster that runs"
+            ) from error
+        raise _no_cluster(address, option, reason) from error
     try:
         yield ray
     finally:

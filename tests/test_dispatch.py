@@ -279,6 +279,7 @@ def test_a_lease_that_is_not_renewed_goes_to_the_next_and_the_late_result_is_ref
     again = master.ask("other").lease
     assert again.shard == lost.shard == Shard("a", 0, 10)
     assert master.status().lapsed == 1
+    assert master.status().silent == {"slow": 10.5, "quick": 1.5, "other": 0}
     assert complete(master, folder, "other", again)
     assert not complete(master, folder, "slow", lost)
     assert master.status().twice == 1
@@ -325,6 +326,9 @@ def test_a_dead_worker_costs_nobody_the_time_of_its_lease(made):
     master = make()
     lease = master.ask("dead").lease
     master.leave("dead", dead=True)
+    assert "dead" not in master.status().silent
+    assert master.ask("dead", HERE).ended  # Said before it died, heard after.
+    assert not master.status().workers
     assert master.ask("next").lease.shard == lease.shard
 
 
@@ -359,6 +363,7 @@ def test_a_line_of_the_journal_that_was_cut_is_done_again_and_a_damaged_one_name
         complete(master, folder, worker, master.ask(worker).lease)
     journal = folder / output.JOURNAL_FILE
     journal.write_bytes(journal.read_bytes()[:-5])
+    assert len(output.read_journal(journal)) == 2  # The beginning, and one part.
     assert make().status().shards_done == 1
     content = journal.read_text().splitlines()
     content[1] = "{"
@@ -373,6 +378,21 @@ def test_a_part_that_is_gone_is_computed_again(made):
     complete(master, folder, "a", master.ask("a").lease)
     (folder / "parts" / "a.000000000000.npz").unlink()
     assert make().status().shards_done == 0
+
+
+def test_what_was_computed_of_another_content_is_not_taken_for_this_one(tmp_path):
+    (tmp_path / output.PARTS_FOLDER).mkdir()
+    old, new = numbered("a", 10), numbered("a", 10)._replace(identity="written to")
+    (shard,) = inputs.cut(old, 10)
+    for file in (old, new):
+        store = output.PartStore(tmp_path, {"a": file})
+        assert store.kept([shard]) == {}
+        assert store.keep(shard, write(tmp_path, shard, "w"))
+        store.close()
+    # The old content is back, with its time, but the part is of the new one.
+    store = output.PartStore(tmp_path, {"a": old})
+    assert store.kept([shard]) == {}
+    store.close()
 
 
 def test_a_folder_that_is_not_shared_is_said(made):

@@ -1,7 +1,7 @@
 """Server and workers as Ray actors: started, watched, brought back, ended.
 
-What is computed comes as a `Job`; what is kept, and why nothing
-counts twice, is in `jkmeans.asynchronous.server`.
+What is computed comes as a `Job`; what is kept, and why nothing counts twice, is in
+`jkmeans.asynchronous.server`.
 """
 
 from __future__ import annotations

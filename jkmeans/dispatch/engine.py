@@ -31,6 +31,8 @@ _TICK_SECONDS = 0.2
 _COUNT_SECONDS = 2.0
 _SILENT_SECONDS = 30.0
 _PATIENCE_SECONDS = 10.0
+# A worker that is silent for so many leases is killed; it may be computing a very long block.
+_HANGING_LEASES = 3
 # So many workers in a row that die before any has done a shard: something is wrong with all.
 _MOST_STILLBORN = 5
 
@@ -261,8 +263,8 @@ class _Crew:
         self._counted_at = float("-inf")
         self._wanted = 0
         self._stillborn = 0
+        self._ended: set[str] = set()
         self._done_then = 0
-        self._life: int | None = None
         self._status: Status | None = None
 
     def supervise(self, watch: Callable[[Status], object]) -> Status:
@@ -278,6 +280,7 @@ class _Crew:
                 self._say("stopping; what is done is kept, and the same command goes on")
                 self._ask("stop")
                 break
+            self._end_silent(status)
             self._collect(status)
             self._hire()
             if status.workers:
@@ -314,6 +317,16 @@ class _Crew:
             self._started += 1
             name, actor = f"{self._started}", self._kind.remote()
             self._actors[actor.run.remote(name, self._job, self._master)] = name, actor
+
+    def _end_silent(self, status: Status) -> None:
+        """Kills workers that hang: another takes the place."""
+        for name, seconds in status.silent.items():
+            if seconds > _HANGING_LEASES * self._options.lease_seconds:
+                for its_name, actor in self._actors.values():
+                    if its_name == name and name not in self._ended:
+                        self._ended.add(name)
+                        self._say(f"worker {name} has not been heard for {seconds:.0f} s; ended")
+                        self._ray.kill(actor)
 
     def _collect(self, status: Status) -> None:
         """Lets those go that have returned or died."""

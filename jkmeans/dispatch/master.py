@@ -122,6 +122,7 @@ class Status(NamedTuple):
       failed: reason by file.
       workers: those that have come and not left, with their processes.
       running: workers with a lease.
+      silent: of each worker that this life of the master has heard, the seconds since.
       lapsed: leases that were not renewed in time.
       copies: shards that a second worker was given because the first was slow.
       twice: results refused because the shard was done.
@@ -138,6 +139,7 @@ class Status(NamedTuple):
     failed: dict[str, str]
     workers: dict[str, Process]
     running: list[str]
+    silent: dict[str, float]
     lapsed: int
     copies: int
     twice: int
@@ -201,6 +203,7 @@ class Master:
         self._given = 0
         self._workers: dict[str, Process] = {}
         self._gone: set[str] = set()
+        self._heard: dict[str, float] = {}
         self._deaths: Counter[Shard] = Counter()
         self._seconds_per_row: deque[float] = deque(maxlen=_DURATIONS)
         self._stopped = False
@@ -222,6 +225,7 @@ class Master:
         is usual.
         """
         self._lapse()
+        self._hear(worker)
         if process is not None and worker not in self._gone:
             self._workers[worker] = process  # A master that has come back does not know.
         if self._over() or worker in self._gone:
@@ -247,6 +251,7 @@ class Master:
         two others have its shard by now.
         """
         self._lapse()
+        self._hear(worker)
         if self._over() or not self._open(lease.shard):
             self._held.pop(lease.number, None)
             return False
@@ -258,6 +263,7 @@ class Master:
 
     def done(self, worker: str, lease: Lease, part: Part) -> bool:
         """A worker has written a part; whether it was kept. If not, the worker removes it."""
+        self._hear(worker)
         shard = lease.shard
         held = self._held.pop(lease.number, None)
         there = self._done.get(shard)
@@ -280,7 +286,7 @@ class Master:
 
     def failed(self, worker: str, lease: Lease, reason: str) -> None:
         """A worker cannot read a file, or cannot use what is in it: its other rows are not done."""
-        del worker
+        self._hear(worker)
         if self._open(lease.shard):
             self._give_up(lease.shard.file, reason)
         self._held.pop(lease.number, None)
@@ -288,6 +294,7 @@ class Master:
     def leave(self, worker: str, dead: bool) -> None:
         """A worker is gone; what it had goes to the next one."""
         self._workers.pop(worker, None)
+        self._heard.pop(worker, None)
         self._gone.add(worker)  # What it still says on its way out is not to be waited for.
         for number, held in [*self._held.items()]:
             if held.worker != worker:
@@ -308,6 +315,7 @@ class Master:
     def status(self) -> Status:
         """Where the work stands."""
         self._lapse()
+        now = self._now()
         return Status(
             life=self._life,
             process=self._process,
@@ -319,11 +327,16 @@ class Master:
             failed=dict(self._failed),
             workers=dict(self._workers),
             running=sorted({held.worker for held in self._held.values()}),
+            silent={worker: now - heard for worker, heard in self._heard.items()},
             lapsed=self._lapsed,
             copies=self._copies,
             twice=self._twice,
             different=self._different,
         )
+
+    def _hear(self, worker: str) -> None:
+        if worker not in self._gone:
+            self._heard[worker] = self._now()
 
     def _over(self) -> bool:
         if self._stopped or self._held:

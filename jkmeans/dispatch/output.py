@@ -116,7 +116,7 @@ class PartStore:
         self._parts = folder / PARTS_FOLDER
         self._files = files
         path = folder / JOURNAL_FILE
-        self._journal = Appender(path, lambda content: content.rfind(b"\n") + 1)
+        self._journal = Appender(path, _whole)
         try:
             self._records = read_journal(path)
         except UserError:
@@ -137,7 +137,11 @@ class PartStore:
             if "part" not in record:
                 continue
             shard, part = record["shard"], record["part"]
-            if shard in wanted and record["identity"] == self._files[shard.file].identity:
+            if shard not in wanted:
+                continue
+            # The last record is of what lies under the name of the shard, whatever came before.
+            found.pop(shard, None)
+            if record["identity"] == self._files[shard.file].identity:
                 found[shard] = part
         return {shard: part for shard, part in found.items() if self._is_there(shard, part)}
 
@@ -188,11 +192,14 @@ class PartStore:
 def read_journal(path: Path) -> list[dict[str, Any]]:
     """The records of a journal, in order; one that is missing has none.
 
+    A last line without an end was cut by a kill, and is no record.
+
     Raises:
       UserError: a line is no record.
     """
+    content = path.read_bytes() if path.exists() else b""
     records = []
-    for number, line in enumerate(path.read_bytes().splitlines() if path.exists() else [], 1):
+    for number, line in enumerate(content[: _whole(content)].splitlines(), 1):
         try:
             record = json.loads(line)
             if "part" in record:
@@ -206,6 +213,11 @@ def read_journal(path: Path) -> list[dict[str, Any]]:
             ) from error
         records.append(record)
     return records
+
+
+def _whole(content: bytes) -> int:
+    """Bytes of the lines that have an end."""
+    return content.rfind(b"\n") + 1
 
 
 # The folder
