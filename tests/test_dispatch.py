@@ -618,7 +618,7 @@ def test_the_centroids_of_k_means_predict_too(tmp_path, dtype):
         predict_files(tmp_path / "c", str(tmp_path / "x.npy"), str(out), checkpoint="best")
 
 
-def test_what_cannot_be_used_is_refused_and_leaves_no_trace(run, many, tmp_path):
+def test_what_cannot_be_used_is_refused_and_leaves_no_trace(run, many, tmp_path, monkeypatch):
     folder, *_ = many
     out = tmp_path / "out"
     (tmp_path / "empty").mkdir()
@@ -643,6 +643,10 @@ def test_what_cannot_be_used_is_refused_and_leaves_no_trace(run, many, tmp_path)
             predict_files(**arguments)
         assert not out.exists()
     assert [f.name for f in (tmp_path / "other").iterdir()] == ["thesis.tex"]
+    monkeypatch.setattr("jax.process_count", lambda: 4)
+    with pytest.raises(UserError, match=r"one of 4 processes, .* accepted: --processes=1"):
+        predict_files(run, str(folder), str(out))
+    assert not out.exists()
 
 
 def test_the_folder_of_another_model_is_refused(run, many, tmp_path, monkeypatch):

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from jkmeans.blocks import block_rows
@@ -70,6 +71,11 @@ def predict_files(
         others are done, and the sentence and the manifest name these.
       Interrupted: Ctrl-C or SIGTERM came; what is done is in the journal.
     """
+    if jax.process_count() > 1:
+        raise UserError(
+            f"this is one of {jax.process_count()} processes, but one alone predicts for a folder, "
+            "or workers on Ray; accepted: --processes=1, with --engine=ray for many"
+        )
     paths = find_files(input_path)
     folder = Path(output_path).expanduser().absolute()
     if folder.is_file():
