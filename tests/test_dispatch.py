@@ -395,6 +395,19 @@ def test_what_was_computed_of_another_content_is_not_taken_for_this_one(tmp_path
     store.close()
 
 
+def test_the_part_of_another_is_not_taken_for_one_that_was_renamed(tmp_path):
+    (tmp_path / output.PARTS_FOLDER).mkdir()
+    file = numbered("a", 10)
+    (shard,) = inputs.cut(file, 10)
+    store = output.PartStore(tmp_path, {"a": file})
+    kept, other = write(tmp_path, shard, "v"), write(tmp_path, shard, "w", tag=b" ")
+    assert store.keep(shard, kept)
+    output.discard_part(tmp_path, other.attempt)
+    assert store.keep(shard, kept)  # Renamed before; the journal did not know.
+    assert not store.keep(shard, other)
+    store.close()
+
+
 def test_a_folder_that_is_not_shared_is_said(made):
     make, _, folder = made
     master = make()
