@@ -1,6 +1,8 @@
 """What a trained run is good for: embed, predict, evaluate, from its folder alone."""
 
 import contextlib
+import hashlib
+import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,6 +21,7 @@ from rich.progress import (
 )
 
 from jkmeans import configuration, datasets, metrics
+from jkmeans.blocks import blocks
 from jkmeans.checkpoints import Checkpoints, DamagedError
 from jkmeans.configuration import Config
 from jkmeans.errors import UserError
@@ -30,15 +33,14 @@ from jkmeans.sharding import (
     REPLICATED,
     SHARDED,
     data_parallel,
-    device_dtype,
     make_mesh,
+    read_to_devices,
     to_host,
 )
 from jkmeans.training import CHECKPOINT_FOLDER
 from jkmeans.workdir import write_json
 
 EVALUATION_FILE = "evaluation.json"
-CHUNK_BYTES = 64 * 2**20
 
 
 class Prediction(NamedTuple):
@@ -63,10 +65,12 @@ class TrainedModel(NamedTuple):
       centroids: [k, p] float32.
       example_shape: what an example must look like.
       scale: examples are multiplied by it.
+      digest: of everything that predictions depend on, in hexadecimal digits.
       position: the checkpoint, in steps.
       epoch: epochs it was trained for.
-      predict_rows: ``(examples [r, *example_shape]) -> (labels, distances, embeddings)`` on the
-        devices, r a multiple of their number.
+      predict_rows: ``(read, r) -> (labels, distances, embeddings)`` on the devices, of r rows, a
+        multiple of their number; ``read(first, last)`` gives rows [last - first, *example_shape],
+        and is asked for those of each device.
       n_devices: of the mesh.
     """
 
@@ -74,6 +78,7 @@ class TrainedModel(NamedTuple):
     centroids: np.ndarray
     example_shape: tuple[int, ...]
     scale: float
+    digest: str
     position: int
     epoch: int
     predict_rows: Callable
@@ -164,20 +169,33 @@ def _restore(checkpoints: Checkpoints, position: int, mesh) -> TrainedModel:
 
     program = jax.jit(data_parallel(predict_local, mesh, (REPLICATED, SHARDED), SHARDED))
 
-    def predict_rows(examples: np.ndarray):
-        rows = jax.device_put(examples, NamedSharding(mesh, SHARDED))
-        return program(model, rows)
+    def predict_rows(read: Callable[[int, int], np.ndarray], n_rows: int):
+        return program(model, read_to_devices(read, (n_rows, *shape), mesh))
 
     return TrainedModel(
         config=config,
         centroids=to_host(model["clusters"].centroids),
         example_shape=shape,
         scale=scale,
+        digest=_digest(model, record),
         position=position,
         epoch=record["epoch"],
         predict_rows=predict_rows,
         n_devices=mesh.size,
     )
+
+
+def _digest(model: dict[str, Any], record: dict[str, Any]) -> str:
+    """Of network, clusters, and what is done with them; not of the place that they lie in."""
+    config = record["config"]
+    said = {name: config[name] for name in ("n_clusters", "network", "objective")}
+    digest = hashlib.blake2b(digest_size=16)
+    digest.update(json.dumps([said, record["data"]["scale"]], sort_keys=True).encode())
+    for path, leaf in jax.tree_util.tree_leaves_with_path(model):
+        array = to_host(leaf)
+        digest.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}".encode())
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()
 
 
 def predict(
@@ -190,38 +208,46 @@ def predict(
     Args:
       model: from `load_model`.
       examples: [n, *example_shape], in the units of the training data (scaling is the model's);
-        read in chunks, so it may be a memory map.
+        read in blocks, so it may be a memory map.
       progress: called with the number of examples done.
 
     Raises:
       UserError: wrong shape or type, no examples, NaN or infinity.
     """
     examples = datasets.check_examples(examples, expected_shape=model.example_shape)
+    return Prediction(*compute_in_blocks(model.predict_rows, examples, model.n_devices, progress))
+
+
+def compute_in_blocks(
+    compute: Callable[[Callable[[int, int], np.ndarray], int], tuple],
+    examples: np.ndarray,
+    n_devices: int,
+    progress: Callable[[int], object],
+    dtype: np.dtype | None = None,
+) -> list[np.ndarray]:
+    """Columns [n, ...] of what is computed of examples [n, ...], block by block.
+
+    Args:
+      compute: ``(read, r) -> arrays [r, ...]`` on the devices; see ``predict_rows`` of
+        `TrainedModel`.
+      examples: see `jkmeans.blocks.blocks`.
+      n_devices: of the mesh.
+      progress: called with the number of examples done.
+      dtype: see `jkmeans.blocks.blocks`.
+    """
     parts = []
     n_done = 0
-    for chunk, n in _chunks(examples, model.n_devices):
-        parts.append([to_host(array)[:n] for array in model.predict_rows(chunk)])
-        n_done += n
+    for block in blocks(examples, n_devices, dtype):
+        found = compute(block.read, block.n_rows)
+        parts.append([to_host(array)[: block.n_examples] for array in found])
+        n_done += block.n_examples
         progress(n_done)
-    return Prediction(*(np.concatenate(column) for column in zip(*parts, strict=True)))
+    return [np.concatenate(column) for column in zip(*parts, strict=True)]
 
 
 def embed(model: TrainedModel, examples: np.ndarray) -> np.ndarray:
     """Embeddings [n, p] float32 of examples [n, *example_shape]."""
     return predict(model, examples).embeddings
-
-
-def _chunks(examples: np.ndarray, n_devices: int) -> Iterator[tuple[np.ndarray, int]]:
-    """Chunks of one shape, the last padded with zeros, each with its number of examples."""
-    dtype = device_dtype(examples.dtype)
-    row_bytes = int(np.prod(examples.shape[1:])) * dtype.itemsize
-    n_rows = max(1, min(len(examples), CHUNK_BYTES // row_bytes))
-    n_rows += -n_rows % n_devices
-    for start in range(0, len(examples), n_rows):
-        part = np.asarray(examples[start : start + n_rows], dtype)
-        chunk = np.zeros((n_rows, *examples.shape[1:]), dtype)
-        chunk[: len(part)] = part
-        yield chunk, len(part)
 
 
 def evaluate(

@@ -203,6 +203,25 @@ def place_rows(
     return jax.make_array_from_callback(shape, sharding, read)
 
 
+def read_to_devices(
+    read: Callable[[int, int], np.ndarray], shape: tuple[int, ...], mesh: Mesh
+) -> jax.Array:
+    """Rows on the devices of a mesh, each of which is given those that it shall have.
+
+    Args:
+      read: (first, last) -> rows first … last - 1, [last - first, ...]; asked for the rows of this
+        process's devices only.
+      shape: of all of them; rows are a multiple of the number of devices.
+      mesh: the devices.
+    """
+
+    def of_device(index: Any) -> np.ndarray:
+        first, last, _ = index[0].indices(shape[0])
+        return read(first, last)
+
+    return jax.make_array_from_callback(shape, NamedSharding(mesh, SHARDED), of_device)
+
+
 def place(array: np.ndarray, mesh: Mesh, spec: PartitionSpec) -> jax.Array:
     """Puts an array that every process holds whole on the devices of the mesh."""
     array = np.asarray(array)

@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 
 from benchmarks.ray_exchanges import Hang, Killer
 from configs.parallel_sgd import get_config
+from jkmeans import ray_session
 from jkmeans.asynchronous import Problem, engine, gradients
 from jkmeans.asynchronous.curve import CURVE_FILE, LAST_GOOD_FILE, Curve, follow
 from jkmeans.asynchronous.journal import RECORD, Journal, read_history
@@ -401,7 +402,7 @@ RAY_OPTIONS = {
 @pytest.fixture(scope="module")
 def ray():
     """One cluster for all tests; its processes are gone afterwards, whatever happens."""
-    ray = engine.import_ray()
+    ray = ray_session.import_ray()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # JAX's threads and Ray's forks.
         ray.init(
@@ -530,30 +531,30 @@ def test_a_first_version_that_cannot_be_judged_is_refused(tmp_path, monkeypatch)
 )
 def test_no_cluster_is_said_at_once(address, message):
     with pytest.raises(UserError, match=message):
-        engine._find_cluster(address)
+        ray_session.find_cluster(address, "config.ray.address")
 
 
 @needs_ray
 def test_something_else_that_listens_is_no_cluster(monkeypatch):
-    monkeypatch.setattr(engine, "_JOIN_SECONDS", 0.5)
+    monkeypatch.setattr(ray_session, "_JOIN_SECONDS", 0.5)
     with socket.create_server(("localhost", 0)) as listener:
         address = f"localhost:{listener.getsockname()[1]}"
         with pytest.raises(UserError, match="no cluster that has this machine in it"):
-            engine._find_cluster(address)
+            ray_session.find_cluster(address, "config.ray.address")
 
 
 @needs_ray
 def test_an_address_of_a_cluster_that_is_gone_is_said(monkeypatch):
-    monkeypatch.setattr(engine, "_JOIN_SECONDS", 0.5)
+    monkeypatch.setattr(ray_session, "_JOIN_SECONDS", 0.5)
     monkeypatch.setenv("RAY_ADDRESS", "localhost:1")
     with pytest.raises(UserError, match=r"at config\.ray\.address 'auto' .*RAY_ADDRESS names"):
-        engine._find_cluster("auto")
+        ray_session.find_cluster("auto", "config.ray.address")
 
 
 def test_without_ray_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(UserError, match=r'pip install "jkmeans\[ray\]"'):
-        engine.import_ray()
+        ray_session.import_ray()
 
 
 @needs_ray

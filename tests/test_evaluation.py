@@ -59,16 +59,18 @@ def test_prediction_equals_the_network_by_hand(run):
     assert len(found.labels) == len(new) != len(examples) + 1
 
 
-def test_prediction_in_chunks_is_the_same(run, monkeypatch):
+def test_prediction_in_blocks_tells_how_far_it_is(run):
     _, workdir, examples, _, _ = run
-    model = evaluation.load_model(workdir)
-    whole = evaluation.predict(model, examples)
-    monkeypatch.setattr(evaluation, "CHUNK_BYTES", 12 * 4 * 40)
+    model = evaluation.load_model(workdir, n_devices=2)
+    many = np.concatenate([examples] * 12)  # 2,436 rows: a pair of blocks, and a rest.
     seen = []
-    parts = evaluation.predict(model, examples, seen.append)
-    assert seen == [40, 80, 120, 160, 200, 203]
-    np.testing.assert_array_equal(parts.labels, whole.labels)
-    np.testing.assert_allclose(parts.embeddings, whole.embeddings, rtol=1e-5, atol=1e-6)
+    found = evaluation.predict(model, many, seen.append)
+    assert seen == [2048, 2436]
+    whole = evaluation.predict(model, examples)
+    np.testing.assert_array_equal(found.labels, np.concatenate([whole.labels] * 12))
+    np.testing.assert_allclose(
+        found.embeddings, np.concatenate([whole.embeddings] * 12), rtol=1e-5, atol=1e-6
+    )
 
 
 def test_predict_file(run, tmp_path):

@@ -149,6 +149,24 @@ def test_predict_with_a_wrong_shape_keeps_the_old_output(files, workdir, tmp_pat
     assert output.read_bytes() == b"precious"
 
 
+def test_predict_for_a_folder_names_damaged_files_and_does_the_others(files, workdir, tmp_path):
+    folder = tmp_path / "many"
+    folder.mkdir()
+    for name in ("x.npy", "wide.npy", "nan.npy"):
+        (folder / name).write_bytes((files / name).read_bytes())
+    done = run(
+        "predict", "--workdir", str(workdir), "--input", str(folder), "--output",
+        str(tmp_path / "found"), "--embeddings",
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("predict: 2 of 3 files could not be used, the other 1 are done: nan.npy")
+    assert "wide.npy is of shape [5, 13]; accepted: [n, 12]" in last
+    with np.load(tmp_path / "found" / "parts" / "x.npy.000000000000.npz") as arrays:
+        assert len(arrays["labels"]) == len(arrays["embeddings"]) == tiny.N_EXAMPLES
+
+
 def test_evaluate_without_a_run(tmp_path):
     done = run("evaluate", "--workdir", str(tmp_path))
     assert done.returncode == 2

@@ -1,24 +1,20 @@
 """Server and workers as Ray actors: started, watched, brought back, ended.
 
-The only module that knows Ray. What is computed comes as a `Job`; what is kept, and why nothing
-counts twice, is in `jkmeans.asynchronous.server`.
+What is computed comes as a `Job`; what is kept, and why nothing counts twice, is in
+`jkmeans.asynchronous.server`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import logging
-import os
 import pickle
-import socket
-import subprocess
 import sys
 import time
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+from jkmeans import ray_session
 from jkmeans.asynchronous.journal import History, read_history
 from jkmeans.asynchronous.rules import Rule, Tree
 from jkmeans.asynchronous.server import JOURNAL_FILE, ParameterServer, Reply, Status
@@ -31,19 +27,6 @@ from jkmeans.interruption import Interruption
 _JOB_FILE = "job.pickle"
 _TICK_SECONDS = 0.2
 _SILENT_SECONDS = 30.0
-# To find a cluster: both together stay below ten seconds.
-_KNOCK_SECONDS = 2.0
-_JOIN_SECONDS = 7.0
-# Each worker has one core; fake devices of tests are for the process that started them.
-_ENVIRONMENT = {"XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false"}
-
-
-_RAY_ENVIRONMENT = {
-    "RAY_USAGE_STATS_ENABLED": "0",  # Nothing is sent to anybody.
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # A warning of what Ray will do one day.
-    # What it says of every death; the run says so itself, on one line.
-    "RAY_DEDUP_LOGS_SKIP_REGEX": "will be retried|died or was killed while executing",
-}
 
 
 class Job(Protocol):
@@ -127,7 +110,7 @@ def run(
       UserError: Ray is not installed, there is no cluster, or a process died too often.
       Interrupted: Ctrl-C or SIGTERM came; everything applied is saved.
     """
-    with _session(options.address, job.n_workers) as ray, Interruption() as interruption:
+    with ray_session.session(options.address, job.n_workers) as ray, Interruption() as interruption:
         # Entered after Ray has begun, which has a handler of its own.
         run_ = _Run(ray, job, Path(folder).absolute(), options, interruption)
         try:
@@ -253,7 +236,7 @@ class _Run:
                 # In a synchronous round every worker waits inside a call.
                 max_concurrency=job.n_workers + 2,
                 scheduling_strategy=here,  # The folder is on this machine.
-                runtime_env={"env_vars": _ENVIRONMENT | {"JAX_PLATFORMS": "cpu"}},
+                runtime_env={"env_vars": ray_session.WORKER_ENVIRONMENT | {"JAX_PLATFORMS": "cpu"}},
             )
             .remote(folder, options.checkpoint_exchanges)
         )
@@ -264,7 +247,7 @@ class _Run:
             **lives,
             num_cpus=1,
             num_gpus=options.gpus_per_worker,
-            runtime_env={"env_vars": _ENVIRONMENT | platform},
+            runtime_env={"env_vars": ray_session.WORKER_ENVIRONMENT | platform},
         )
         self._workers = [worker.remote() for _ in range(job.n_workers)]
         self._running: dict[Any, int] = {}
@@ -431,94 +414,3 @@ def _say(sentence: str) -> None:
 
 class _DeadError(UserError):
     """An actor does not come back."""
-
-
-def import_ray() -> Any:
-    """Ray, or the sentence that says how to get it.
-
-    Raises:
-      UserError: it is not installed.
-    """
-    for name, value in _RAY_ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
-    try:
-        import ray
-    except ImportError as error:
-        raise UserError(
-            'Ray is not installed, which this needs; accepted: pip install "jkmeans[ray]"'
-        ) from error
-    return ray
-
-
-@contextlib.contextmanager
-def _session(address: str, n_workers: int) -> Iterator[Any]:
-    """A connection to Ray, whose processes are gone at the end if they are ours."""
-    ray = import_ray()
-    if ray.is_initialized():  # The caller's own.
-        yield ray
-        return
-    options: dict[str, Any] = {
-        "log_to_driver": False,
-        "logging_level": logging.ERROR,
-        "include_dashboard": False,
-    }
-    if address == "local":
-        options["num_cpus"] = n_workers
-    else:
-        _find_cluster(address)
-        del options["include_dashboard"]
-    try:
-        with warnings.catch_warnings():
-            # JAX warns of forks; the children of Ray's start other programs at once.
-            warnings.filterwarnings("ignore", message=r"os\.fork\(\)", category=RuntimeWarning)
-            ray.init(address=address, **options)
-    except (ConnectionError, RuntimeError, ValueError, OSError) as error:
-        raise _no_cluster(address, str(error).split("\n")[0]) from error
-    try:
-        yield ray
-    finally:
-        ray.shutdown()
-
-
-def _find_cluster(address: str) -> None:
-    """Asks whether a cluster answers, in a few seconds: ``ray.init`` itself would wait for long."""
-    if address == "auto":
-        # One that was killed leaves its address behind, and so may RAY_ADDRESS.
-        reason = "none runs on this machine, or what RAY_ADDRESS names does not answer"
-    else:
-        _knock(address)
-        reason = (
-            "what listens there is no cluster that has this machine in it, or wants a token and "
-            "RAY_AUTH_MODE=token is not set"
-        )
-    # A process of its own tries to join, because it can be given up.
-    program = "import sys, ray; ray.init(address=sys.argv[1], log_to_driver=False)"
-    try:
-        subprocess.run(
-            [sys.executable, "-c", program, address],
-            check=True,
-            capture_output=True,
-            timeout=_JOIN_SECONDS,
-        )
-    except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
-        raise _no_cluster(address, reason) from error
-
-
-def _knock(address: str) -> None:
-    """Asks whether anything listens at host:port."""
-    host, separator, port = address.rpartition(":")
-    if not separator or not host or "/" in address or not port.isdigit():
-        raise UserError(
-            f"config.ray.address is {address!r}; accepted: 'local', 'auto' or host:port"
-        )
-    try:
-        socket.create_connection((host, int(port)), timeout=_KNOCK_SECONDS).close()
-    except (OSError, OverflowError) as error:
-        raise _no_cluster(address, str(error)) from error
-
-
-def _no_cluster(address: str, reason: str) -> UserError:
-    return UserError(
-        f"no Ray cluster at config.ray.address {address!r} ({reason}); accepted: 'local', or the "
-        "address of a cluster that runs ('ray start --head' begins one)"
-    )

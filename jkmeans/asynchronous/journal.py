@@ -7,18 +7,14 @@ of the version that is left was counted once.
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import itertools
-import os
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
-from jkmeans.errors import UserError
+from jkmeans.appending import Appender
 
 RECORD = np.dtype(
     [
@@ -31,8 +27,8 @@ RECORD = np.dtype(
         ("time", "<f8"),  # seconds since the epoch
     ]
 )
+_SIZE = RECORD.itemsize
 _BEGINS = -1
-_PATIENCE_SECONDS = 10
 
 
 class History(NamedTuple):
@@ -82,12 +78,7 @@ class Journal:
 
     def __init__(self, path: Path):
         self.path = Path(path)
-        with _disk(self.path):
-            self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115 - open for a life
-            _lock(self._file, self.path)
-            # The last record may have been cut by a kill.
-            size = os.path.getsize(self.path)
-            self._file.truncate(size - size % RECORD.itemsize)
+        self._file = Appender(self.path, lambda content: len(content) - len(content) % _SIZE)
         self.life = len(read_history(self.path).rolled_back)
 
     def begin(self, clock: int) -> None:
@@ -106,26 +97,21 @@ class Journal:
 
     def flush(self) -> None:
         """Waits until all records are on the disk: they survive a power failure too."""
-        os.fsync(self._file.fileno())
+        self._file.flush()
 
     def close(self) -> None:
         """Closes the file."""
         self._file.close()
 
     def _append(self, records: list[tuple]) -> None:
-        content = np.array(records, RECORD).tobytes()
-        with _disk(self.path):
-            written = self._file.write(content)
-            if written != len(content):  # The disk is full: nothing of them is there.
-                self._file.truncate(os.path.getsize(self.path) - (written or 0))
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        self._file.append(np.array(records, RECORD).tobytes())
 
 
 def read_history(path: Path) -> History:
     """What a journal says; one that is missing says nothing."""
     path = Path(path)
     content = path.read_bytes() if path.exists() else b""
-    records = np.frombuffer(content[: len(content) // RECORD.itemsize * RECORD.itemsize], RECORD)
+    records = np.frombuffer(content[: len(content) // _SIZE * _SIZE], RECORD)
     starts = np.flatnonzero(records["worker"] == _BEGINS)
     left = records[:0]
     rolled_back = []
@@ -134,26 +120,3 @@ def read_history(path: Path) -> History:
         rolled_back.append(len(left) - len(kept))
         left = np.concatenate([kept, records[start + 1 : end]])
     return History(left, rolled_back)
-
-
-def _lock(file: IO[bytes], path: Path) -> None:
-    """Two servers never write together: one that was given up may take a moment to die."""
-    import fcntl
-
-    for _ in range(int(_PATIENCE_SECONDS / 0.1)):
-        with contextlib.suppress(BlockingIOError):
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return
-        time.sleep(0.1)
-    raise UserError(f"another server writes {path}; accepted: another --workdir, or wait")
-
-
-@contextlib.contextmanager
-def _disk(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise UserError(
-            f"cannot write the journal {path}: {error.strerror}; accepted: a folder with room "
-            "that can be written to"
-        ) from error

@@ -23,7 +23,7 @@ from jkmeans.sources.npy import RawFile, open_npy
 from jkmeans.sources.parquet import ParquetSource
 from jkmeans.sources.zarr_array import ZarrSource, open_zarr
 
-__all__ = ["Source", "open_source", "open_weights"]
+__all__ = ["Source", "natural_order", "open_source", "open_weights"]
 
 
 def open_source(what: Any, columns: Sequence[str] | None = None) -> Source:
@@ -108,7 +108,7 @@ def _open_path(path: Path, columns: Sequence[str] | None) -> Source:
     if path.is_dir() and not is_zarr:
         if any(path.glob("*.parquet")):
             return _open_parquet(path, columns)
-        files = sorted(path.glob("*.npy"), key=_natural)
+        files = sorted(path.glob("*.npy"), key=natural_order)
         if not files:
             raise UserError(f"folder {path} has no .npy or .parquet files: accepted is {ACCEPTED}.")
     else:
@@ -121,7 +121,8 @@ def _open_path(path: Path, columns: Sequence[str] | None) -> Source:
     return parts[0] if len(parts) == 1 else Concatenated(parts, str(path))
 
 
-def _natural(path: Path) -> list[tuple[int, str]]:
+def natural_order(path: Path) -> list[tuple[int, str]]:
+    """A key for sorting: part-2 comes before part-10."""
     return [
         (int(piece), "") if piece.isdigit() else (-1, piece)
         for piece in re.split(r"(\d+)", path.name)
@@ -129,7 +130,7 @@ def _natural(path: Path) -> list[tuple[int, str]]:
 
 
 def _open_parquet(path: Path, columns: Sequence[str] | None) -> Source:
-    files = sorted(path.glob("*.parquet"), key=_natural) if path.is_dir() else [path]
+    files = sorted(path.glob("*.parquet"), key=natural_order) if path.is_dir() else [path]
     if not files:
         raise UserError(f"folder {path} has no .parquet files: accepted is {ACCEPTED}.")
     parts = [ParquetSource(file, columns) for file in files]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import weakref
 from collections.abc import Sequence
@@ -23,6 +24,7 @@ class RawFile(Source):
         self.name = str(path)
         self._path = path
         self._offset = offset
+        self.example_shape: tuple[int, ...] = (int(shape[1]),)
         self._swapped = not dtype.isnative
         self._by_column = by_column
         self.n_rows, self.n_features = map(int, shape)
@@ -81,8 +83,15 @@ class RawFile(Source):
                 left, position = left[n:], position + n
 
 
-def open_npy(path: Path, vector: bool = False) -> RawFile:
-    """A .npy file; with ``vector``, one of one dimension as a single column."""
+def open_npy(path: Path, vector: bool = False, flatten: bool = False) -> RawFile:
+    """A .npy file.
+
+    Args:
+      path: of it.
+      vector: whether an array of one dimension is taken as a single column.
+      flatten: whether what an array of more than two dimensions holds of a row is taken as one
+        after the other; ``example_shape`` of the source is its shape.
+    """
     form = np.lib.format
     with readable(path), open(path, "rb") as file:
         try:
@@ -104,12 +113,23 @@ def open_npy(path: Path, vector: bool = False) -> RawFile:
         dtype = np.dtype(ml_dtypes.bfloat16)
     if vector and len(shape) == 1:
         shape, by_column = (*shape, 1), False
-    check_matrix(shape, dtype, str(path))
-    expected = offset + shape[0] * shape[1] * dtype.itemsize
+    sizes: list[int] = [*map(int, shape)]
+    example_shape = tuple(sizes[1:])
+    if flatten and len(sizes) > 2:
+        if by_column:
+            raise UserError(
+                f"{path} is of shape {sizes} in Fortran order: accepted are more than two "
+                "dimensions in C order only."
+            )
+        sizes = [sizes[0], math.prod(example_shape)]
+    check_matrix(sizes, dtype, str(path))
+    expected = offset + sizes[0] * sizes[1] * dtype.itemsize
     if size != expected:
         raise UserError(
             f"{path} {'is truncated' if size < expected else 'is longer than it says'}: it has "
             f"{size:,} bytes, accepted are {expected:,}, as its header says (is it still being "
             "written?)."
         )
-    return RawFile(path, offset, shape, dtype, by_column and shape[1] > 1)
+    file = RawFile(path, offset, sizes, dtype, by_column and sizes[1] > 1)
+    file.example_shape = example_shape
+    return file

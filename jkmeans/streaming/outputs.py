@@ -80,10 +80,10 @@ def predict_stream(
     n = feeder.source.n_rows
     counts, inertia = np.zeros(len(centroids), np.int64), 0.0
     with contextlib.ExitStack() as stack:
-        write_labels = stack.enter_context(_npy(output_path, (n,), np.dtype(np.int32)))
+        write_labels = stack.enter_context(npy_file(output_path, (n,), np.dtype(np.int32)))
         write_distances = None
         if distances_path is not None:
-            write_distances = stack.enter_context(_npy(distances_path, (n,), centroids.dtype))
+            write_distances = stack.enter_context(npy_file(distances_path, (n,), centroids.dtype))
         for chunk, found in _map(feeder, _assign, centroids, "labels", progress):
             labels, distances = found
             total = float(np.sum(distances, dtype=np.float64))
@@ -124,7 +124,7 @@ def transform_stream(
     extra = 8 * len(centroids)
     feeder, centroids = _prepare(source, centroids, mesh, memory_budget, chunk_rows, extra)
     shape = (feeder.source.n_rows, len(centroids))
-    with _npy(output_path, shape, centroids.dtype) as write:
+    with npy_file(output_path, shape, centroids.dtype) as write:
         for chunk, (distances,) in _map(feeder, _distances, centroids, "distances", progress):
             if not np.isfinite(distances).all():
                 refuse_not_finite(chunk.rows, None, chunk.start, feeder.source.name)
@@ -251,7 +251,7 @@ def _distances(x: jax.Array, centroids: jax.Array) -> tuple[jax.Array, ...]:
 
 
 @contextlib.contextmanager
-def _npy(
+def npy_file(
     path: str | Path, shape: tuple[int, ...], dtype: np.dtype
 ) -> Iterator[Callable[[np.ndarray], None]]:
     """A .npy file that is written from its start to its end, and is there when it is complete.

@@ -1,0 +1,134 @@
+"""A connection to Ray: found quickly or refused in a sentence, and gone at the end."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import socket
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+from jkmeans.errors import UserError
+
+# To find a cluster: both together stay below ten seconds.
+_KNOCK_SECONDS = 2.0
+_JOIN_SECONDS = 7.0
+
+WORKER_ENVIRONMENT = {"XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false"}
+"""Each worker has one core; fake devices of tests are for the process that started them."""
+
+_RAY_ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",  # Nothing is sent to anybody.
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # A warning of what Ray will do one day.
+    # What it says of every death; the run says so itself, on one line.
+    "RAY_DEDUP_LOGS_SKIP_REGEX": "will be retried|died or was killed while executing",
+}
+
+
+def import_ray() -> Any:
+    """Ray, or the sentence that says how to get it.
+
+    Raises:
+      UserError: it is not installed.
+    """
+    for name, value in _RAY_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    try:
+        import ray
+    except ImportError as error:
+        raise UserError(
+            'Ray is not installed, which this needs; accepted: pip install "jkmeans[ray]"'
+        ) from error
+    return ray
+
+
+@contextlib.contextmanager
+def session(address: str, n_cpus: int, option: str = "config.ray.address") -> Iterator[Any]:
+    """A connection to Ray, whose processes are gone at the end if they are ours.
+
+    Args:
+      address: ``local`` for a cluster that begins and ends with the session; ``auto`` or host:port
+        for one that is there.
+      n_cpus: of a local cluster.
+      option: what the user calls the address.
+
+    Raises:
+      UserError: Ray is not installed, or there is no cluster.
+    """
+    ray = import_ray()
+    if ray.is_initialized():  # The caller's own.
+        yield ray
+        return
+    options: dict[str, Any] = {
+        "log_to_driver": False,
+        "logging_level": logging.ERROR,
+        "include_dashboard": False,
+    }
+    if address == "local":
+        options["num_cpus"] = n_cpus
+    else:
+        find_cluster(address, option)
+        del options["include_dashboard"]
+    try:
+        with warnings.catch_warnings():
+            # JAX warns of forks; the children of Ray's start other programs at once.
+            warnings.filterwarnings("ignore", message=r"os\.fork\(\)", category=RuntimeWarning)
+            ray.init(address=address, **options)
+    except Exception as error:  # Where a machine is too busy, a plain Exception.
+        reason = str(error).split("\n")[0]
+        if address == "local":
+            raise UserError(
+                f"Ray did not begin on this machine ({reason}); accepted: the same command when it "
+                f"is less busy, or {option} of a cluster that runs"
+            ) from error
+        raise _no_cluster(address, option, reason) from error
+    try:
+        yield ray
+    finally:
+        ray.shutdown()
+
+
+def find_cluster(address: str, option: str) -> None:
+    """Asks whether a cluster answers, in a few seconds: ``ray.init`` itself would wait for long."""
+    if address == "auto":
+        # One that was killed leaves its address behind, and so may RAY_ADDRESS.
+        reason = "none runs on this machine, or what RAY_ADDRESS names does not answer"
+    else:
+        _knock(address, option)
+        reason = (
+            "what listens there is no cluster that has this machine in it, or wants a token and "
+            "RAY_AUTH_MODE=token is not set"
+        )
+    # A process of its own tries to join, because it can be given up.
+    program = "import sys, ray; ray.init(address=sys.argv[1], log_to_driver=False)"
+    try:
+        subprocess.run(
+            [sys.executable, "-c", program, address],
+            check=True,
+            capture_output=True,
+            timeout=_JOIN_SECONDS,
+        )
+    except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
+        raise _no_cluster(address, option, reason) from error
+
+
+def _knock(address: str, option: str) -> None:
+    """Asks whether anything listens at host:port."""
+    host, separator, port = address.rpartition(":")
+    if not separator or not host or "/" in address or not port.isdigit():
+        raise UserError(f"{option} is {address!r}; accepted: 'local', 'auto' or host:port")
+    try:
+        socket.create_connection((host, int(port)), timeout=_KNOCK_SECONDS).close()
+    except (OSError, OverflowError) as error:
+        raise _no_cluster(address, option, str(error)) from error
+
+
+def _no_cluster(address: str, option: str, reason: str) -> UserError:
+    return UserError(
+        f"no Ray cluster at {option} {address!r} ({reason}); accepted: 'local', or the "
+        "address of a cluster that runs ('ray start --head' begins one)"
+    )
