@@ -9,10 +9,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from jax.sharding import PartitionSpec
 
-from jkmeans.kmeans import assign, assignment, certified, nearest
+from jkmeans import KMeans
+from jkmeans.kmeans import KMeansResult, assign, assignment, certified, lloyd, nearest
 from jkmeans.kmeans.certified import CERTIFIED, COMPARED, RECOMPUTED, certified_nearest
+from jkmeans.sharding import make_mesh
 
+ROWS, SAME = PartitionSpec("data"), PartitionSpec()
 EXACT = ("exact", "exact-tf32")
 _program = jax.jit(certified_nearest, static_argnames=("precision", "block_size"))
 _full = jax.jit(nearest)
@@ -243,23 +247,22 @@ def test_under_vmap_and_grad():
     rng = np.random.default_rng(7)
     x = rng.normal(size=(60, 5)).astype(np.float32)
     centroids = rng.normal(size=(3, 9, 5)).astype(np.float32)
-    labels = jax.vmap(lambda c: assign(x, c, precision="exact", block_size=16).labels)(centroids)
+    of_sets = jax.jit(jax.vmap(lambda c: assign(x, c, precision="exact", block_size=16).labels))
+    labels = of_sets(centroids)
     for i in range(3):
         np.testing.assert_array_equal(labels[i], squared_distances(x, centroids[i]).argmin(axis=1))
 
     def inertia(x, precision):
         return jnp.sum(assign(x, centroids[0], precision=precision).distances)
 
-    np.testing.assert_array_equal(jax.grad(inertia)(x, "exact"), jax.grad(inertia)(x, "full"))
+    gradient = jax.jit(jax.grad(inertia), static_argnums=1)
+    np.testing.assert_array_equal(gradient(x, "exact"), gradient(x, "full"))
 
 
 def test_over_a_mesh(on_eight_devices):
-    from jax.sharding import PartitionSpec
-
     rng = np.random.default_rng(8)
     x = rng.normal(size=(320, 5)).astype(np.float32)
-    rows = PartitionSpec("data")
-    program = on_eight_devices(certified_nearest, certified.Certified(rows, rows), replicated=(1,))
+    program = on_eight_devices(certified_nearest, certified.Certified(ROWS, ROWS), replicated=(1,))
     found = program(x, x[:9])
     np.testing.assert_array_equal(found.labels, squared_distances(x, x[:9]).argmin(axis=1))
 
@@ -294,3 +297,81 @@ def test_an_unknown_precision_is_an_error():
         certified_nearest(x, x[:2], precision="full")
     with pytest.raises(ValueError, match="expected 'full' where centroids are sharded"):
         nearest(x, x[:2], precision="exact", centroid_axis="model")
+
+
+_lloyd = jax.jit(lloyd, static_argnames=("precision", "algorithm"))
+
+
+def test_lloyd_takes_the_same_steps_and_tells_what_it_recomputed(blobs, on_eight_devices):
+    weights = np.random.default_rng(0).integers(0, 3, len(blobs)).astype(np.float32)
+    expected = _lloyd(blobs, blobs[:6], weights=weights, algorithm="lloyd")
+    result = _lloyd(blobs, blobs[:6], weights=weights, precision="exact")
+    assert expected.recomputed is None
+    assert jax.tree.structure(expected) != jax.tree.structure(result)
+    for name in ("labels", "centroids", "inertia", "n_iter", "counts"):
+        np.testing.assert_array_equal(getattr(result, name), getattr(expected, name))
+
+    # The share by hand: all assignments of the fit, one after the other.
+    shares, centroids = [], jnp.asarray(blobs[:6])
+    for _ in range(int(expected.n_iter)):
+        shares.append(certified.share(_program(blobs, centroids).levels, weights))
+        centroids = _lloyd(blobs, centroids, weights=weights, max_iter=1).centroids
+    assert 0 < result.recomputed < 0.3
+    assert result.recomputed == pytest.approx(np.mean(shares), rel=1e-2)
+
+    specs = KMeansResult(SAME, ROWS, ROWS, SAME, SAME, SAME, SAME, SAME, SAME)
+    program = on_eight_devices(
+        lambda x, w, c: lloyd(x, c, weights=w, precision="exact", axis_name="data"),
+        specs,
+        replicated=(2,),
+    )
+    sharded = program(blobs, weights, blobs[:6])
+    np.testing.assert_array_equal(sharded.labels, expected.labels)
+    assert sharded.recomputed == pytest.approx(float(result.recomputed), rel=1e-5)
+
+
+def test_lloyd_differentiates_and_only_assigns(blobs):
+    def inertia(x, precision):
+        return lloyd(x, blobs[:6], precision=precision, max_iter=3, algorithm="lloyd").inertia
+
+    gradient = jax.jit(jax.grad(inertia), static_argnums=1)
+    np.testing.assert_array_equal(gradient(blobs, "exact"), gradient(blobs, "full"))
+    result = _lloyd(blobs, blobs[:6], precision="exact", max_iter=0)
+    share = certified.share(_program(blobs, blobs[:6]).levels)
+    assert result.recomputed == pytest.approx(float(share), rel=1e-6)
+
+
+def test_lloyd_refuses_what_does_not_go_together(blobs):
+    with pytest.raises(ValueError, match="precision='exact': expected 'full' with algorithm"):
+        lloyd(blobs, blobs[:6], precision="exact", algorithm="bounds")
+    with pytest.raises(ValueError, match="precision='half': expected one of full, exact"):
+        lloyd(blobs, blobs[:6], precision="half")
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_the_estimator(blobs, deterministic, tmp_path):
+    options = {"n_init": 1, "tol": 0, "init": blobs[:6], "mesh": make_mesh(4)}
+    rows = blobs[:319]  # Padded with a row that does not count.
+    exact = KMeans(6, precision="exact", deterministic=deterministic, **options).fit(rows)
+    full = KMeans(6, deterministic=True, **options).fit(rows)
+    np.testing.assert_array_equal(exact.labels_, full.labels_)
+    np.testing.assert_array_equal(exact.predict(rows), full.labels_)
+    assert exact.n_iter_ == full.n_iter_
+    assert 0 < exact.recomputed_ < 0.3
+    assert full.recomputed_ is None
+    np.save(tmp_path / "rows.npy", rows)
+    with pytest.raises(ValueError, match="precision='exact': expected 'full' where X is a file"):
+        exact.fit(tmp_path / "rows.npy")
+
+
+def test_the_estimator_predicts_as_it_fitted():
+    rng = np.random.default_rng(1)
+    centroids = rng.normal(size=(50, 20)).astype(np.float32)
+    x = centroids[rng.integers(0, 50, (500, 2))].mean(axis=1)
+    model = KMeans(50, init=centroids, n_init=1, max_iter=1, tol=0, precision="fast").fit(x)
+    fast = _program(x, model.cluster_centers_, precision="fast").labels
+    np.testing.assert_array_equal(model.predict(x), fast)
+    np.testing.assert_array_equal(model.labels_, fast)
+    assert model.recomputed_ is None
+    with pytest.raises(ValueError, match="The 'precision' parameter of KMeans must be a str among"):
+        model.set_params(precision="bf16").fit(x)
