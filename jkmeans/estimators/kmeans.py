@@ -154,12 +154,12 @@ class KMeans(CentroidEstimator):
         return self
 
     def _fit_source(self, X: Any, sample_weight: Any) -> KMeans:
+        if self.precision != "full":
+            raise ValueError(f"precision={self.precision!r}: expected 'full' where X is a file")
         if self.deterministic or not (isinstance(self.init, str) or hasattr(self.init, "shape")):
             raise ValueError(
                 "init must be a name or an array, and deterministic False, where X is a file"
             )
-        if self.precision != "full":
-            raise ValueError(f"precision={self.precision!r}: expected 'full' where X is a file")
         by_name = isinstance(self.init, str)
         with opened(X) as (streaming, source):
             result = streaming.fit_stream(

@@ -327,6 +327,29 @@ def _valid(labels: jax.Array, k: int) -> jax.Array:
     return jnp.where(labels < k, labels, 0)  # no score equals NaN
 
 
+def low_scores(
+    x: jax.Array, centroids: jax.Array, precision: str = "exact"
+) -> tuple[jax.Array, jax.Array]:
+    """Scores ½‖c‖² − x·c in low precision and the bounds E on their errors, to probe a device.
+
+    Args:
+      x: [n, d] float32, as it is: not shifted.
+      centroids: [k, d] float32, likewise.
+      precision: "exact" or "exact-tf32".
+
+    Returns:
+      scores and bounds, both [k, n] float32: all of them are in memory.
+    """
+    x, centroids, bits = jnp.asarray(x), jnp.asarray(centroids), _STORED_BITS[precision]
+    origin = jnp.zeros((1, x.shape[1]), x.dtype)
+    at = bounds.geometry(centroids, origin, jnp.zeros((0, 0), jnp.int32))
+    rounded = _rounded(x, bits)
+    of_rows, of_centroids = _radii(x, rounded), _radii(centroids, _rounded(centroids, bits))
+    each = _Radii(of_centroids.size[:, None], of_centroids.change[:, None])
+    row = _Radii(of_rows.size[None], of_rows.change[None])
+    return _low_scores(at, bits)(rounded), _error(each, row, x.shape[1])
+
+
 def share(levels: jax.Array, weights: jax.Array | None = None) -> jax.Array:
     """The share of rows, of those with weight, that were computed anew: [] float32."""
     anew = levels != CERTIFIED

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from jax.sharding import PartitionSpec
 
+from benchmarks.gpu import bound_use
 from jkmeans import KMeans
 from jkmeans.kmeans import KMeansResult, assign, assignment, certified, lloyd, nearest
 from jkmeans.kmeans.certified import CERTIFIED, COMPARED, RECOMPUTED, certified_nearest
@@ -221,26 +222,10 @@ def test_float64_is_the_arithmetic_of_float64():
             np.testing.assert_array_equal(found.labels, expected)
 
 
-@pytest.mark.parametrize("name", ["exact", "exact-tf32"])
-def test_the_bound_holds_and_is_not_idle(name):
-    """Low-precision scores err by less than E, for every pair, against float64."""
-    rng = np.random.default_rng(6)
-    bits = certified._STORED_BITS[name]
-    worst = 0.0
-    for scale in (1.0, 1e4):
-        x = (rng.normal(size=(64, 40)) * scale ** rng.uniform(-1, 1, (64, 40))).astype(np.float32)
-        c = (rng.normal(size=(32, 40)) * scale ** rng.uniform(-1, 1, (32, 40))).astype(np.float32)
-        at = certified.bounds.geometry(jnp.asarray(c), jnp.zeros((1, 40)), jnp.zeros((0, 0), int))
-        rounded = certified._rounded(x, bits)
-        low = certified._low_scores(at, bits)(rounded)
-        rows, cents = certified._radii(x, rounded), certified._radii(c, certified._rounded(c, bits))
-        each = certified._Radii(cents.size[:, None], cents.change[:, None])
-        row = certified._Radii(rows.size[None], rows.change[None])
-        error = np.asarray(certified._error(each, row, 40), np.float64)
-        exact = 0.5 * (c.astype(np.float64) ** 2).sum(axis=1)[:, None]
-        exact = exact - c.astype(np.float64) @ x.astype(np.float64).T
-        worst = max(worst, (np.abs(np.asarray(low, np.float64) - exact) / error).max())
-    assert 0.05 < worst < 1
+@pytest.mark.parametrize("precision", EXACT)
+def test_the_bound_holds_for_every_pair_and_is_not_idle(precision):
+    """Also of numbers between 10⁻⁴ and 10⁴, and of sums that cancel."""
+    assert 0.05 < bound_use(precision, 40) < 1
 
 
 def test_under_vmap_and_grad():
@@ -348,12 +333,12 @@ def test_lloyd_refuses_what_does_not_go_together(blobs):
         lloyd(blobs, blobs[:6], precision="half")
 
 
-@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("deterministic", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_the_estimator(blobs, deterministic, tmp_path):
     options = {"n_init": 1, "tol": 0, "init": blobs[:6], "mesh": make_mesh(4)}
     rows = blobs[:319]  # Padded with a row that does not count.
     exact = KMeans(6, precision="exact", deterministic=deterministic, **options).fit(rows)
-    full = KMeans(6, deterministic=True, **options).fit(rows)
+    full = KMeans(6, deterministic=deterministic, **options).fit(rows)
     np.testing.assert_array_equal(exact.labels_, full.labels_)
     np.testing.assert_array_equal(exact.predict(rows), full.labels_)
     assert exact.n_iter_ == full.n_iter_
