@@ -9,12 +9,12 @@ every centroid. Rows to compute anew are compacted into dense blocks; an N×K ma
 What "exact" means. All evaluations begin with the same shifted rows x and centroids c, as
 `assignment.nearest` makes them, in the dtype T to compute in (float32, or float64). Write
 S = ½‖c‖² − x·c for the true score. A label of level CERTIFIED or COMPARED is the nearest centroid
-in exact arithmetic, of the shifted and of the original rows (in T), and the label that *every* evaluation
-of the scores in T gives, in whatever order its sums are taken. A label of level RECOMPUTED is what
-the routine of `nearest` (`score`, `lowest`) gives for its row. So labels are those of `nearest`,
-except that matrix products of different shapes may add in different orders, and then only in rows
-where T itself cannot tell which centroid is nearer. Ties go to the lowest index: a tie is never
-certified.
+in exact arithmetic, of the shifted rows and of the original ones as T holds them, and the label
+that *every* evaluation of the scores in T gives, in whatever order its sums are taken. A label of
+level RECOMPUTED is what the routine of `nearest` (`score`, `lowest`) gives for its row. So labels
+are those of `nearest`, except that matrix products of different shapes may add in different orders,
+and then only in rows where T itself cannot tell which centroid is nearer. Ties go to the lowest
+index: a tie is never certified.
 
 The bound. Let u be the unit roundoff of float32 (2⁻²⁴), x̂ and ĉ the rounded arrays, δx = x̂ − x and
 δc = ĉ − c (which are exact in T), X = ‖x‖ + ‖δx‖, C = ‖c‖ + ‖δc‖.
