@@ -253,8 +253,11 @@ def bound_use(precision: str, d: int, seed: int = 0) -> float:
 
     On rows of one size, of numbers between 10⁻⁴ and 10⁴, and on sums that cancel, [256, d] each.
     """
+    import jax
+
     from jkmeans.kmeans.certified import low_scores
 
+    probe = jax.jit(low_scores, static_argnames=("precision",))
     rng = np.random.default_rng(seed)
     worst = 0.0
     for spread in (0, 4):
@@ -269,7 +272,7 @@ def bound_use(precision: str, d: int, seed: int = 0) -> float:
                 c[:, 1::2] = -c[:, : d // 2 * 2 : 2] * (1 + 1e-4)
             rows, centroids = x.astype(np.float32), c.astype(np.float32)
             scores, bounds = (
-                np.asarray(a, np.float64) for a in low_scores(rows, centroids, precision)
+                np.asarray(a, np.float64) for a in probe(rows, centroids, precision=precision)
             )
             rows, centroids = rows.astype(np.float64), centroids.astype(np.float64)
             exact = 0.5 * (centroids**2).sum(axis=1)[:, None] - centroids @ rows.T
