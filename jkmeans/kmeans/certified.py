@@ -1,10 +1,11 @@
 """Nearest centroids by products in low precision, with labels that are proven to be exact.
 
 Scores ½‖c‖² − x·c are computed from rows and centroids rounded to a short format, added up in
-float32, and for each row the best two and a lower bound on all others are kept. A bound on the
-rounding of every pair tells which rows are decided. The others, a few in a hundred, are computed
-anew: by two products in full precision where only two centroids are left, and otherwise against
-every centroid. Rows to compute anew are compacted into dense blocks; an N×K matrix never exists.
+float32. With a bound on the rounding of every pair, the two most promising centroids of each row
+are kept, and a lower bound on the scores of all others: they tell which rows are decided. The
+others, a few in a hundred, are computed anew: by two products in full precision where only two
+centroids are left, and otherwise against every centroid. Rows to compute anew are compacted into
+dense blocks; an N×K matrix never exists.
 
 What "exact" means. All evaluations begin with the same shifted rows x and centroids c, as
 `assignment.nearest` makes them, in the dtype T to compute in (float32, or float64). Write
@@ -42,9 +43,11 @@ all multiplied by 1 + 4 (d + 16) u for the rounding of norms and of E itself and
 with d ≤ 2²⁰. Underflow: a number below m = 2⁻¹²⁶ may become 0, as an input, product or sum. Norms
 are therefore taken 2 √(d m) larger, which also covers squares that vanish, and d 2⁻¹²² is added.
 
-Row i, with the best low score at l, is certified if s_l + E_l < min_{k ≠ l} (s_k − E_k). With r the
-centroid of that minimum, only l and r are left if s_l + E_l < min_{k ≠ l, r} (s_k − E_k). Written
-so that NaN and ∞ decide nothing: a row or centroid that the format cannot hold has E = ∞ or NaN.
+A centroid can be the nearest of a row, in any evaluation, only if its s − E is at most the least
+s + E of all. The label is the centroid of least s − E, its rival that of the second. If the second
+least s − E is above the least s + E, the row is certified; if only the third is, label and rival
+are left. Written so that NaN and ∞ decide nothing: a row or centroid that the format cannot hold
+has E = ∞ or NaN.
 
 For the two products in T, E = 2 (d + 16) u_T (½C² + X C) + underflow, with the norms of x and c.
 
@@ -79,6 +82,8 @@ CERTIFIED, COMPARED, RECOMPUTED = 0, 1, 2
 # Bits of the significand that a format stores; exponents have the 8 bits of float32.
 _STORED_BITS = {"exact": 7, "fast": 7, "exact-tf32": 10, "fast-tf32": 10}
 _UNIT = 2.0**-24
+# What underflow may cost, for each feature.
+UNDERFLOW = 2.0**-122
 # Features up to which the bound is proven.
 _MOST_FEATURES = 2**20
 # Numbers of a block of gathered rows and its scores, elsewhere than on a CPU. Not measured.
@@ -159,17 +164,17 @@ def certified_nearest(
         scores = _low_scores(at, bits)
 
         def find(x_bd: jax.Array) -> jax.Array:
-            return lowest(scores(_rounded(shifted(x_bd), bits)), numbers, k)[1]
+            return lowest(scores(rounded(shifted(x_bd), bits)), numbers, k)[1]
 
         labels = _valid(map_rows(find, x, block_size), k)
         return Certified(labels, jnp.full_like(labels, CERTIFIED, jnp.int8))
-    screen = _screening(at, bits)
+    screen = screening(at, bits)
     first = map_rows(lambda x_bd: screen(shifted(x_bd)), x, block_size)
     labels, levels = _compare_pairs(x, at, *first)
     return Certified(*_recompute(x, at, labels, levels, block_size))
 
 
-def _screening(at: bounds.Geometry, bits: int):
+def screening(at: bounds.Geometry, bits: int):
     """A function from shifted rows [b, d] to their labels, rivals and levels, all [b].
 
     The rival is the centroid that the row is to be compared with, where its level is COMPARED.
@@ -177,26 +182,25 @@ def _screening(at: bounds.Geometry, bits: int):
     k, d = at.centroids.shape
     scores = _low_scores(at, bits)
     numbers = jnp.arange(k, dtype=jnp.int32)
-    of_centroids = _radii(at.centroids, _rounded(at.centroids, bits))
+    size, change = radii(at.centroids, rounded(at.centroids, bits))
+    of_centroids = _Radii(size[:, None], change[:, None])
 
     def screen(x_bd: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        rounded = _rounded(x_bd, bits)
-        of_rows = _radii(x_bd, rounded)
-        scores_kb = scores(rounded)
-        best, labels = lowest(scores_kb, numbers, k)
-        labels = _valid(labels, k)
-        own = _Radii(of_centroids.size[labels], of_centroids.change[labels])
-        upper = best + _error(own, of_rows, d)
-        each = _Radii(of_centroids.size[:, None], of_centroids.change[:, None])
-        lower_kb = scores_kb - _error(each, _Radii(of_rows.size[None], of_rows.change[None]), d)
+        low_bd = rounded(x_bd, bits)
+        size, change = radii(x_bd, low_bd)
+        scores_kb = scores(low_bd)
+        errors_kb = _error(of_centroids, _Radii(size[None], change[None]), d)
+        upper = jnp.min(scores_kb + errors_kb, axis=0)
+        lower_kb = scores_kb - errors_kb
+        _, labels = lowest(lower_kb, numbers, k)
         lower_kb = jnp.where(numbers[:, None] == labels[None, :], jnp.inf, lower_kb)
         second, rivals = lowest(lower_kb, numbers, k)
-        rivals = _valid(rivals, k)
         lower_kb = jnp.where(numbers[:, None] == rivals[None, :], jnp.inf, lower_kb)
         third = jnp.min(lower_kb, axis=0)
         # Written so that NaN decides nothing.
         levels = jnp.where(upper < third, COMPARED, RECOMPUTED)
-        return labels, rivals, jnp.where(upper < second, CERTIFIED, levels).astype(jnp.int8)
+        levels = jnp.where(upper < second, CERTIFIED, levels).astype(jnp.int8)
+        return _valid(labels, k), _valid(rivals, k), levels
 
     return screen
 
@@ -211,12 +215,12 @@ def _compare_pairs(
     """
     d = x.shape[1]
     kind = at.centroids.dtype
-    size = _radii(at.centroids, at.centroids, kind).size
+    size = radii(at.centroids, at.centroids, kind).size
     rows = bounds.select(levels == COMPARED)
 
     def compare(carry, rows_b, target, x_bd):
         labels, levels = carry
-        of_rows = _radii(x_bd, x_bd, kind)
+        of_rows = radii(x_bd, x_bd, kind)
 
         def look(numbers: jax.Array) -> tuple[jax.Array, jax.Array]:
             products = jnp.sum(x_bd * at.centroids[numbers], axis=1)
@@ -257,14 +261,14 @@ def _recompute(
     return bounds.over_some(x, at, rows, labels, look, k + d, entries), levels
 
 
-def _rounded(values: jax.Array, bits: int) -> jax.Array:
+def rounded(values: jax.Array, bits: int) -> jax.Array:
     """The nearest numbers with 8 bits of exponent and ``bits`` stored bits of significand."""
     return lax.reduce_precision(values, exponent_bits=8, mantissa_bits=bits)
 
 
 def _low_scores(at: bounds.Geometry, bits: int):
     """A function from rounded rows [b, d] to ½‖c‖² − x̂·ĉ: [k, b] float32."""
-    centroids_kd = _rounded(at.centroids, bits).astype(jnp.float32)
+    centroids_kd = rounded(at.centroids, bits).astype(jnp.float32)
     half_norms = at.half_norms.astype(jnp.float32)
 
     def scores(x_bd: jax.Array) -> jax.Array:
@@ -296,23 +300,28 @@ def _float32_products(left: jax.Array, right: jax.Array) -> jax.Array:
     return lax.dot(left, right, precision=lax.Precision.HIGHEST)
 
 
-def _radii(values: jax.Array, rounded: jax.Array, kind: Any = jnp.float32) -> _Radii:
+def radii(values: jax.Array, low: jax.Array, kind: Any = jnp.float32) -> _Radii:
     """The norms of vectors [m, d] and of what rounding does to them: [m].
 
     ``kind`` is the dtype that scores are computed in, which says what underflows.
     """
     floor = 2 * (values.shape[1] * float(jnp.finfo(kind).tiny)) ** 0.5
-    change = jnp.sqrt(jnp.sum((rounded - values) ** 2, axis=1)) + floor
+    change = jnp.sqrt(jnp.sum((low - values) ** 2, axis=1)) + floor
     return _Radii(jnp.sqrt(jnp.sum(values**2, axis=1)) + change, change)
+
+
+def share_of_sums(d: int) -> float:
+    """4 (d + 16) u: what the rounding of all sums of d terms is bounded by, relative to them."""
+    return 4 * (d + 16) * _UNIT
 
 
 def _error(of_centroids: _Radii, of_rows: _Radii, d: int) -> jax.Array:
     """E of the module's docstring for scores in low precision, in float32."""
     c, dc = (radius.astype(jnp.float32) for radius in of_centroids)
     x, dx = (radius.astype(jnp.float32) for radius in of_rows)
-    sums = 4 * (d + 16) * _UNIT
+    sums = share_of_sums(d)
     # Grouped so that what depends on the row or the centroid alone is computed once.
-    return (1 + sums) * (c * (dx + sums * x) + dc * x + (0.5 * sums * c**2 + d * 2.0**-122))
+    return (1 + sums) * (c * (dx + sums * x) + dc * x + (0.5 * sums * c**2 + d * UNDERFLOW))
 
 
 def _full_error(of_centroids: _Radii, of_rows: _Radii, d: int) -> jax.Array:
@@ -343,11 +352,11 @@ def low_scores(
     x, centroids, bits = jnp.asarray(x), jnp.asarray(centroids), _STORED_BITS[precision]
     origin = jnp.zeros((1, x.shape[1]), x.dtype)
     at = bounds.geometry(centroids, origin, jnp.zeros((0, 0), jnp.int32))
-    rounded = _rounded(x, bits)
-    of_rows, of_centroids = _radii(x, rounded), _radii(centroids, _rounded(centroids, bits))
+    low = rounded(x, bits)
+    of_rows, of_centroids = radii(x, low), radii(centroids, rounded(centroids, bits))
     each = _Radii(of_centroids.size[:, None], of_centroids.change[:, None])
     row = _Radii(of_rows.size[None], of_rows.change[None])
-    return _low_scores(at, bits)(rounded), _error(each, row, x.shape[1])
+    return _low_scores(at, bits)(low), _error(each, row, x.shape[1])
 
 
 def share(levels: jax.Array, weights: jax.Array | None = None) -> jax.Array:
