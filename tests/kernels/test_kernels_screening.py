@@ -12,6 +12,7 @@ from jkmeans.kmeans import bounds, certified
 interpreter = pytest.importorskip("jax._src.pallas.mosaic_gpu.interpret.params")
 
 
+@pytest.mark.filterwarnings("ignore:(overflow|invalid value):RuntimeWarning")
 def test_agrees_with_the_plain_function():
     # Neither rows, centroids nor features fill their tiles.
     rng = np.random.default_rng(0)
