@@ -56,7 +56,7 @@ class KMeans(CentroidEstimator):
       deterministic: whether results are to have the same bits on any number of devices.
       precision: how rows are compared with centroids. "full": in float32 (float64 for such X).
         "exact": by products in bfloat16 with a proven bound on their rounding; rows that it does
-        not decide, usually a few in a hundred, are computed anew, and labels are those of "full"
+        not decide, some in a hundred, are computed anew, and labels are those of "full"
         (see docs/exactness.md). "exact-tf32": the same with TensorFloat-32. "fast", "fast-tf32":
         the labels of these products as they are. Centroids and inertia are always in full
         precision, and so are the labels of files. Made for GPUs, and not measured there yet: on a

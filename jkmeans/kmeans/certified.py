@@ -3,9 +3,9 @@
 Scores ½‖c‖² − x·c are computed from rows and centroids rounded to a short format, added up in
 float32. With a bound on the rounding of every pair, the two most promising centroids of each row
 are kept, and a lower bound on the scores of all others: they tell which rows are decided. The
-others, a few in a hundred, are computed anew: by two products in full precision where only two
-centroids are left, and otherwise against every centroid. Rows to compute anew are compacted into
-dense blocks; an N×K matrix never exists.
+others, 3 to 18 in a hundred where it was measured, are computed anew: by two products in full
+precision where only two centroids are left, and otherwise against every centroid. Rows to compute
+anew are compacted into dense blocks; an N×K matrix never exists.
 
 What "exact" means. All evaluations begin with the same shifted rows x and centroids c, as
 `assignment.nearest` makes them, in the dtype T to compute in (float32, or float64). Write
