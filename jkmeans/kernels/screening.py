@@ -153,7 +153,8 @@ def screen(
                 plgpu.wgmma_wait(0)
                 return accumulator[...]
 
-            products = pl.run_scoped(multiply, plgpu.ACC((ROWS, CENTROIDS), jnp.float32))
+            room = plgpu.ACC((ROWS, CENTROIDS), jnp.float32)  # pyright: ignore[reportPrivateImportUsage]
+            products = pl.run_scoped(multiply, room)
             scores = across(h) - products
             errors = across(size) * spread(a_b) + across(change) * spread(b_b) + across(q)
             number = tile * CENTROIDS + lax.broadcasted_iota(jnp.int32, (ROWS, CENTROIDS), 1)
@@ -179,15 +180,15 @@ def screen(
         zero = jnp.zeros((ROWS,), jnp.int32)
         start = (infinite, infinite, zero, infinite, zero, infinite)
         upper, _, i, two, j, three = lax.fori_loop(0, n_tiles, step, start)
-        for room, output, value in zip(
+        for shared, output, value in zip(
             (results, numbers, numbers, results, results),
             outputs,
             (upper, i, j, two, three),
             strict=True,
         ):
-            room[...] = value
+            shared[...] = value
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(room, output.at[mine])
+            plgpu.copy_smem_to_gmem(shared, output.at[mine])
             plgpu.wait_smem_to_gmem(0)
 
     tiled = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))

@@ -218,7 +218,7 @@ def _iterate(
     local_inertia = per_block(inertia_of, axis_name)
 
     def assign_rows(state: _State) -> tuple[jax.Array, bounds.Knowledge | None, jax.Array | None]:
-        if certifies:
+        if state.recomputed is not None:
             labels, levels = find_certified(x, state.centroids)
             return labels, None, state.recomputed + certified.share(levels, weights)
         if state.known is None:
@@ -286,7 +286,8 @@ def _iterate(
         n_assigned = state.n_iter + state.labels_fit
         n_rows = x.shape[0] if weights is None else jnp.sum(weights > 0)
         n_rows = jnp.asarray(n_rows, jnp.float32)
-        total, n_rows = all_sum((state.recomputed * n_rows, n_rows), axis_name)
+        share = jnp.asarray(state.recomputed)
+        total, n_rows = all_sum((share * n_rows, n_rows), axis_name)
         return total / jnp.maximum(n_rows * n_assigned, 1)
 
     state = _State(
