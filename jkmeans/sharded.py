@@ -29,17 +29,25 @@ from jkmeans.kmeans.collectives import AxisName, Blocks, row_numbers
 
 
 def result_specs(kind: type, by_row: tuple[str, ...] = ("labels", "distances")) -> Any:
-    """Where the fields of a NamedTuple of results lie: those named by row, others everywhere."""
+    """Where the fields of a NamedTuple of results lie: those named by row, others everywhere.
+
+    Fields that have a default are not always there, and are left out.
+    """
+    fields = getattr(kind, "_fields")  # noqa: B009, which no type checker knows
+    optional = getattr(kind, "_field_defaults")  # noqa: B009
     return kind(
         *(
             sharding.SHARDED if field in by_row else sharding.REPLICATED
-            for field in getattr(kind, "_fields")  # noqa: B009, which no type checker knows
+            for field in fields
+            if field not in optional
         )
     )
 
 
 RESULT_SPECS = result_specs(kmeans.KMeansResult)
 """How a KMeansResult lies on the mesh."""
+CERTIFIED_SPECS = RESULT_SPECS._replace(recomputed=sharding.REPLICATED)
+"""How it does where labels come from low precision and the share computed anew is told."""
 LARGE_K_SPECS = RESULT_SPECS._replace(centroids=sharding.BY_CENTROID, counts=sharding.BY_CENTROID)
 """How it lies on a mesh with an axis of centroids."""
 _ALIGNMENT = 64
@@ -314,6 +322,13 @@ def fit_rows(
     if drawn_here:
         static["n_init"] = 1
 
+    if large_k:
+        specs = LARGE_K_SPECS
+    elif str(options.get("precision", "full")).startswith("exact"):
+        specs = CERTIFIED_SPECS
+    else:
+        specs = RESULT_SPECS
+
     def run_once(restart: int) -> kmeans.KMeansResult:
         everywhere = (sharding.REPLICATED,) * 6
         return run(
@@ -325,7 +340,7 @@ def fit_rows(
             max_iter,
             tol,
             rows.n_rows,
-            out_specs=LARGE_K_SPECS if large_k else RESULT_SPECS,
+            out_specs=specs,
             argument_specs=(everywhere[0], sharding.BY_CENTROID, *everywhere[2:])
             if large_k
             else None,
@@ -345,13 +360,16 @@ def fit_rows(
         return cut(best, rows.n_rows)
 
 
-def assign(x: Any, centroids: Any, *, mesh: Mesh | None = None) -> kmeans.Assignment:
+def assign(
+    x: Any, centroids: Any, *, mesh: Mesh | None = None, **options: Any
+) -> kmeans.Assignment:
     """`kmeans.assign` on the devices of a mesh.
 
     Args:
       x: [n, d], see ``place``.
       centroids: [k, d].
       mesh: as in ``fit``.
+      **options: static keyword arguments of ``kmeans.assign``.
 
     Returns:
       Assignment(labels [n] int32, distances [n] float, squared).
@@ -359,17 +377,17 @@ def assign(x: Any, centroids: Any, *, mesh: Mesh | None = None) -> kmeans.Assign
     specs = result_specs(kmeans.Assignment)
     with precision(x, centroids):
         rows = place(x, mesh=mesh)
-        result = run(_assign, rows, centroids, out_specs=specs)
+        result = run(_assign, rows, centroids, out_specs=specs, **options)
         return kmeans.Assignment(
             unpadded(result.labels, rows.n_rows), unpadded(result.distances, rows.n_rows)
         )
 
 
-def nearest(x: Any, centroids: Any, *, mesh: Mesh | None = None) -> jax.Array:
+def nearest(x: Any, centroids: Any, *, mesh: Mesh | None = None, **options: Any) -> jax.Array:
     """`kmeans.nearest` on the devices of a mesh: [n] int32; arguments as in ``assign``."""
     with precision(x, centroids):
         rows = place(x, mesh=mesh)
-        labels = run(_nearest, rows, centroids, out_specs=sharding.SHARDED)
+        labels = run(_nearest, rows, centroids, out_specs=sharding.SHARDED, **options)
         return unpadded(labels, rows.n_rows)
 
 
@@ -640,14 +658,14 @@ def _fit_large_k(
     )
 
 
-def _assign(x, weights, centroids, *, axis_name):
+def _assign(x, weights, centroids, *, axis_name, **options):
     del weights, axis_name
-    return kmeans.assign(x, centroids)
+    return kmeans.assign(x, centroids, **options)
 
 
-def _nearest(x, weights, centroids, *, axis_name):
+def _nearest(x, weights, centroids, *, axis_name, **options):
     del weights, axis_name
-    return kmeans.nearest(x, centroids)
+    return kmeans.nearest(x, centroids, **options)
 
 
 def _evaluate(x, weights, centroids, *, axis_name):

@@ -105,7 +105,8 @@ class CentroidEstimator(
         if is_source(X):
             return self._predict_source(X)
         X = read_rows(self, X, reset=False)
-        return to_numpy(sharded.nearest(X, self.cluster_centers_, mesh=self.mesh))
+        labels = sharded.nearest(X, self.cluster_centers_, mesh=self.mesh, **self._precision)
+        return to_numpy(labels)
 
     def transform(self, X: Any) -> np.ndarray:
         """The Euclidean distance of each row to each centroid.
@@ -156,6 +157,12 @@ class CentroidEstimator(
                     source, self.cluster_centers_, path, mesh=self._stream_mesh
                 )
             )
+
+    @property
+    def _precision(self) -> dict[str, str]:
+        """The option of the core that says how scores are computed, where it is not its default."""
+        precision = getattr(self, "precision", "full")
+        return {} if precision == "full" else {"precision": precision}
 
     @property
     def _stream_mesh(self) -> Mesh:

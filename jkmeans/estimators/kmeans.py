@@ -16,7 +16,7 @@ from jkmeans import sharded
 from jkmeans.estimators.base import COMMON_CONSTRAINTS, CentroidEstimator, to_numpy
 from jkmeans.estimators.files import is_source, opened
 from jkmeans.estimators.inputs import random_key, read_centroids, read_rows, read_weights
-from jkmeans.kmeans import KMeansResult
+from jkmeans.kmeans import PRECISIONS, KMeansResult
 
 CORE_NAMES = {"k-means++": "k-means++", "k-means||": "k-means||", "random": "sample"}
 
@@ -54,6 +54,13 @@ class KMeans(CentroidEstimator):
         devices that X lies on, or else the default one. Not part of a pickle.
       oversampling_factor: candidates of a round of "k-means||", divided by k.
       deterministic: whether results are to have the same bits on any number of devices.
+      precision: how rows are compared with centroids. "full": in float32 (float64 for such X).
+        "exact": by products in bfloat16 with a proven bound on their rounding; rows that it does
+        not decide, some in a hundred, are computed anew, and labels are those of "full"
+        (see docs/exactness.md). "exact-tf32": the same with TensorFloat-32. "fast", "fast-tf32":
+        the labels of these products as they are. Centroids and inertia are always in full
+        precision, and so are the labels of files. Made for GPUs, and not measured there yet: on a
+        CPU "full" is the fastest.
 
     Attributes:
       cluster_centers_: [k, d] float32 or float64.
@@ -62,6 +69,8 @@ class KMeans(CentroidEstimator):
       n_iter_: iterations of the best restart.
       n_features_in_: d.
       feature_names_in_: [d], if X is a data frame with names.
+      recomputed_: with precision "exact" or "exact-tf32", the share of rows that were computed
+        anew, over all iterations of the best restart; else None.
     """
 
     _streams: ClassVar[bool] = True
@@ -71,6 +80,7 @@ class KMeans(CentroidEstimator):
         "algorithm": [StrOptions({"lloyd", "elkan"})],
         "oversampling_factor": [Interval(Real, 0, None, closed="neither")],
         "deterministic": ["boolean"],
+        "precision": [StrOptions(set(PRECISIONS))],
     }
 
     def __init__(
@@ -88,6 +98,7 @@ class KMeans(CentroidEstimator):
         mesh=None,
         oversampling_factor=2.0,
         deterministic=False,
+        precision="full",
     ):
         self.n_clusters = n_clusters
         self.init = init
@@ -101,6 +112,7 @@ class KMeans(CentroidEstimator):
         self.mesh = mesh
         self.oversampling_factor = oversampling_factor
         self.deterministic = deterministic
+        self.precision = precision
 
     def fit(self, X: Any, y: Any = None, sample_weight: Any = None) -> KMeans:
         """Computes k-means.
@@ -133,12 +145,17 @@ class KMeans(CentroidEstimator):
             self.labels_ = to_numpy(result.labels)
             self.inertia_ = float(result.inertia)
             self.n_iter_ = int(result.n_iter)
+            share = result.recomputed
+            self.recomputed_ = None if share is None else float(share)
         warn_of_missing_clusters(self)
         if self.verbose:
-            print(f"{self.n_iter_} iterations, inertia {self.inertia_}.")
+            anew = "" if share is None else f", {share:.2%} of rows computed anew"
+            print(f"{self.n_iter_} iterations, inertia {self.inertia_}{anew}.")
         return self
 
     def _fit_source(self, X: Any, sample_weight: Any) -> KMeans:
+        if self.precision != "full":
+            raise ValueError(f"precision={self.precision!r}: expected 'full' where X is a file")
         if self.deterministic or not (isinstance(self.init, str) or hasattr(self.init, "shape")):
             raise ValueError(
                 "init must be a name or an array, and deterministic False, where X is a file"
@@ -162,6 +179,7 @@ class KMeans(CentroidEstimator):
             self.cluster_centers_ = np.array(result.centroids)
             self.inertia_, self.n_iter_ = float(result.inertia), int(result.n_iter)
             self.labels_ = self._predict_source(source)
+            self.recomputed_ = None
         warn_of_missing_clusters(self)
         return self
 
@@ -194,6 +212,7 @@ class KMeans(CentroidEstimator):
         """The restarts from a named initialisation, or the one from an array."""
         # Keywords of the core that are only given where they are not its default.
         options: dict[str, Any] = {"deterministic": True} if self.deterministic else {}
+        options |= self._precision
         if isinstance(init, str) and init == "k-means||":
             options["oversampling_factor"] = float(self.oversampling_factor)
         return sharded.fit_rows(

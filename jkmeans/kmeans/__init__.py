@@ -1,6 +1,13 @@
 """k-means on arrays: pure functions, usable under jit, vmap, grad and shard_map."""
 
-from jkmeans.kmeans.assignment import Assignment, assign, nearest, squared_distances
+from jkmeans.kmeans.assignment import (
+    PRECISIONS,
+    Assignment,
+    assign,
+    nearest,
+    squared_distances,
+)
+from jkmeans.kmeans.certified import Certified, certified_nearest
 from jkmeans.kmeans.fit import fit
 from jkmeans.kmeans.initialization import (
     INITIALIZATIONS,
@@ -24,13 +31,16 @@ __all__ = [
     "EMPTY_POLICIES",
     "INITIALIZATIONS",
     "MAX_RELOCATIONS",
+    "PRECISIONS",
     "Assignment",
+    "Certified",
     "ClusterStatistics",
     "KMeansResult",
     "add",
     "all_reduce",
     "assign",
     "centroids_from",
+    "certified_nearest",
     "cluster_statistics",
     "fit",
     "kmeans_parallel",

@@ -15,6 +15,8 @@ from jkmeans.kmeans.collectives import AxisName, all_sum, axis_index, n_devices
 _FEW_FEATURES = 8
 # Numbers in all centroids together up to which they are compared one by one.
 _FEW_NUMBERS = 64
+PRECISIONS = ("full", "exact", "exact-tf32", "fast", "fast-tf32")
+"""How scores are computed: see `nearest` and ``certified.py``."""
 
 
 class Assignment(NamedTuple):
@@ -72,6 +74,7 @@ def nearest(
     *,
     block_size: int | None = None,
     centroid_axis: AxisName = None,
+    precision: str = "full",
 ) -> jax.Array:
     """The label of each row's nearest centroid, without its distance.
 
@@ -86,10 +89,25 @@ def nearest(
         suits the device.
       centroid_axis: the mesh axis that centroids are sharded over, the same number on each of its
         devices; None if all of them are here.
+      precision: "full" for every score in float32 or float64. "exact" for products in bfloat16 with
+        a proven bound on their rounding: rows that it does not decide are computed anew in full
+        precision, and labels are the same (see ``certified.py`` for what that means where float32
+        itself cannot tell); "exact-tf32" for the same with TensorFloat-32. "fast" and "fast-tf32"
+        for the labels of such products as they are. Made for GPUs: slower than "full" on a CPU.
 
     Returns:
       [n] int32, among all centroids. Ties go to the lowest index; a row that holds NaN gets 0.
+
+    Raises:
+      ValueError: ``precision`` is none of PRECISIONS, or not "full" with a ``centroid_axis``.
     """
+    check_precision(precision, centroid_axis)
+    if precision != "full":
+        # It is built on this module.
+        from jkmeans.kmeans.certified import certified_nearest
+
+        found = certified_nearest(x, centroids, precision=precision, block_size=block_size)
+        return found.labels
     x, centroids = jnp.asarray(x), jnp.asarray(centroids)
     k = centroids.shape[0]
     dtype = accumulation_dtype(x, centroids)
@@ -101,7 +119,7 @@ def nearest(
         middle = all_sum(jnp.where(is_first, middle, 0), centroid_axis)
     shifted_kd = centroids - middle
     half_norms = 0.5 * jnp.sum(shifted_kd**2, axis=1)
-    if k * x.shape[1] <= _FEW_NUMBERS and centroid_axis is None:
+    if is_few(k, x.shape[1]) and centroid_axis is None:
         return _nearest_of_few(x, middle, shifted_kd, half_norms)
     numbers = jnp.arange(k, dtype=jnp.int32) + k * axis_index(centroid_axis)
     n_centroids = k * n_devices(centroid_axis)
@@ -118,6 +136,19 @@ def nearest(
         best = lax.pmin(scores, centroid_axis)
         labels = lax.pmin(jnp.where(scores == best, labels, n_centroids), centroid_axis)
     return jnp.where(labels < n_centroids, labels, 0)  # no score equals NaN
+
+
+def check_precision(precision: str, centroid_axis: AxisName = None) -> None:
+    """Raises ValueError if scores cannot be computed in this way."""
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision={precision!r}: expected one of {', '.join(PRECISIONS)}")
+    if precision != "full" and centroid_axis is not None:
+        raise ValueError(f"precision={precision!r}: expected 'full' where centroids are sharded")
+
+
+def is_few(k: int, d: int) -> bool:
+    """Whether centroids are so few and so short that no matrix product is worth it."""
+    return k * d <= _FEW_NUMBERS
 
 
 def _nearest_of_few(
@@ -214,7 +245,13 @@ def squared_distances(
     return jnp.concatenate([blocks, of_rows(n - rows)[rows - rest :]]) if rest else blocks
 
 
-def assign(x: jax.Array, centroids: jax.Array, *, block_size: int | None = None) -> Assignment:
+def assign(
+    x: jax.Array,
+    centroids: jax.Array,
+    *,
+    block_size: int | None = None,
+    precision: str = "full",
+) -> Assignment:
     """The nearest centroid of each row in squared Euclidean distance, and that distance.
 
     Args:
@@ -222,11 +259,12 @@ def assign(x: jax.Array, centroids: jax.Array, *, block_size: int | None = None)
       centroids: [k, d].
       block_size: the largest number of rows whose scores are in memory at a time; None for what
         suits the device.
+      precision: how labels are found, see `nearest`; distances are always in full precision.
 
     Returns:
       Assignment(labels [n] int32, distances [n] float). Ties go to the lowest index. A row that
       holds NaN gets a valid label and the distance NaN. The distances are differentiable with
       respect to x and centroids, the labels held fixed: the gradient of k-means' inertia.
     """
-    labels = nearest(x, centroids, block_size=block_size)
+    labels = nearest(x, centroids, block_size=block_size, precision=precision)
     return Assignment(labels, squared_distances(x, centroids, labels))

@@ -305,7 +305,7 @@ def evaluate(x: jax.Array, at: Geometry, bounds: Bounds) -> Bounds:
                 tight(x_bd),
             )
 
-        return _over_some(x, at, rows, bounds, look_once, d + size)
+        return over_some(x, at, rows, bounds, look_once, d + size)
 
     def tighten(carry: Bounds, rows_b: jax.Array, target: jax.Array, x_bd: jax.Array) -> Bounds:
         labels = carry.labels.at[rows_b].get(mode="clip")
@@ -318,7 +318,7 @@ def evaluate(x: jax.Array, at: Geometry, bounds: Bounds) -> Bounds:
             upper=carry.upper.at[target].set(upper, mode="drop"),
         )
 
-    bounds = _over_some(x, at, rows, bounds, tighten, 2 * d)
+    bounds = over_some(x, at, rows, bounds, tighten, 2 * d)
 
     def look_at_group(g, bounds: Bounds) -> Bounds:
         numbers = at.order[g]
@@ -351,7 +351,7 @@ def evaluate(x: jax.Array, at: Geometry, bounds: Bounds) -> Bounds:
             )
 
         pairs = select(~(bounds.upper < bounds.lower[g]), rows)
-        return _over_some(x, at, pairs, bounds, look, d + size)
+        return over_some(x, at, pairs, bounds, look, d + size)
 
     group_numbers = jnp.broadcast_to(jnp.arange(groups, dtype=jnp.int32)[:, None], at.order.shape)
     group_of = jnp.zeros(k, jnp.int32).at[at.order].set(group_numbers, mode="drop")
@@ -461,20 +461,22 @@ def _over_all(
     return lax.fori_loop(0, -(-n // size), step, carry)
 
 
-def _over_some(
+def over_some(
     x: jax.Array,
     at: Geometry,
     some: Rows,
     carry: Any,
     body: Callable[..., Any],
     numbers_per_row: int,
+    entries: int | None = None,
 ) -> Any:
     """Folds ``body(carry, rows, target, shifted rows)`` over blocks of the rows of a list.
 
-    ``target`` is where results go: the row, or n for what fills up the last block.
+    ``target`` is where results go: the row, or n for what fills up the last block. A block has
+    as many rows as fit ``entries`` numbers, by default what stays in a core's cache.
     """
     n, dtype = x.shape[0], at.centroids.dtype
-    size = min(n, max(1, _BLOCK_ENTRIES // numbers_per_row))
+    size = min(n, max(1, (entries or _BLOCK_ENTRIES) // numbers_per_row))
 
     def step(i, carry):
         start = jnp.minimum(i * size, n - size)

@@ -29,6 +29,7 @@ def fit(
     algorithm: str = "auto",
     axis_name: AxisName = None,
     block_size: int | None = None,
+    precision: str = "full",
 ) -> KMeansResult:
     """k-means: the run of lowest inertia among ``n_init`` restarts, all in one program.
 
@@ -50,14 +51,16 @@ def fit(
       algorithm: how nearest centroids are found, see ``lloyd``.
       axis_name: the mesh axis that rows are sharded over, or None.
       block_size: rows assigned at a time; None for what suits the device.
+      precision: how scores are computed, see ``lloyd``; first centroids are always drawn in full
+        precision.
 
     Returns:
       KMeansResult of the best restart, the first among equals; differentiable like ``lloyd``'s,
       for ``n_init=1`` also backward.
 
     Raises:
-      ValueError: an unknown ``init`` or ``empty``, centroids of another shape than [k, d],
-        ``n_init`` below 1, or fewer than k rows.
+      ValueError: an unknown ``init``, ``empty`` or ``precision``, centroids of another shape
+        than [k, d], ``n_init`` below 1, or fewer than k rows.
     """
 
     def run(centroids: jax.Array) -> KMeansResult:
@@ -71,6 +74,7 @@ def fit(
             algorithm=algorithm,
             axis_name=axis_name,
             block_size=block_size,
+            precision=precision,
         )
 
     if not isinstance(init, str):

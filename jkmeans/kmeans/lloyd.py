@@ -11,9 +11,10 @@ import numpy as np
 from jax import lax
 from jax.custom_derivatives import zero_from_primal
 
-from jkmeans.kmeans import bounds
+from jkmeans.kmeans import bounds, certified
 from jkmeans.kmeans.assignment import (
     accumulation_dtype,
+    check_precision,
     middle_centroid,
     nearest,
     squared_distances,
@@ -52,6 +53,9 @@ class KMeansResult(NamedTuple):
       n_iter: [] int32, the iterations run.
       n_empty: [] int32, the clusters without weight at the end.
       n_relocated: [] int32, how often an empty cluster was moved to a far point.
+      recomputed: [] float32, with ``precision="exact"`` or "exact-tf32": the share of rows with
+        weight that low precision did not decide, and that were computed anew, over all
+        assignments and devices; None otherwise.
     """
 
     centroids: jax.Array
@@ -62,6 +66,7 @@ class KMeansResult(NamedTuple):
     n_iter: jax.Array
     n_empty: jax.Array
     n_relocated: jax.Array
+    recomputed: jax.Array | None = None
 
 
 class _State(NamedTuple):
@@ -75,6 +80,7 @@ class _State(NamedTuple):
     labels_fit: jax.Array
     known: bounds.Knowledge | None
     sums: MovingSums | None
+    recomputed: jax.Array | None
 
 
 def lloyd(
@@ -89,6 +95,7 @@ def lloyd(
     axis_name: AxisName = None,
     centroid_axis: AxisName = None,
     block_size: int | None = None,
+    precision: str = "full",
 ) -> KMeansResult:
     """Lloyd's algorithm from given centroids.
 
@@ -119,13 +126,18 @@ def lloyd(
         local ones, the same number on each device, and an iteration takes the nearest of the local
         nearest by two all-reduces of n numbers. Without derivatives, and with "lloyd" only.
       block_size: rows assigned at a time; None for what suits the device.
+      precision: how scores are computed, see `nearest`: "full"; "exact" or "exact-tf32", from
+        products in low precision with the labels of "full"; "fast" or "fast-tf32", with the labels
+        of these products. Means, distances and inertia are always in full precision. All but
+        "full" look at every distance: ``algorithm`` is "auto" or "lloyd" then.
 
     Returns:
       KMeansResult.
 
     Raises:
-      ValueError: ``empty`` is not one of EMPTY_POLICIES, ``algorithm`` none of ALGORITHMS, or
-        "bounds" with a ``centroid_axis``.
+      ValueError: ``empty`` is not one of EMPTY_POLICIES, ``algorithm`` none of ALGORITHMS,
+        ``precision`` none of PRECISIONS; or "bounds" or another ``precision`` than "full" with a
+        ``centroid_axis``, or with each other.
 
     The result is differentiable with respect to x and weights, forward and backward, at the cost of
     one pass over the rows whatever the number of iterations: by the implicit function theorem at
@@ -139,13 +151,19 @@ def lloyd(
         raise ValueError(f"empty={empty!r}: expected one of {', '.join(EMPTY_POLICIES)}")
     if algorithm not in ALGORITHMS:
         raise ValueError(f"algorithm={algorithm!r}: expected one of {', '.join(ALGORITHMS)}")
+    check_precision(precision, centroid_axis)
+    if algorithm == "bounds" and precision != "full":
+        raise ValueError(f"precision={precision!r}: expected 'full' with algorithm='bounds'")
     x, centroids = jnp.asarray(x), jnp.asarray(centroids)
-    pays_off = centroid_axis is None and bounds.pay_off(x.shape[0], x.shape[1], centroids.shape[0])
+    all_here = centroid_axis is None and precision == "full"
+    pays_off = all_here and bounds.pay_off(x.shape[0], x.shape[1], centroids.shape[0])
     if algorithm == "auto":
         algorithm = "bounds" if pays_off else "lloyd"
     if algorithm == "bounds" and centroid_axis is not None:
         raise ValueError("algorithm='bounds': expected 'lloyd' where centroids are sharded")
-    options = _Options(algorithm == "bounds", empty, axis_name, centroid_axis, block_size)
+    options = _Options(
+        algorithm == "bounds", empty, axis_name, centroid_axis, block_size, precision
+    )
     solve = _solve if centroid_axis is None else _iterate
     return solve(options, x, weights, centroids, max_iter, tol)
 
@@ -156,6 +174,7 @@ class _Options(NamedTuple):
     axis_name: AxisName
     centroid_axis: AxisName
     block_size: int | None
+    precision: str
 
 
 def _iterate(
@@ -167,7 +186,8 @@ def _iterate(
     tol: float | jax.Array,
 ) -> KMeansResult:
     """The loop; see `lloyd`."""
-    bounded, empty, axis_name, centroid_axis, block_size = options
+    bounded, empty, axis_name, centroid_axis, block_size, precision = options
+    certifies = precision.startswith("exact")
     k, dtype = centroids.shape[0], accumulation_dtype(x, centroids)
     first = k * axis_index(centroid_axis)
     # What differs between the devices of each axis: rows along the first, centroids along the
@@ -188,24 +208,31 @@ def _iterate(
         x = x.astype(dtype)  # Sums of float32 rows would be float32.
 
     find_nearest = per_block(
-        partial(nearest, block_size=block_size, centroid_axis=centroid_axis), axis_name
+        partial(nearest, block_size=block_size, centroid_axis=centroid_axis, precision=precision),
+        axis_name,
+    )
+    find_certified = per_block(
+        partial(certified.certified_nearest, block_size=block_size, precision=precision), axis_name
     )
     distances_to = per_block(partial(squared_distances, centroid_axis=centroid_axis), axis_name)
     local_inertia = per_block(inertia_of, axis_name)
 
-    def assign_rows(state: _State) -> tuple[jax.Array, bounds.Knowledge | None]:
+    def assign_rows(state: _State) -> tuple[jax.Array, bounds.Knowledge | None, jax.Array | None]:
+        if state.recomputed is not None:
+            labels, levels = find_certified(x, state.centroids)
+            return labels, None, state.recomputed + certified.share(levels, weights)
         if state.known is None:
-            return find_nearest(x, state.centroids), None
+            return find_nearest(x, state.centroids), None, None
         middle = middle_centroid(state.centroids)
         known = bounds.reassign(x, state.centroids, state.previous, middle, state.known)
-        return known.bounds.labels, known
+        return known.bounds.labels, known, None
 
     def statistics_of(labels: jax.Array):
         # Labels of other devices' centroids are out of range, and left out.
         return cluster_statistics(x, labels - first, k, weights=weights, axis_name=axis_name)
 
     def step(state: _State) -> _State:
-        labels, known = assign_rows(state)
+        labels, known, recomputed = assign_rows(state)
         if state.sums is None:
             sums, statistics = None, statistics_of(labels)
         else:
@@ -236,6 +263,7 @@ def _iterate(
             labels_fit=last,
             known=known,
             sums=sums,
+            recomputed=recomputed,
         )
 
     def shift(state: _State) -> jax.Array:
@@ -253,6 +281,15 @@ def _iterate(
         n_moved = all_sum(jnp.sum(state.centroids != state.previous), centroid_axis)
         return (state.n_iter > 0) & (n_moved == 0) & ~state.relocated & ~state.labels_fit
 
+    def mean_share(state: _State) -> jax.Array:
+        # The assignments: one an iteration, and one of final centroids that had no labels yet.
+        n_assigned = state.n_iter + state.labels_fit
+        n_rows = x.shape[0] if weights is None else jnp.sum(weights > 0)
+        n_rows = jnp.asarray(n_rows, jnp.float32)
+        share = jnp.asarray(state.recomputed)
+        total, n_rows = all_sum((share * n_rows, n_rows), axis_name)
+        return total / jnp.maximum(n_rows * n_assigned, 1)
+
     state = _State(
         centroids=centroids,
         previous=centroids,
@@ -264,6 +301,8 @@ def _iterate(
         labels_fit=replicated(False),
         known=bounds.nothing_known(x, centroids) if bounded else None,
         sums=no_sums(x, centroids) if bounded and weights is None else None,
+        # Of this device's rows, summed over the assignments.
+        recomputed=of_rows(jnp.zeros((), jnp.float32)) if certifies else None,
     )
     # One turn for each iteration and, unless the last one left all centroids where they were, one
     # more that only assigns: in the loop, so that assignment is compiled once.
@@ -286,6 +325,7 @@ def _iterate(
         n_iter=state.n_iter,
         n_empty=all_sum(jnp.sum(state.counts == 0), centroid_axis).astype(jnp.int32),
         n_relocated=state.n_relocated,
+        recomputed=mean_share(state) if certifies else None,
     )
 
 
@@ -297,8 +337,9 @@ def _solve_and_differentiate(options: _Options, primals, directions):
     x, weights = primals[:2]
     result = _solve(options, *primals)
     changes = tangents(x, weights, directions[0], directions[1], result, options.axis_name)
+    # What is not there has no derivative either.
     none = {
-        name: zero_from_primal(value)
+        name: jax.tree.map(zero_from_primal, value)
         for name, value in result._asdict().items()
         if name not in changes._fields
     }

@@ -1,0 +1,368 @@
+"""Nearest centroids by products in low precision, with labels that are proven to be exact.
+
+Scores ½‖c‖² − x·c are computed from rows and centroids rounded to a short format, added up in
+float32. With a bound on the rounding of every pair, the two most promising centroids of each row
+are kept, and a lower bound on the scores of all others: they tell which rows are decided. The
+others, 3 to 18 in a hundred where it was measured, are computed anew: by two products in full
+precision where only two centroids are left, and otherwise against every centroid. Rows to compute
+anew are compacted into dense blocks; an N×K matrix never exists.
+
+What "exact" means. All evaluations begin with the same shifted rows x and centroids c, as
+`assignment.nearest` makes them, in the dtype T to compute in (float32, or float64). Write
+S = ½‖c‖² − x·c for the true score. A label of level CERTIFIED or COMPARED is the nearest centroid
+in exact arithmetic, of the shifted rows and of the original ones as T holds them, and the label
+that *every* evaluation of the scores in T gives, in whatever order its sums are taken. A label of
+level RECOMPUTED is what the routine of `nearest` (`score`, `lowest`) gives for its row. So labels
+are those of `nearest`, except that matrix products of different shapes may add in different orders,
+and then only in rows where T itself cannot tell which centroid is nearer. Ties go to the lowest
+index: a tie is never certified.
+
+The bound. Let u be the unit roundoff of float32 (2⁻²⁴), x̂ and ĉ the rounded arrays, δx = x̂ − x and
+δc = ĉ − c (which are exact in T), X = ‖x‖ + ‖δx‖, C = ‖c‖ + ‖δc‖.
+
+1. Inputs. x̂·ĉ − x·c = δx·ĉ + x·δc, at most ‖δx‖ C + X ‖δc‖. These norms are measured: rows that the
+   format holds (bytes, bfloat16) have ‖δx‖ = 0, and others about 0.4 of the worst case.
+2. Sums. Products of two rounded numbers are exact in float32: 16 bits of bfloat16, 22 of
+   TensorFloat-32. A sum of d terms in any order, each addition rounded to nearest or fused with a
+   product, errs by at most d u Σ|x̂ⱼ ĉⱼ| / (1 − d u), and Σ|x̂ⱼ ĉⱼ| ≤ X C. A tensor core aligns b
+   products and the accumulator to the largest and cuts each at 2u of it, and the result once more:
+   2u (b + 2) X C a step, so 2u (d + 2d/b) X C in all, at most 3 d u X C for b ≥ 4. The 3 is used
+   everywhere. That tensor cores do no worse than this was found by probing them, not proven
+   (Fasi, Higham, Mikaitis, Pranesh, Numerical behavior of NVIDIA tensor cores, PeerJ Computer
+   Science 2021, for Volta to Ampere); ``python -m benchmarks.gpu`` probes the device it runs on.
+3. ½‖c‖² is a sum of d squares: (d + 1) u ½C². Taken to float32 and its difference with the product
+   rounded: 2u (½C² + X C).
+4. Any evaluation in T that a certified label must agree with errs by (d + 2) u (½C² + X C) at most,
+   and the shift of the original rows and centroids, rounded once, by 3u (½C² + X C).
+
+Together, with a reserve in the 16s for the rounding of s − E below,
+
+    E = ‖δx‖ C + X ‖δc‖ + 4 (d + 16) u (½C² + X C) + underflow,
+
+all multiplied by 1 + 4 (d + 16) u for the rounding of norms and of E itself and for 1/(1 − d u),
+with d ≤ 2²⁰. Underflow: a number below m = 2⁻¹²⁶ may become 0, as an input, product or sum. Norms
+are therefore taken 2 √(d m) larger, which also covers squares that vanish, and d 2⁻¹²² is added.
+
+A centroid can be the nearest of a row, in any evaluation, only if its s − E is at most the least
+s + E of all. The label is the centroid of least s − E, its rival that of the second. If the second
+least s − E is above the least s + E, the row is certified; if only the third is, label and rival
+are left. Written so that NaN and ∞ decide nothing: a row or centroid that the format cannot hold
+has E = ∞ or NaN.
+
+For the two products in T, E = 2 (d + 16) u_T (½C² + X C) + underflow, with the norms of x and c.
+
+Rows and centroids are shifted by a centroid amid the others (`middle_centroid`), so that X and C
+are of the size of the data's spread, not of its distance from the origin.
+
+The format is reached by `lax.reduce_precision`, which compilers must not remove; a conversion to
+bfloat16 and back they may, and δx would come out as 0.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jkmeans.kmeans import bounds
+from jkmeans.kmeans.assignment import (
+    accumulation_dtype,
+    is_few,
+    lowest,
+    map_rows,
+    middle_centroid,
+    nearest,
+    score,
+)
+
+# How a label was found, see `Certified`.
+CERTIFIED, COMPARED, RECOMPUTED = 0, 1, 2
+# Bits of the significand that a format stores; exponents have the 8 bits of float32.
+_STORED_BITS = {"exact": 7, "fast": 7, "exact-tf32": 10, "fast-tf32": 10}
+_UNIT = 2.0**-24
+# What underflow may cost, for each feature.
+UNDERFLOW = 2.0**-122
+# Features up to which the bound is proven.
+_MOST_FEATURES = 2**20
+# Numbers of a block of gathered rows and its scores, elsewhere than on a CPU. Not measured.
+_DEVICE_ENTRIES = 2**27
+
+
+class Certified(NamedTuple):
+    """Nearest centroids, and what each took.
+
+    Attributes:
+      labels: [n] int32, in 0 … k-1.
+      levels: [n] int8. CERTIFIED: products in low precision proved it. COMPARED: two products in
+        full precision did. RECOMPUTED: the row was compared with every centroid in full precision.
+    """
+
+    labels: jax.Array
+    levels: jax.Array
+
+
+class _Radii(NamedTuple):
+    """What the bound on a pair needs of a row or a centroid.
+
+    Attributes:
+      size: at least ‖v‖ + ‖δv‖, for the shifted v.
+      change: at least ‖δv‖, for what rounding to the format does to v.
+    """
+
+    size: jax.Array
+    change: jax.Array
+
+
+def certified_nearest(
+    x: jax.Array,
+    centroids: jax.Array,
+    *,
+    precision: str = "exact",
+    block_size: int | None = None,
+) -> Certified:
+    """The label of each row's nearest centroid, found by products in low precision; see above.
+
+    Under ``vmap`` its loops run as long as the longest of the batch needs.
+
+    Args:
+      x: [n, d], any real dtype; computed in float32 (float64 if x or centroids are: then rows that
+        are not certified are computed in float64).
+      centroids: [k, d].
+      precision: "exact" for products in bfloat16, "exact-tf32" in TensorFloat-32 (on other devices
+        than NVIDIA's: float32 products of numbers rounded to it); "fast" and "fast-tf32" for the
+        labels of these products as they are, without any guarantee.
+      block_size: the largest number of rows whose scores are in memory at a time; None for what
+        suits the device.
+
+    Returns:
+      Certified. Ties go to the lowest index; a row that holds NaN gets 0. With "fast", levels tell
+      that nothing was recomputed, not that labels are certified. Where all centroids hold so few
+      numbers that one pass of full precision is fastest, or d exceeds 2²⁰, every row is recomputed.
+
+    Raises:
+      ValueError: another ``precision``.
+    """
+    if precision not in _STORED_BITS:
+        raise ValueError(f"precision={precision!r}: expected one of {', '.join(_STORED_BITS)}")
+    x, centroids = lax.stop_gradient((jnp.asarray(x), jnp.asarray(centroids)))
+    d, k = x.shape[1], centroids.shape[0]
+    if is_few(k, d) or d > _MOST_FEATURES:
+        labels = nearest(x, centroids, block_size=block_size)
+        return Certified(labels, jnp.full_like(labels, RECOMPUTED, jnp.int8))
+    dtype = accumulation_dtype(x, centroids)
+    centroids = centroids.astype(dtype)
+    at = bounds.geometry(centroids, middle_centroid(centroids), jnp.zeros((0, 0), jnp.int32))
+    bits = _STORED_BITS[precision]
+    numbers = jnp.arange(k, dtype=jnp.int32)
+
+    def shifted(x_bd: jax.Array) -> jax.Array:
+        return x_bd.astype(dtype) - at.middle
+
+    if precision.startswith("fast"):
+        scores = _low_scores(at, bits)
+
+        def find(x_bd: jax.Array) -> jax.Array:
+            return lowest(scores(rounded(shifted(x_bd), bits)), numbers, k)[1]
+
+        labels = _valid(map_rows(find, x, block_size), k)
+        return Certified(labels, jnp.full_like(labels, CERTIFIED, jnp.int8))
+    screen = screening(at, bits)
+    first = map_rows(lambda x_bd: screen(shifted(x_bd)), x, block_size)
+    labels, levels = _compare_pairs(x, at, *first)
+    return Certified(*_recompute(x, at, labels, levels, block_size))
+
+
+def screening(at: bounds.Geometry, bits: int):
+    """A function from shifted rows [b, d] to their labels, rivals and levels, all [b].
+
+    The rival is the centroid that the row is to be compared with, where its level is COMPARED.
+    """
+    k, d = at.centroids.shape
+    scores = _low_scores(at, bits)
+    numbers = jnp.arange(k, dtype=jnp.int32)
+    size, change = radii(at.centroids, rounded(at.centroids, bits))
+    of_centroids = _Radii(size[:, None], change[:, None])
+
+    def screen(x_bd: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        low_bd = rounded(x_bd, bits)
+        size, change = radii(x_bd, low_bd)
+        scores_kb = scores(low_bd)
+        errors_kb = _error(of_centroids, _Radii(size[None], change[None]), d)
+        upper = jnp.min(scores_kb + errors_kb, axis=0)
+        lower_kb = scores_kb - errors_kb
+        _, labels = lowest(lower_kb, numbers, k)
+        lower_kb = jnp.where(numbers[:, None] == labels[None, :], jnp.inf, lower_kb)
+        second, rivals = lowest(lower_kb, numbers, k)
+        lower_kb = jnp.where(numbers[:, None] == rivals[None, :], jnp.inf, lower_kb)
+        third = jnp.min(lower_kb, axis=0)
+        # Written so that NaN decides nothing.
+        levels = jnp.where(upper < third, COMPARED, RECOMPUTED)
+        levels = jnp.where(upper < second, CERTIFIED, levels).astype(jnp.int8)
+        return _valid(labels, k), _valid(rivals, k), levels
+
+    return screen
+
+
+def _compare_pairs(
+    x: jax.Array, at: bounds.Geometry, labels: jax.Array, rivals: jax.Array, levels: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Labels and levels after rows of level COMPARED were compared with their two centroids.
+
+    Where full precision cannot tell the two apart, whatever the order of its sums, the level
+    becomes RECOMPUTED.
+    """
+    d = x.shape[1]
+    kind = at.centroids.dtype
+    size = radii(at.centroids, at.centroids, kind).size
+    rows = bounds.select(levels == COMPARED)
+
+    def compare(carry, rows_b, target, x_bd):
+        labels, levels = carry
+        of_rows = radii(x_bd, x_bd, kind)
+
+        def look(numbers: jax.Array) -> tuple[jax.Array, jax.Array]:
+            products = jnp.sum(x_bd * at.centroids[numbers], axis=1)
+            own = _Radii(size[numbers], jnp.zeros_like(products))
+            return at.half_norms[numbers] - products, _full_error(own, of_rows, d)
+
+        first, second = labels.at[rows_b].get(mode="clip"), rivals.at[rows_b].get(mode="clip")
+        (one, one_error), (other, other_error) = look(first), look(second)
+        decided = (one + one_error < other - other_error) | (other + other_error < one - one_error)
+        labels = labels.at[target].set(jnp.where(one < other, first, second), mode="drop")
+        new = jnp.where(decided, COMPARED, RECOMPUTED).astype(jnp.int8)
+        return labels, levels.at[target].set(new, mode="drop")
+
+    entries = None if jax.default_backend() == "cpu" else _DEVICE_ENTRIES
+    return bounds.over_some(x, at, rows, (labels, levels), compare, 3 * d, entries)
+
+
+def _recompute(
+    x: jax.Array,
+    at: bounds.Geometry,
+    labels: jax.Array,
+    levels: jax.Array,
+    block_size: int | None,
+) -> tuple[jax.Array, jax.Array]:
+    """Labels and levels after rows of level RECOMPUTED were compared with every centroid."""
+    k, d = at.centroids.shape
+    numbers = jnp.arange(k, dtype=jnp.int32)
+
+    def look(labels, rows_b, target, x_bd):
+        del rows_b
+        found = _valid(lowest(score(x_bd, at.centroids, at.half_norms), numbers, k)[1], k)
+        return labels.at[target].set(found, mode="drop")
+
+    entries = None if jax.default_backend() == "cpu" else _DEVICE_ENTRIES
+    if block_size is not None:
+        entries = block_size * (k + d)
+    rows = bounds.select(levels == RECOMPUTED)
+    return bounds.over_some(x, at, rows, labels, look, k + d, entries), levels
+
+
+def rounded(values: jax.Array, bits: int) -> jax.Array:
+    """The nearest numbers with 8 bits of exponent and ``bits`` stored bits of significand."""
+    return lax.reduce_precision(values, exponent_bits=8, mantissa_bits=bits)
+
+
+def _low_scores(at: bounds.Geometry, bits: int):
+    """A function from rounded rows [b, d] to ½‖c‖² − x̂·ĉ: [k, b] float32."""
+    centroids_kd = rounded(at.centroids, bits).astype(jnp.float32)
+    half_norms = at.half_norms.astype(jnp.float32)
+
+    def scores(x_bd: jax.Array) -> jax.Array:
+        # Every conversion here is of numbers that the format holds.
+        products = _bfloat16_products if bits == 7 else _tf32_products
+        return half_norms[:, None] - products(centroids_kd, x_bd.astype(jnp.float32).T)
+
+    return scores
+
+
+def _bfloat16_products(left: jax.Array, right: jax.Array) -> jax.Array:
+    def products(left: jax.Array, right: jax.Array) -> jax.Array:
+        left, right = left.astype(jnp.bfloat16), right.astype(jnp.bfloat16)
+        return lax.dot(left, right, preferred_element_type=jnp.float32)
+
+    # The same products of the same numbers; a CPU computes them faster in float32.
+    return lax.platform_dependent(left, right, cpu=_float32_products, default=products)
+
+
+def _tf32_products(left: jax.Array, right: jax.Array) -> jax.Array:
+    def products(left: jax.Array, right: jax.Array) -> jax.Array:
+        # On NVIDIA's devices the default is TensorFloat-32, or float32 where they have no other.
+        return lax.dot(left, right, precision=lax.Precision.DEFAULT)
+
+    return lax.platform_dependent(left, right, cuda=products, default=_float32_products)
+
+
+def _float32_products(left: jax.Array, right: jax.Array) -> jax.Array:
+    return lax.dot(left, right, precision=lax.Precision.HIGHEST)
+
+
+def radii(values: jax.Array, low: jax.Array, kind: Any = jnp.float32) -> _Radii:
+    """The norms of vectors [m, d] and of what rounding does to them: [m].
+
+    ``kind`` is the dtype that scores are computed in, which says what underflows.
+    """
+    floor = 2 * (values.shape[1] * float(jnp.finfo(kind).tiny)) ** 0.5
+    change = jnp.sqrt(jnp.sum((low - values) ** 2, axis=1)) + floor
+    return _Radii(jnp.sqrt(jnp.sum(values**2, axis=1)) + change, change)
+
+
+def share_of_sums(d: int) -> float:
+    """4 (d + 16) u: what the rounding of all sums of d terms is bounded by, relative to them."""
+    return 4 * (d + 16) * _UNIT
+
+
+def _error(of_centroids: _Radii, of_rows: _Radii, d: int) -> jax.Array:
+    """E of the module's docstring for scores in low precision, in float32."""
+    c, dc = (radius.astype(jnp.float32) for radius in of_centroids)
+    x, dx = (radius.astype(jnp.float32) for radius in of_rows)
+    sums = share_of_sums(d)
+    # Grouped so that what depends on the row or the centroid alone is computed once.
+    return (1 + sums) * (c * (dx + sums * x) + dc * x + (0.5 * sums * c**2 + d * UNDERFLOW))
+
+
+def _full_error(of_centroids: _Radii, of_rows: _Radii, d: int) -> jax.Array:
+    """E for scores in full precision."""
+    c, x = of_centroids.size, of_rows.size
+    kind = jnp.finfo(c.dtype)
+    sums = 2 * (d + 16) * (kind.eps / 2)
+    return (1 + 2 * sums) * (sums * (0.5 * c**2 + x * c) + 16 * d * float(kind.tiny))
+
+
+def _valid(labels: jax.Array, k: int) -> jax.Array:
+    return jnp.where(labels < k, labels, 0)  # no score equals NaN
+
+
+def low_scores(
+    x: jax.Array, centroids: jax.Array, precision: str = "exact"
+) -> tuple[jax.Array, jax.Array]:
+    """Scores ½‖c‖² − x·c in low precision and the bounds E on their errors, to probe a device.
+
+    Args:
+      x: [n, d] float32, as it is: not shifted.
+      centroids: [k, d] float32, likewise.
+      precision: "exact" or "exact-tf32".
+
+    Returns:
+      scores and bounds, both [k, n] float32: all of them are in memory.
+    """
+    x, centroids, bits = jnp.asarray(x), jnp.asarray(centroids), _STORED_BITS[precision]
+    origin = jnp.zeros((1, x.shape[1]), x.dtype)
+    at = bounds.geometry(centroids, origin, jnp.zeros((0, 0), jnp.int32))
+    low = rounded(x, bits)
+    of_rows, of_centroids = radii(x, low), radii(centroids, rounded(centroids, bits))
+    each = _Radii(of_centroids.size[:, None], of_centroids.change[:, None])
+    row = _Radii(of_rows.size[None], of_rows.change[None])
+    return _low_scores(at, bits)(low), _error(each, row, x.shape[1])
+
+
+def share(levels: jax.Array, weights: jax.Array | None = None) -> jax.Array:
+    """The share of rows, of those with weight, that were computed anew: [] float32."""
+    anew = levels != CERTIFIED
+    if weights is None:
+        return jnp.mean(anew, dtype=jnp.float32)
+    counted = weights > 0
+    return jnp.sum(anew & counted) / jnp.maximum(jnp.sum(counted), 1).astype(jnp.float32)
