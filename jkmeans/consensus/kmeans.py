@@ -62,7 +62,7 @@ class Trace(NamedTuple):
       inertia: Σ over all nodes of the inertia of its points with its centroids, before they move.
       disagreement: √(mean over nodes of ‖their average − the mean‖²) of sums and counts, after.
       bound: an upper bound on it, from the spectral gap; see `iterate`.
-      spread: √(mean over nodes of ‖their centroids − the mean‖²) / √k, after: in units of x.
+      spread: ‖a node's centroids − the mean over nodes‖ / √k, after, in units of x: [m].
     """
 
     inertia: jax.Array
@@ -118,7 +118,7 @@ def iterate(
       rate: λ; for push-sum there is no such bound: NaN.
 
     Returns:
-      The state, and a `Trace` with [n_iter] numbers each, the same on all devices.
+      The state, and a `Trace` of arrays [n_iter, ...], the same on all devices but for ``spread``.
     """
     n_nodes = links.n_nodes
 
@@ -144,12 +144,12 @@ def iterate(
             return deviation(links, seen, links.mean_of_all(seen))
 
         bound = rate**n_rounds * (state.bound + disagreement(change))
+        away = centroids - links.mean_of_all(centroids)[None]
         trace = Trace(
             inertia=n_nodes * links.mean_of_all(local.inertia),
             disagreement=disagreement(found),
             bound=bound,
-            spread=deviation(links, centroids, links.mean_of_all(centroids))
-            / centroids.shape[1] ** 0.5,
+            spread=jnp.sqrt(jnp.sum(away**2, axis=(1, 2)) / centroids.shape[1]),
         )
         return State(centroids, average, local, state.number + 1, bound), trace
 

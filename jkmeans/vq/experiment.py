@@ -6,7 +6,6 @@ file when it has ended; what is there is not simulated again.
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import time
