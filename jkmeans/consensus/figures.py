@@ -94,12 +94,14 @@ def draw_gossip(path: Path, curves: Sequence[GossipCurve], tolerance: float) -> 
     figure = new_figure(9.6, 4.2)
     left, right = figure.subplots(1, 2, sharey=True)
     last = 1
-    for curve, colour in zip(curves, _colours(curves), strict=True):
+    for i, (curve, colour) in enumerate(zip(curves, _colours(curves), strict=True)):
         rounds = np.arange(len(curve.errors))
+        # The first are broad, for a 4×4 torus is a hypercube and would be hidden below it.
+        width = max(1.6, 3.6 - 0.6 * i)
         # A round that ends all at once is drawn to the bottom of the picture.
         shown = np.maximum(curve.errors, _FLOOR)
-        left.plot(rounds, shown, color=colour, lw=1.8, label=curve.name)
-        right.plot(rounds * curve.bytes_a_round, shown, color=colour, lw=1.8)
+        left.plot(rounds, shown, color=colour, lw=width, label=curve.name)
+        right.plot(rounds * curve.bytes_a_round, shown, color=colour, lw=width)
         left.plot(rounds, np.maximum(curve.random, _FLOOR), color=colour, lw=1, alpha=0.45)
         if curve.rate > 1e-12:
             predicted = curve.rate ** rounds.astype(float)
@@ -279,13 +281,17 @@ def draw_networks(
                 zorder=3,
             )
             if few and row.estimates is not None and row.estimates.shape[2] == 2:
-                for place, estimate in zip(places, row.estimates[i], strict=True):
+                for node, (place, estimate) in enumerate(
+                    zip(places, row.estimates[i], strict=True)
+                ):
+                    away = _away(row.graph, node)
                     ax.annotate(
                         f"{estimate[0]:.2f}, {estimate[1]:.2f}",
                         place,
-                        xytext=(0, -11),
+                        xytext=(20 * away[0], 11 * away[1]),
                         textcoords="offset points",
                         ha="center",
+                        va="center",
                         fontsize=5.5,
                         color=INK,
                         zorder=4,
@@ -309,10 +315,25 @@ def chosen(shots: np.ndarray, rounds: np.ndarray) -> tuple[np.ndarray, list[int]
     return shots[picked], [int(t) for t in rounds[picked]]
 
 
+def chosen_early(values: np.ndarray) -> tuple[np.ndarray, list[int]]:
+    """Values after the first, the last and some iterations between, most of them early."""
+    picked = np.unique(np.geomspace(1, len(values), _SHOTS).round().astype(int))
+    return values[picked - 1], [int(t) for t in picked]
+
+
 def short_vector(values: np.ndarray) -> str:
     """A few numbers of a vector."""
     shown = ", ".join(f"{value:.4g}" for value in values[:4])
     return f"({shown}{', …' if len(values) > 4 else ''})"
+
+
+def _away(graph: Graph, node: int) -> np.ndarray:
+    """A direction of length one from a node away from its neighbours; down where there is none."""
+    offsets = graph.positions[graph.neighbours(node)] - graph.positions[node]
+    offsets /= np.maximum(np.linalg.norm(offsets, axis=1, keepdims=True), 1e-12)
+    away = -offsets.mean(axis=0)
+    length = np.linalg.norm(away)
+    return away / length if length > 0.1 else np.array([0.0, -1.0])
 
 
 def _colours(items: Sequence) -> list[str]:
