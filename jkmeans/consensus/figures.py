@@ -169,6 +169,7 @@ def draw_curves(
     per: str = "rounds",
     logarithmic: bool = True,
     rounds_a_point: Mapping[str, int] | None = None,
+    a_point: int = 1,
 ) -> None:
     """Curves against rounds and bytes, one row of panels for each group.
 
@@ -180,7 +181,9 @@ def draw_curves(
       value: what the curves are of.
       per: what a point of a curve is.
       logarithmic: whether values are drawn by their logarithm.
-      rounds_a_point: rounds between two points of a curve, by its name; None for one.
+      rounds_a_point: rounds of which ``bytes_a_round`` are, between two points of a curve, by its
+        name; None where a point has one.
+      a_point: what a point of any curve counts on the first axis, where a round is none.
     """
     figure = new_figure(9.6, 1.1 + 2.9 * len(panels))
     grid = figure.subplots(len(panels), 2, squeeze=False, sharey="row")
@@ -198,7 +201,12 @@ def draw_curves(
             if logarithmic:
                 shown = np.where(shown > 0, shown, np.nan)
             (handles[curve.name],) = left.plot(
-                points * by, shown, color=colour, ls=curve.style, lw=1.5, label=curve.name
+                points * by * a_point,
+                shown,
+                color=colour,
+                ls=curve.style,
+                lw=1.5,
+                label=curve.name,
             )
             if not is_central:
                 right.plot(
