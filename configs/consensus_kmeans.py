@@ -1,6 +1,6 @@
 r"""Decentralised k-means of MNIST by 16 nodes, each with its own part of the images.
 
-    python -m experiments.consensus --config configs/consensus_kmeans.py --workdir runs/gossip_kmeans
+python -m experiments.consensus --config configs/consensus_kmeans.py --workdir runs/gossip_kmeans
 
 """
 

@@ -1,6 +1,6 @@
 r"""Least squares by nodes that talk to their neighbours: a course exercise, done without deadlocks.
 
-    python -m experiments.consensus --config configs/consensus_least_squares.py --workdir runs/ls
+python -m experiments.consensus --config configs/consensus_least_squares.py --workdir runs/ls
 
 """
 
@@ -10,7 +10,7 @@ from jkmeans.configuration import Config
 
 
 def get_config() -> Config:
-    """The config; fields are explained in jkmeans/consensus/experiment.py and tasks/estimation.py."""
+    """The config; see jkmeans/consensus/experiment.py and tasks/estimation.py for the fields."""
     config: Config = ConfigDict()
     config.seed = 0
     config.task = "estimation"

@@ -1,6 +1,6 @@
 r"""A thousand sensors on a random geometric graph estimate twenty unknowns.
 
-    python -m experiments.consensus --config configs/consensus_sensors.py --workdir runs/sensors
+python -m experiments.consensus --config configs/consensus_sensors.py --workdir runs/sensors
 
 """
 

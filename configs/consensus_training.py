@@ -1,6 +1,6 @@
 r"""A perceptron on Fashion-MNIST trained by 16 nodes that mix parameters with their neighbours.
 
-    python -m experiments.consensus --config configs/consensus_training.py --workdir runs/gossip_sgd
+python -m experiments.consensus --config configs/consensus_training.py --workdir runs/gossip_sgd
 
 """
 

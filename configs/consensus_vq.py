@@ -1,6 +1,6 @@
 r"""Decentralised vector quantization of MNIST: online k-means by nodes that mix with neighbours.
 
-    python -m experiments.consensus --config configs/consensus_vq.py --workdir runs/gossip_vq
+python -m experiments.consensus --config configs/consensus_vq.py --workdir runs/gossip_vq
 
 """
 

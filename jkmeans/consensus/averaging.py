@@ -49,9 +49,7 @@ class Averaging(NamedTuple):
     read: Callable[[Any], Tree]
 
 
-def mix(
-    links: Links, mixing: Mixing, values: Tree, arrived: jax.Array | None = None
-) -> Tree:
+def mix(links: Links, mixing: Mixing, values: Tree, arrived: jax.Array | None = None) -> Tree:
     """W x, one round of symmetric gossip, as x_i + Σ_j w_ij (x_j − x_i).
 
     In this form the two ends of an edge add the same number with opposite signs, and nodes that
@@ -265,7 +263,7 @@ def leave(
 
 
 def resume(links: Links, masses: Tree) -> Masses:
-    """The state of `push_sum` from masses, with nothing under way: (values [m, ...], weights [m])."""
+    """The state of `push_sum` from (values [m, ...], weights [m]), with nothing under way."""
     return Masses(masses, jax.tree.map(jnp.zeros_like, masses), links.slots(masses))
 
 

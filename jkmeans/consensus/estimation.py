@@ -107,7 +107,7 @@ class _Extra(NamedTuple):
 
 
 def gradient_descent(links: Links, mix: Mix, gradient: Gradient, step: float) -> Method:
-    """x ← x − η 1/N Σ_i ∇f_i(x), the same x at all nodes: what an all-reduce affords."""
+    """X ← x − η 1/N Σ_i ∇f_i(x), the same x at all nodes: what an all-reduce affords."""
     del mix
 
     def round_(state: _Point, number: jax.Array) -> _Point:
@@ -119,7 +119,7 @@ def gradient_descent(links: Links, mix: Mix, gradient: Gradient, step: float) ->
 
 
 def decentralised_descent(links: Links, mix: Mix, gradient: Gradient, step: float) -> Method:
-    """x ← W x − η ∇: one exchange a round; its fixed point is off by the order of η."""
+    """X ← W x − η ∇: one exchange a round; its fixed point is off by the order of η."""
     del links
 
     def round_(state: _Point, number: jax.Array) -> _Point:

@@ -1,4 +1,4 @@
-"""Pictures of decentralised work: errors against rounds and bytes, networks with what nodes hold."""
+"""Pictures of decentralised work: errors by rounds and bytes, networks with what nodes hold."""
 
 from __future__ import annotations
 

@@ -405,8 +405,10 @@ def _refuse_disconnected(name: str, n_nodes: int, edges: np.ndarray, called: np.
     smallest = np.argmin(np.bincount(part))
     nodes = called[part == smallest]
     listed = ", ".join(map(str, nodes[:_SHOWN_NODES])) + (" …" if len(nodes) > _SHOWN_NODES else "")
-    many = f"nodes {listed} ({len(nodes)} of {n_nodes}) have" if len(nodes) > 1 else (
-        f"node {listed} has"
+    many = (
+        f"nodes {listed} ({len(nodes)} of {n_nodes}) have"
+        if len(nodes) > 1
+        else (f"node {listed} has")
     )
     raise UserError(
         f"the graph {name!r} is not connected: {many} no path to the others (it has {n_parts} "

@@ -1,8 +1,8 @@
 """What a node sees of the others: values of its neighbours, once a round, and nothing else.
 
 Algorithms are written for the nodes of one device, all or one of them, which are the first axis of
-their arrays ([m, ...]), and talk through the two methods `exchange` and `mean_of_all`, the second of
-which is no neighbour's business: it is what an all-reduce would do, for comparison and for curves.
+their arrays ([m, ...]), and talk by `exchange` only. (`mean_of_all` is no neighbour's business: it
+is what an all-reduce would do, for comparison and for curves.)
 There are two kinds of links, with which the same program gives the same results:
 
 * `LocalLinks`: all nodes are here, m = N, thousands of them on one device. Messages go from row to

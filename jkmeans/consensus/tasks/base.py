@@ -16,8 +16,8 @@ import numpy as np
 from jkmeans.configuration import Config
 from jkmeans.consensus.graphs import (
     EDGES,
-    Graph,
     TOPOLOGIES,
+    Graph,
     make_topology,
     random_geometric,
     read_edges,

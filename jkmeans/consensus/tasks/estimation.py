@@ -285,9 +285,7 @@ class _Work:
                     "bytes to the mean": None if reached is None else reached * sent,
                 }
             )
-            curves.append(
-                figures.GossipCurve(name, errors, random, self.predicted_rate(net), sent)
-            )
+            curves.append(figures.GossipCurve(name, errors, random, self.predicted_rate(net), sent))
         loss = self.config.loss.links
         text = (
             "Distance of all nodes to the mean, relative to the first, down to "
@@ -384,5 +382,3 @@ class _Work:
 def _measured(arrays: Arrays) -> int | None:
     value = int(arrays["measured_bytes"])
     return None if value < 0 else value
-
-

@@ -137,9 +137,7 @@ class _Work:
 
         def step(centroids: jax.Array, _: None):
             found = kmeans.assign(x, centroids)
-            statistics = kmeans.cluster_statistics(
-                x, found.labels, k, distances=found.distances
-            )
+            statistics = kmeans.cluster_statistics(x, found.labels, k, distances=found.distances)
             return kmeans.centroids_from(statistics, centroids), statistics.inertia
 
         @jax.jit
@@ -285,9 +283,7 @@ class _Work:
             values = found[f"{deal}_{name}_none"]["spread"] / spread
             picked, when = figures.chosen_early(values)
             rows.append(
-                figures.NetworkRow(
-                    net.graph, [f"iteration {t:,}" for t in when], picked, None
-                )
+                figures.NetworkRow(net.graph, [f"iteration {t:,}" for t in when], picked, None)
             )
         figures.draw_networks(
             workdir / "network.png",

@@ -69,9 +69,7 @@ def make_task(config: Config) -> Task:
         for mode in config.training.modes:
             # Only gossip knows a topology.
             for name in nets if mode == "gossip" else list(nets)[:1]:
-                cases.append(
-                    Case(_case(deal, mode, name), partial(work.trained, deal, mode, name))
-                )
+                cases.append(Case(_case(deal, mode, name), partial(work.trained, deal, mode, name)))
     return Task(fingerprint_of(nets), cases, work.write)
 
 

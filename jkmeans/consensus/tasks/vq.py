@@ -225,5 +225,3 @@ class _Work:
                 "more rounds, or scheme 'averaging'"
             )
         return {"vq": rows}
-
-
