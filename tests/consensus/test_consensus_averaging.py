@@ -87,7 +87,7 @@ def test_a_mesh_axis_and_a_vmap_axis_agree(name, loss, kind):
     here, errors = gossip(graph, values, 25, kind, loss)
     there, errors_there = gossip(graph, values, 25, kind, loss, make_mesh(8))
     np.testing.assert_allclose(here, there, rtol=2e-5)
-    np.testing.assert_allclose(errors, errors_there, atol=1e-6)
+    np.testing.assert_allclose(errors, errors_there, rtol=0, atol=1e-5)
 
 
 def test_failing_links_keep_the_mean_and_take_longer():
@@ -108,7 +108,7 @@ def masses_of(links, state):
 
     under_way, _ = links.exchange(state.sent, missing, state.heard)
     return [
-        np.asarray(jnp.sum(held, axis=0) + jnp.sum(waiting, axis=0))
+        jnp.sum(held, axis=0) + jnp.sum(waiting, axis=0)
         for held, waiting in zip(
             jax.tree.leaves(state.mass), jax.tree.leaves(under_way), strict=True
         )
@@ -121,16 +121,19 @@ def test_no_mass_is_lost_whatever_is_lost():
         links, values = LocalLinks(graph), random_values(9, np.float64)
         averaging = push_sum(links, jax.random.key(5), 0.4)
         state = averaging.start(jnp.asarray(values))
-        step = jax.jit(averaging.round)
-        held = []
-        for number in range(80):
-            state = step(state, number)
-            values_kept, weight_kept = masses_of(links, state)
-            np.testing.assert_allclose(values_kept, values.sum(axis=0), rtol=1e-12)
-            np.testing.assert_allclose(weight_kept, 9, rtol=1e-12)
-            held.append(float(jnp.sum(state.mass[1])))
+        program = jax.jit(
+            lambda state: run_rounds(
+                averaging.round,
+                state,
+                80,
+                record=lambda state: (masses_of(links, state), jnp.sum(state.mass[1])),
+            )
+        )
+        state, ((values_kept, weights_kept), held) = program(state)
+        np.testing.assert_allclose(values_kept, np.tile(values.sum(axis=0), (81, 1)), rtol=1e-12)
+        np.testing.assert_allclose(weights_kept, 9, rtol=1e-12)
         # Some of it is under way: the nodes alone do not hold all.
-        assert min(held) < 8.5
+        assert held.min() < 8.5
         # The average all the same, which lost mass would have moved.
         np.testing.assert_allclose(
             averaging.read(state), np.tile(values.mean(axis=0), (9, 1)), rtol=1e-8
