@@ -36,5 +36,5 @@ def get_config() -> Config:
     config.kmeans.n_iter = 100
     config.kmeans.deals = ("shuffled", "sorted")  # Sorted: each node sees a corner of the data.
     config.kmeans.rounds = 0  # As many as shrink needs, by the spectral gap.
-    config.kmeans.shrink = 0.1
+    config.kmeans.shrink = 0.03
     return config

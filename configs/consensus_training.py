@@ -29,5 +29,5 @@ def get_config() -> Config:
     config.training.optimizer = "sgd"
     config.training.learning_rate = 0.1
     config.training.batch_size = 32
-    config.training.n_epochs = 5
+    config.training.n_epochs = 2
     return config

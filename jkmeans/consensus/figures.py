@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -257,8 +258,8 @@ def draw_networks(
     from matplotlib.colors import LogNorm
 
     n_columns = max(len(row.titles) for row in rows)
-    side = 3.0 if n_columns < 4 else 2.7
-    figure = new_figure(side * n_columns + 0.8, 0.9 + (side + 0.1) * len(rows))
+    side = 2.8
+    figure = new_figure(side * n_columns + 0.8, 0.9 + (side + 0.25) * len(rows))
     grid = figure.subplots(len(rows), n_columns, squeeze=False)
     positive = np.concatenate([row.values[row.values > 0] for row in rows])
     top = float(positive.max()) if positive.size else 1.0
@@ -283,9 +284,9 @@ def draw_networks(
                 c=np.clip(row.values[i], low, None),
                 norm=norm,
                 cmap="viridis_r",
-                s=90 if few else 10,
+                s=90 if few else 6,
                 edgecolors="white",
-                linewidths=0.8 if few else 0.2,
+                linewidths=0.8 if few else 0.0,
                 zorder=3,
             )
             if few and row.estimates is not None and row.estimates.shape[2] == 2:
@@ -305,12 +306,13 @@ def draw_networks(
                         zorder=4,
                     )
             ax.set_aspect("equal")
-            ax.margins(0.16)
+            ax.margins(0.16 if few else 0.03)
             panel_title(ax, f"{row.graph.name}, {row.titles[i]}", size=8.5)
     bar = figure.colorbar(
-        ScalarMappable(norm, "viridis_r"), ax=grid, shrink=0.6, aspect=30, pad=0.01
+        ScalarMappable(norm, "viridis_r"), ax=grid, shrink=0.8, aspect=12 * len(rows), pad=0.01
     )
-    bar.set_label(value, fontsize=8.5, color=INK)
+    # Wrapped, for a single row of networks is no higher than half the words.
+    bar.set_label(textwrap.fill(value, 20 + 20 * len(rows)), fontsize=8.5, color=INK)
     bar.ax.tick_params(labelsize=8)
     bar.outline.set_visible(False)  # pyright: ignore
     head_figure(figure, title, subtitle)

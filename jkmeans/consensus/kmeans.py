@@ -106,7 +106,7 @@ def iterate(
     The bound: a round shrinks the disagreement D of the averages to λ D at most, λ the ``rate`` of
     the mixing, and an iteration first adds that of the changes, so that
     D_{t+1} ≤ λ^R (D_t + ‖Δ_i − mean Δ‖). Links that fail void λ; with λ = 1 it still holds for
-    symmetric gossip.
+    symmetric gossip. Rounding comes on top: some units in the last place of the statistics.
 
     Args:
       links: of the nodes.

@@ -55,21 +55,27 @@ def cluster(points, graph, first, n_iter, n_rounds, *, order="shuffled", loss=No
 
 
 def lloyd(points, first, n_iter):
+    return _lloyd(points, first, n_iter)
+
+
+@jax.jit
+def _lloyd(points, first, n_iter):
     return kmeans.lloyd(points, first, max_iter=n_iter, tol=-1.0, empty="keep")
 
 
 @pytest.mark.parametrize("order", ["shuffled", "sorted"])
 def test_with_enough_rounds_it_is_lloyd(points, order):
     graph, first = make_topology("ring", 8), points[:K]
-    for n_iter in (1, 6):
-        wanted = lloyd(points, first, n_iter)
-        found, trace = cluster(points, graph, first, n_iter, 200, order=order)
-        for node in found:
-            np.testing.assert_allclose(node, wanted.centroids, rtol=1e-4)
-            labels = np.asarray(kmeans.nearest(jnp.asarray(points), node))
-            np.testing.assert_array_equal(labels, wanted.labels)
+    wanted = lloyd(points, first, 6)
+    found, trace = cluster(points, graph, first, 6, 200, order=order)
+    for node in found:
+        np.testing.assert_allclose(node, wanted.centroids, rtol=1e-4)
+        labels = np.asarray(kmeans.nearest(jnp.asarray(points), node))
+        np.testing.assert_array_equal(labels, wanted.labels)
     # The inertia of an iteration is that of the centroids before it.
-    assert trace.inertia[5] == pytest.approx(float(lloyd(points, first, 5).inertia), rel=1e-5)
+    for n_iter in range(6):
+        before = float(lloyd(points, first, n_iter).inertia)
+        assert trace.inertia[n_iter] == pytest.approx(before, rel=1e-5)
 
 
 def test_one_round_on_a_complete_graph_is_lloyd(points):
@@ -82,13 +88,16 @@ def test_one_round_on_a_complete_graph_is_lloyd(points):
 
 def test_the_disagreement_stays_below_its_bound_and_fades(points):
     _, trace = cluster(points, make_topology("ring", 8), points[:K], 30, 6, order="sorted")
-    assert (trace.disagreement <= 1.0001 * trace.bound).all()
+    # As long as it is more than rounding.
+    seen = trace.disagreement > 1e-3
+    assert seen.sum() > 5
+    assert (trace.disagreement <= 1.0001 * trace.bound)[seen].all()
     # And the bound is no wide one.
     assert trace.bound[0] < 10 * trace.disagreement[0]
     assert trace.disagreement[-1] < 1e-3 * trace.disagreement[0]
 
 
-@pytest.mark.parametrize("order", ["shuffled", "sorted"])
+@pytest.mark.parametrize("order", [pytest.param("shuffled", marks=pytest.mark.slow), "sorted"])
 def test_lost_messages_do_not_move_it_far(points, order):
     end = float(lloyd(points, points[:K], 100).inertia)
     found, _ = cluster(points, make_topology("hypercube", 8), points[:K], 40, 12, order=order,
@@ -105,13 +114,13 @@ def test_an_empty_cluster_keeps_its_centroid(points):
     assert np.isfinite(found).all()
 
 
-def test_a_mesh_axis_and_a_vmap_axis_agree(points):
-    graph = make_topology("exponential", 8)
-    for loss in (None, 0.2):
-        here, trace = cluster(points, graph, points[:K], 6, 5, loss=loss)
-        there, other = cluster(points, graph, points[:K], 6, 5, loss=loss, mesh=make_mesh(8))
-        np.testing.assert_allclose(here, there, rtol=2e-4)
-        np.testing.assert_allclose(trace.inertia, other.inertia, rtol=1e-5)
+@pytest.mark.parametrize("loss", [pytest.param(None, marks=pytest.mark.slow), 0.2])
+def test_a_mesh_axis_and_a_vmap_axis_agree(points, loss):
+    graph = make_topology("ring", 8)
+    here, trace = cluster(points, graph, points[:K], 6, 5, loss=loss)
+    there, other = cluster(points, graph, points[:K], 6, 5, loss=loss, mesh=make_mesh(8))
+    np.testing.assert_allclose(here, there, rtol=2e-4)
+    np.testing.assert_allclose(trace.inertia, other.inertia, rtol=1e-5)
 
 
 def test_first_centroids_are_agreed_upon(points):
@@ -139,7 +148,9 @@ def test_sorted_nodes_see_different_points(points):
         stretches(points, 200)
 
 
-@pytest.mark.parametrize("scheme", ["averaging", "displacements"])
+@pytest.mark.parametrize(
+    "scheme", [pytest.param("averaging", marks=pytest.mark.slow), "displacements"]
+)
 def test_quantization_on_a_complete_graph_is_the_scheme_itself(points, scheme):
     samples, first = points[:160], points[:K]
     steps = ("constant", 0.05, 0.0)
@@ -210,6 +221,7 @@ def test_gossip_helps_nodes_that_saw_few_classes(digits):
     assert together.shape == (9,)
 
 
+@pytest.mark.slow
 def test_training_on_a_mesh_axis_and_a_vmap_axis_agree(digits):
     graph = make_topology("ring", 8)
     here, errors = trained(digits, graph, "gossip", 10)
@@ -225,5 +237,5 @@ def test_every_example_is_dealt_once(digits):
     dealt = np.concatenate([row[:n] for row, n in zip(labels, shares.counts, strict=True)])
     assert sorted(dealt) == sorted(digits.examples[1])
     assert (np.diff(dealt) >= 0).all()
-    with pytest.raises(UserError, match="416 examples|for 5000 nodes"):
+    with pytest.raises(UserError, match=r"\d+ examples for 5000 nodes"):
         training.deal_examples(digits, 5000, "shuffled", 0)

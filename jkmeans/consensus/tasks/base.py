@@ -6,7 +6,7 @@ import csv
 import hashlib
 import io
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -180,11 +180,6 @@ def plain(value: Any) -> Any:
     if isinstance(value, np.generic):
         value = value.item()
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def each(values: Mapping[str, Arrays], *names: str) -> Iterator[np.ndarray]:
-    """Some arrays of all cases."""
-    return (arrays[name] for arrays in values.values() for name in names)
 
 
 def _cell(value: Any) -> str:

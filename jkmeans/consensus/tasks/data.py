@@ -7,7 +7,7 @@ from ml_collections import ConfigDict
 
 from jkmeans.configuration import Config
 from jkmeans.errors import UserError
-from jkmeans.fields import Field, choice, integer, text
+from jkmeans.fields import Field, integer, text
 from jkmeans.vq.data import MIXTURE, NAMED, load_samples
 
 DEALS = ("shuffled", "sorted")
@@ -18,7 +18,6 @@ FIELDS: dict[str, Field] = {
     "data.n_samples": integer(0, "drawn from them; 0 for all"),
     "data.n_features": integer(0, "principal components that are kept; 0 for what there is"),
 }
-DEAL_FIELD = choice(DEALS, "at random, or each node its own corner of the first component")
 
 
 def load_points(config: Config) -> np.ndarray:
@@ -69,10 +68,7 @@ def stretches(points: np.ndarray, n_nodes: int) -> tuple[np.ndarray, np.ndarray]
     Raises:
       UserError: fewer points than nodes.
     """
-    if len(points) < n_nodes:
-        raise UserError(
-            f"there are {len(points):,} points for {n_nodes:,} nodes; accepted: at least one each"
-        )
+    check_enough(len(points), n_nodes)
     parts = np.array_split(points, n_nodes)
     rows = max(map(len, parts))
     dealt = np.zeros((n_nodes, rows, points.shape[1]), points.dtype)
@@ -80,3 +76,11 @@ def stretches(points: np.ndarray, n_nodes: int) -> tuple[np.ndarray, np.ndarray]
     for node, part in enumerate(parts):
         dealt[node, : len(part)], counted[node, : len(part)] = part, 1
     return dealt, counted
+
+
+def check_enough(n_points: int, n_nodes: int) -> None:
+    """Raises a UserError where some node would have no point."""
+    if n_points < n_nodes:
+        raise UserError(
+            f"there are {n_points:,} points for {n_nodes:,} nodes; accepted: at least one each"
+        )

@@ -31,12 +31,12 @@ from jkmeans.consensus.tasks.base import (
     number_type,
     tables,
 )
-from jkmeans.consensus.tasks.data import DEALS, load_points, order_of, stretches
+from jkmeans.consensus.tasks.data import DEALS, check_enough, load_points, order_of, stretches
 from jkmeans.consensus.tasks.data import FIELDS as DATA_FIELDS
 from jkmeans.consensus.traffic import bytes_per_round
 from jkmeans.errors import UserError
 from jkmeans.fields import Field, integer, number, words
-from jkmeans.kmeans.statistics import ClusterStatistics
+from jkmeans.kmeans.statistics import ClusterStatistics, inertia_of
 from jkmeans.sharding import BY_STEP, REPLICATED, SHARDED
 from jkmeans.sources.base import ArraySource
 from jkmeans.workdir import write_whole
@@ -91,9 +91,8 @@ class _Work:
             self.losses["links"] = config.loss.links
         if config.loss.messages:
             self.losses["messages"] = config.loss.messages
-        stretches(points[:1], 1)
-        if len(points) < next(iter(nets.values())).graph.n_nodes:
-            stretches(points, next(iter(nets.values())).graph.n_nodes)  # Refuses.
+        self.n_nodes = next(iter(nets.values())).graph.n_nodes
+        check_enough(len(points), self.n_nodes)
 
     @property
     def statistics(self) -> ClusterStatistics:
@@ -190,10 +189,12 @@ class _Work:
             lambda leaf: np.zeros((net.graph.n_nodes, *leaf.shape), leaf.dtype), self.statistics
         )
         measured = measure(net.graph, only_rounds, 1, values)
-        inertia_of = jax.jit(lambda c: kmeans.assign(jnp.asarray(self.points), c).distances.sum())
+        inertia = jax.jit(
+            lambda c: inertia_of(kmeans.assign(jnp.asarray(self.points), c).distances)
+        )
         # Of some nodes where there are many: those that disagree most, and a few others.
         asked = np.argsort(-trace.spread[-1])[:16]
-        everywhere = np.array([float(inertia_of(centroids[node])) for node in asked])
+        everywhere = np.array([float(inertia(centroids[node])) for node in asked])
         return {
             **trace._asdict(),
             "centroids": centroids,
@@ -206,7 +207,6 @@ class _Work:
         """Pictures, the table, and what is in ``results.json``."""
         central = found[_CENTRAL]
         end = float(central["end"])
-        n_nodes = next(iter(self.nets.values())).graph.n_nodes
         rows = []
         panels: dict[str, list[figures.Curve]] = {}
         by: dict[str, int] = {}
@@ -248,8 +248,8 @@ class _Work:
         size = self.points.shape
         text = (
             f"{size[0]:,} points of {size[1]} features, K = {self.config.kmeans.n_clusters}, "
-            f"{n_nodes:,} nodes, {self.config.kmeans.n_iter} iterations. Lloyd's algorithm on all "
-            f"points from the same first centroids ends after {int(central['n_iter'])} iterations "
+            f"{self.n_nodes:,} nodes, {self.config.kmeans.n_iter} iterations. Lloyd's algorithm on "
+            f"all points from the same first centroids ends after {int(central['n_iter'])} iterations "
             f"with an inertia of {end:.6g}; percentages are what is above it. Of all: each node's "
             "points with its own centroids in the last iteration; worst node: all points with the "
             "centroids of one node. Bytes are of all nodes together."

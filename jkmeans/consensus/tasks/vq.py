@@ -27,7 +27,7 @@ from jkmeans.consensus.tasks.base import (
     number_type,
     tables,
 )
-from jkmeans.consensus.tasks.data import DEALS, load_points, order_of, stretches
+from jkmeans.consensus.tasks.data import DEALS, check_enough, load_points, order_of, stretches
 from jkmeans.consensus.tasks.data import FIELDS as DATA_FIELDS
 from jkmeans.consensus.traffic import bytes_per_round
 from jkmeans.consensus.vq import GAINS, Trace, quantize_together
@@ -101,7 +101,7 @@ class _Work:
         # Each the mean of some samples, so that none is a sample itself.
         n_averaged = max(1, min(20, len(points) // ours.n_clusters))
         self.first = first_prototypes(rng, self.points, ours.n_clusters, n_averaged)
-        stretches(self.points[: min(len(points), self.n_nodes)], self.n_nodes)
+        check_enough(len(points), self.n_nodes)
         self.n_exchanges = ours.duration // (ours.tau * ours.n_evaluations)
         self.times = np.arange(ours.n_evaluations + 1) * self.n_exchanges * ours.tau
 
