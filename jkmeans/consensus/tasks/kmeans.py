@@ -132,7 +132,7 @@ class _Work:
         mean = self.points.mean(axis=0, dtype=np.float64)
         deviation = self.points.std(axis=0, dtype=np.float64)
         noise = jax.random.normal(self.first_key, (1, k, x.shape[1]), x.dtype)[0]
-        first = jnp.asarray(mean.astype(x.dtype)) + jnp.asarray(deviation.astype(x.dtype)) * noise
+        first = jnp.asarray(mean + deviation * np.asarray(noise), x.dtype)
 
         def step(centroids: jax.Array, _: None):
             found = kmeans.assign(x, centroids)
@@ -249,8 +249,8 @@ class _Work:
         text = (
             f"{size[0]:,} points of {size[1]} features, K = {self.config.kmeans.n_clusters}, "
             f"{self.n_nodes:,} nodes, {self.config.kmeans.n_iter} iterations. Lloyd's algorithm on "
-            f"all points from the same first centroids ends after {int(central['n_iter'])} iterations "
-            f"with an inertia of {end:.6g}; percentages are what is above it. Of all: each node's "
+            f"all points from the same first centroids ends after {int(central['n_iter'])} "
+            f"iterations with an inertia of {end:.6g}; percentages are what is above it. Of all: each node's "
             "points with its own centroids in the last iteration; worst node: all points with the "
             "centroids of one node. Bytes are of all nodes together."
         )
