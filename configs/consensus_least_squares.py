@@ -2,10 +2,10 @@ r"""Least squares by nodes that talk to their neighbours: a course exercise, don
 
 python -m experiments.consensus --config configs/consensus_least_squares.py --workdir runs/ls
 
-Half a minute on two busy cores. Gossip takes the rounds that the spectral gap predicts (ring 266, star
-215, torus and hypercube 28, exponential 20, complete 1). Gradient tracking and EXTRA come within 1e-5
-of the closed form (7.959, 1.996) on each topology, in 41 to 998 rounds; plain decentralised descent
-stops 0.3 to 1 % away. The exercise as it was set, with two nodes:
+Half a minute on two busy cores. Gossip takes the rounds that the spectral gap predicts (ring 266,
+star 215, torus and hypercube 28, exponential 20, complete 1). Gradient tracking and EXTRA come
+within 1e-5 of the closed form (7.959, 1.996) on each topology, in 41 to 998 rounds; plain
+decentralised descent stops 0.3 to 1 % away. The exercise as it was set, with two nodes:
 
     … --config.graph.n_nodes=2 --config.graph.topologies="('complete',)"
 """

@@ -2,9 +2,9 @@ r"""Decentralised vector quantization of MNIST: online k-means by nodes that mix
 
 python -m experiments.consensus --config configs/consensus_vq.py --workdir runs/gossip_vq
 
-A minute of computing. One worker ends at a distortion of 24.5, sixteen with a shared version (scheme B)
-at 20.2, and sixteen that mix with neighbours at 20.1 to 20.2 on ring, torus and hypercube, shuffled
-or sorted.
+A minute of computing. One worker ends at a distortion of 24.5, sixteen with a shared version
+(scheme B) at 20.2, and sixteen that mix with neighbours at 20.1 to 20.2 on ring, torus and
+hypercube, shuffled or sorted.
 """
 
 from ml_collections import ConfigDict
