@@ -3,7 +3,7 @@ r"""A perceptron on Fashion-MNIST trained by 16 nodes that mix parameters with t
 python -m experiments.consensus --config configs/consensus_training.py --workdir runs/gossip_sgd
 
 A minute of computing. Held-out errors after two epochs, mean over nodes: shuffled examples 22.3 %
-by all-reducing, 20.5 to 21.0 % by gossip, 23.0 % alone; sorted ones (a node sees one or two classes)
+by all-reducing, 20.5 to 21.0 % by gossip, 23.0 % alone; sorted ones (one or two classes a node)
 20.8 % by all-reducing, 36 to 63 % by gossip, 85 % alone.
 """
 

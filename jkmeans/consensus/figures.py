@@ -259,7 +259,7 @@ def draw_networks(
 
     n_columns = max(len(row.titles) for row in rows)
     side = 2.8
-    figure = new_figure(side * n_columns + 0.8, 0.9 + (side + 0.25) * len(rows))
+    figure = new_figure(side * n_columns + 0.8, 0.9 + (side + 0.05) * len(rows))
     grid = figure.subplots(len(rows), n_columns, squeeze=False)
     positive = np.concatenate([row.values[row.values > 0] for row in rows])
     top = float(positive.max()) if positive.size else 1.0

@@ -251,8 +251,8 @@ class _Work:
             f"{self.n_nodes:,} nodes, {self.config.kmeans.n_iter} iterations. Lloyd's algorithm on "
             f"all points from the same first centroids ends after {int(central['n_iter'])} "
             f"iterations with an inertia of {end:.6g}; percentages are what is above it. Of all: "
-            "each node's points with its own centroids in the last iteration; worst node: all points "
-            "with the centroids of one node. Bytes are of all nodes together."
+            "each node's points with its own centroids in the last iteration; worst node: all "
+            "points with the centroids of one node. Bytes are of all nodes together."
         )
         markdown, comma = tables("Decentralised k-means", text, rows)
         write_whole(workdir / "kmeans.md", markdown.encode())
