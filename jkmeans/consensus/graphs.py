@@ -290,11 +290,11 @@ def random_geometric(n_nodes: int, radius: float = 0.0, seed: int = 0) -> Graph:
     Raises:
       UserError: the graph is not connected.
     """
-    from scipy.spatial import cKDTree
+    from scipy.spatial import KDTree
 
     radius = radius or math.sqrt(2 * math.log(max(n_nodes, 2)) / (math.pi * n_nodes))
     places = np.random.default_rng(seed).uniform(size=(n_nodes, 2))
-    edges = cKDTree(places).query_pairs(radius, output_type="ndarray")
+    edges = KDTree(places).query_pairs(radius, output_type="ndarray")
     try:
         return make_graph("geometric", n_nodes, edges, positions=places)
     except UserError as error:

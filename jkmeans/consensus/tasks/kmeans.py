@@ -98,8 +98,8 @@ class _Work:
     def statistics(self) -> ClusterStatistics:
         """The shapes of what a node sends."""
         k, d, dtype = self.config.kmeans.n_clusters, self.points.shape[1], self.points.dtype
-        one = jax.ShapeDtypeStruct
-        return ClusterStatistics(one((k, d), dtype), one((k,), dtype), one((), dtype))
+        shapes: Any = [jax.ShapeDtypeStruct(shape, dtype) for shape in ((k, d), (k,), ())]
+        return ClusterStatistics(*shapes)
 
     def bytes_a_round(self, net: Net, loss: str) -> int:
         weight = jax.ShapeDtypeStruct((), self.points.dtype)
@@ -182,7 +182,8 @@ class _Work:
             )
             return averaging.read(state)
 
-        out = (SHARDED, Trace(REPLICATED, REPLICATED, REPLICATED, BY_STEP))
+        specs: Any = (REPLICATED, REPLICATED, REPLICATED, BY_STEP)
+        out = (SHARDED, Trace(*specs))
         compiled = self.nodes.compile(net.graph, program, 1, out)
         centroids, trace = jax.tree.map(np.asarray, compiled(shares))
         values = jax.tree.map(

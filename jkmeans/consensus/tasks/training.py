@@ -96,7 +96,8 @@ class _Work:
     def trained(self, deal: str, mode: str, name: str, check: Check) -> Arrays:
         """One way to train, epoch by epoch."""
         net, ours, shares = self.nets[name], self.config.training, self.shares[deal]
-        out = State(SHARDED, SHARDED, REPLICATED)
+        specs: Any = (SHARDED, SHARDED, REPLICATED)
+        out = State(*specs)
         key = jax.random.key(self.config.seed)
 
         def start(links: Links, shares) -> tuple[State, jax.Array]:
@@ -127,8 +128,8 @@ class _Work:
             return state, errors, spread, loss
 
         state, errors = self.nodes.compile(net.graph, start, 1, (out, SHARDED))(shares)
-        specs = (out, SHARDED, REPLICATED, REPLICATED)
-        advance = self.nodes.compile(net.graph, epoch, 3, specs)
+        results = (out, SHARDED, REPLICATED, REPLICATED)
+        advance = self.nodes.compile(net.graph, epoch, 3, results)
         curve, spreads, losses = [np.asarray(errors)], [0.0], []
         for _ in range(ours.n_epochs):
             check()

@@ -120,7 +120,7 @@ class _Work:
         )
         order = order_of(self.points, "shuffled", self.config.seed)
         found = run(setting, self.config.seed, self.first, self.points[order])
-        return {"distortion": found.distortion[: len(self.times)]}
+        return {"distortion": np.asarray(found.distortion)[: len(self.times)]}
 
     def averaging(self, links: Links, net: Net) -> Averaging:
         key, loss = jax.random.key(self.config.seed), self.config.loss
@@ -155,7 +155,8 @@ class _Work:
                 n_evaluations=ours.n_evaluations,
             )
 
-        out = (SHARDED, Trace(REPLICATED, REPLICATED))
+        specs: Any = (REPLICATED, REPLICATED)
+        out = (SHARDED, Trace(*specs))
         compiled = self.nodes.compile(net.graph, program, 2, out)
         prototypes, trace = jax.tree.map(np.asarray, compiled(shares, first))
         measured = measure(net.graph, program, 2, shares, first, out=out)
