@@ -2,9 +2,9 @@ r"""Decentralised k-means of MNIST by 16 nodes, each with its own part of the im
 
 python -m experiments.consensus --config configs/consensus_kmeans.py --workdir runs/gossip_kmeans
 
-Two and a half minutes on two busy cores (65 s of computing). Lloyd's algorithm on all points ends at
-an inertia of 2,101,500; with the centroids of its worst node every case is within 0.001 % of it, on
-ring, torus and hypercube, points shuffled or sorted, with 20 % of the messages lost too.
+Two and a half minutes on two busy cores (65 s of computing). Lloyd's algorithm on all points ends
+at an inertia of 2,101,500; with the centroids of its worst node every case is within 0.001 % of it,
+on ring, torus and hypercube, points shuffled or sorted, with 20 % of the messages lost too.
 """
 
 from ml_collections import ConfigDict
