@@ -95,3 +95,31 @@ def integers(meaning: str) -> Field:
         return tuple(value)
 
     return Field(convert, "a tuple of integers of at least 1", meaning)
+
+
+def words(choices, meaning: str) -> Field:
+    """A field that holds a tuple of some words, each once and at least one."""
+
+    def convert(value):
+        if not isinstance(value, list | tuple) or any(not isinstance(v, str) for v in value):
+            raise TypeError
+        if not value or len(set(value)) < len(value) or any(v not in choices for v in value):
+            raise ValueError
+        return tuple(value)
+
+    return Field(convert, f"a tuple of some of {', '.join(map(repr, choices))}", meaning)
+
+
+def numbers(meaning: str) -> Field:
+    """A field that holds a tuple of finite numbers."""
+
+    def convert(value):
+        if not isinstance(value, list | tuple):
+            raise TypeError
+        if any(isinstance(v, bool) or not isinstance(v, int | float) for v in value):
+            raise TypeError
+        if not all(map(math.isfinite, value)):
+            raise ValueError
+        return tuple(map(float, value))
+
+    return Field(convert, "a tuple of finite numbers", meaning)

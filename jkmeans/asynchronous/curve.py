@@ -12,11 +12,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jkmeans import configuration
 from jkmeans.asynchronous import engine
 from jkmeans.asynchronous.rules import Tree
 from jkmeans.asynchronous.server import DIVERGED, Status
 from jkmeans.configuration import Config
 from jkmeans.errors import CollapseError, UserError
+from jkmeans.fields import Field
 from jkmeans.recorder import format_duration
 from jkmeans.vq.simulation import EXPLODED
 from jkmeans.workdir import write_json
@@ -107,6 +109,55 @@ def claim(folder: Path, settings: Mapping[str, Any]) -> None:
                 f"{folder} holds a run with another config: {name} is {settings[name]!r} here and "
                 f"{there.get(name)!r} there; accepted: the same config, or another --workdir"
             )
+
+
+def claim_config(
+    workdir: Path,
+    config: Config,
+    fields: Mapping[str, Field],
+    runtime: tuple[str, ...],
+    fingerprint: str,
+) -> None:
+    """Writes the config of an experiment into its folder, or checks that it goes on with it.
+
+    Args:
+      workdir: made if missing.
+      config: validated.
+      fields: what it consists of.
+      runtime: starts of the names of fields that may differ when an experiment goes on.
+      fingerprint: of the data.
+
+    Raises:
+      UserError: the folder holds an experiment with another config, on other data or of another
+        kind, or cannot be written.
+    """
+    path = workdir / CONFIG_FILE
+    ours = {"fingerprint": fingerprint, "config": configuration.to_json(config)}
+    refuse_foreign(workdir, CONFIG_FILE)
+    try:
+        if not path.exists():
+            workdir.mkdir(parents=True, exist_ok=True)
+            write_json(path, ours)
+            return
+        record = json.loads(path.read_text())
+        there = configuration.nest(configuration.convert_fields(record["config"], fields))
+    except OSError as error:
+        raise UserError(f"cannot write to --workdir {workdir}: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError, AttributeError, UserError) as error:
+        raise UserError(
+            f"{path} is not the config of an experiment of this version of jkmeans ({error}); "
+            "accepted: another --workdir"
+        ) from error
+    different = configuration.differences(config, there, fields, runtime)
+    if record["fingerprint"] != fingerprint:
+        different.append("the data are other ones")
+    if different:
+        more = f" (and {len(different) - 1} more)" if len(different) > 1 else ""
+        raise UserError(
+            f"{workdir} holds an experiment with another config: {different[0]}{more}; accepted: "
+            "the same config, or another --workdir"
+        )
+    write_json(path, ours)
 
 
 def refuse_foreign(folder: Path, own: str) -> None:

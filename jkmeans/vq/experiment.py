@@ -6,7 +6,6 @@ file when it has ended; what is there is not simulated again.
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import time
@@ -18,8 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jkmeans import configuration
-from jkmeans.asynchronous.curve import CONFIG_FILE, RESULTS_FILE, refuse_foreign
+from jkmeans.asynchronous.curve import RESULTS_FILE, claim_config
 from jkmeans.asynchronous.fields import RAY_FIELDS
 from jkmeans.configuration import Config, Field, choice, convert_fields, integer, integers, nest
 from jkmeans.errors import CollapseError, UserError
@@ -161,7 +159,7 @@ def run_experiment(config: Config, workdir: str | os.PathLike[str]) -> dict[str,
     workdir = Path(workdir).absolute()
     samples = load_samples(config)
     _check_sizes(config, samples)
-    _claim(workdir, config, ArraySource(samples).fingerprint())
+    claim_config(workdir, config, FIELDS, _RUNTIME, ArraySource(samples).fingerprint())
     with only_process_in(workdir), Interruption() as interruption:
         return _Experiment(config, workdir, samples).execute(interruption)
 
@@ -347,37 +345,6 @@ def _check_sizes(config: Config, samples: np.ndarray) -> None:
                 f"config.figures asks for {most:,} workers, but there are {len(samples):,} "
                 f"samples; accepted: 1 to {len(samples):,}"
             )
-
-
-def _claim(workdir: Path, config: Config, fingerprint: str) -> None:
-    """Writes the config into the workdir, unless one is there that does not go with it."""
-    path = workdir / CONFIG_FILE
-    ours = {"fingerprint": fingerprint, "config": configuration.to_json(config)}
-    refuse_foreign(workdir, CONFIG_FILE)
-    try:
-        if not path.exists():
-            workdir.mkdir(parents=True, exist_ok=True)
-            write_json(path, ours)
-            return
-        record = json.loads(path.read_text())
-        there = nest(convert_fields(record["config"], FIELDS))
-    except OSError as error:
-        raise UserError(f"cannot write to --workdir {workdir}: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError, AttributeError, UserError) as error:
-        raise UserError(
-            f"{path} is not the config of an experiment of this version of jkmeans ({error}); "
-            "accepted: another --workdir"
-        ) from error
-    different = configuration.differences(config, there, FIELDS, _RUNTIME)
-    if record["fingerprint"] != fingerprint:
-        different.append("the data are other ones")
-    if different:
-        more = f" (and {len(different) - 1} more)" if len(different) > 1 else ""
-        raise UserError(
-            f"{workdir} holds an experiment with another config: {different[0]}{more}; accepted: "
-            "the same config, or another --workdir"
-        )
-    write_json(path, ours)
 
 
 def _finite(values: dict[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,192 @@
+"""What the tasks of the experiment share: graphs, cases that leave a file each, tables."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from jkmeans.configuration import Config
+from jkmeans.consensus.graphs import (
+    EDGES,
+    TOPOLOGIES,
+    Graph,
+    make_topology,
+    random_geometric,
+    read_edges,
+)
+from jkmeans.consensus.links import Nodes
+from jkmeans.consensus.mixing import Mixing, Spectrum, make_mixing, spectrum
+from jkmeans.consensus.traffic import measured_bytes
+from jkmeans.errors import UserError
+from jkmeans.sharding import SHARDED, make_mesh
+
+GEOMETRIC = "geometric"
+GRAPH_NAMES = (*TOPOLOGIES, GEOMETRIC, EDGES)
+
+Arrays = Mapping[str, np.ndarray]
+"""What a case leaves: arrays by name."""
+
+Check = Callable[[], None]
+"""Raises `Interrupted` where somebody asked for the end; called now and then."""
+
+
+class Case(NamedTuple):
+    """One thing to compute.
+
+    Attributes:
+      name: of its file, unique.
+      run: computes it.
+    """
+
+    name: str
+    run: Callable[[Check], Arrays]
+
+
+class Task(NamedTuple):
+    """What an experiment computes, and what it makes of it.
+
+    Attributes:
+      fingerprint: of the data and the graphs.
+      cases: in their order.
+      write: (workdir, arrays of each case by name) -> results; makes pictures and tables.
+    """
+
+    fingerprint: str
+    cases: list[Case]
+    write: Callable[[Path, Mapping[str, Arrays]], dict[str, Any]]
+
+
+class Net(NamedTuple):
+    """A graph with its weights and what they promise."""
+
+    graph: Graph
+    mixing: Mixing
+    spectrum: Spectrum
+
+
+def nets_of(config: Config) -> dict[str, Net]:
+    """The graphs that a config asks for, by name.
+
+    Raises:
+      UserError: one does not fit the number of nodes, is not connected, or has no such weights.
+    """
+    nets = {}
+    for name in config.graph.topologies:
+        if name == EDGES:
+            graph = read_edges(config.graph.edges, config.graph.n_nodes)
+        elif name == GEOMETRIC:
+            graph = random_geometric(config.graph.n_nodes, config.graph.radius, config.seed)
+        else:
+            graph = make_topology(name, config.graph.n_nodes)
+        mixing = make_mixing(config.graph.mixing, graph)
+        nets[name] = Net(graph, mixing, spectrum(mixing))
+    return nets
+
+
+def nodes_of(config: Config) -> Nodes:
+    """Where the nodes of a config are.
+
+    Raises:
+      UserError: there are fewer devices than nodes.
+    """
+    if config.nodes == "vmap":
+        return Nodes()
+    if config.graph.n_nodes > len(jax.devices()):
+        raise UserError(
+            f"config.nodes is 'mesh' with graph.n_nodes {config.graph.n_nodes}, but JAX sees "
+            f"{len(jax.devices())} devices; accepted: one device for each node (on a CPU "
+            f"XLA_FLAGS=--xla_force_host_platform_device_count={config.graph.n_nodes} makes them), "
+            "or 'vmap', with all nodes on one device"
+        )
+    return Nodes(make_mesh(config.graph.n_nodes))
+
+
+def number_type(config: Config) -> type:
+    """NumPy's type of the numbers that are computed with and sent."""
+    return np.float64 if config.precision == "float64" else np.float32
+
+
+def measure(
+    graph: Graph, program: Callable[..., Any], n_sharded: int, *arrays: Any, out: Any = SHARDED
+) -> int | None:
+    """Bytes of the messages of a program on a mesh, counted in the compiled program.
+
+    Args:
+      graph: of the nodes.
+      program: see `Nodes.compile`.
+      n_sharded: see there.
+      *arrays: what the program takes.
+      out: see there.
+
+    Returns:
+      The bytes (see `measured_bytes`); None where there are fewer devices than nodes.
+    """
+    if len(jax.devices()) < graph.n_nodes:
+        return None
+    nodes = Nodes(make_mesh(graph.n_nodes))
+    return measured_bytes(nodes.compile(graph, program, n_sharded, out).lower(*arrays).compile())
+
+
+def fingerprint_of(nets: Mapping[str, Net], *data: str) -> str:
+    """Identifies graphs, weights and data."""
+    digest = hashlib.blake2b(digest_size=16)
+    for net in nets.values():
+        digest.update(net.graph.edges.tobytes() + net.mixing.weights.tobytes())
+    for part in data:
+        digest.update(part.encode())
+    return digest.hexdigest()
+
+
+def rounds_to(errors: np.ndarray, wanted: float) -> int | None:
+    """The first round after which an error is at most what is wanted, for good; None if never.
+
+    Args:
+      errors: [T+1], before the first round and after each.
+      wanted: the error.
+    """
+    above = np.flatnonzero(~(errors <= wanted))
+    if not above.size:
+        return 0
+    first = int(above[-1]) + 1
+    return first if first < len(errors) else None
+
+
+def tables(title: str, text: str, rows: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
+    """A table in Markdown, under a title and a paragraph, and the same as CSV with all digits."""
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    lines = [f"# {title}", "", text, ""]
+    lines.append("| " + " | ".join(names) + " |")
+    numeric = [any(isinstance(row.get(name), int | float) for row in rows) for name in names]
+    lines.append("|" + "|".join(" ---: " if is_number else " --- " for is_number in numeric) + "|")
+    lines += ["| " + " | ".join(_cell(row.get(name)) for name in names) + " |" for row in rows]
+    out = io.StringIO()
+    writer = csv.DictWriter(out, names, restval="", lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        writer.writerow({name: "" if value is None else value for name, value in row.items()})
+    return "\n".join(lines) + "\n", out.getvalue()
+
+
+def plain(value: Any) -> Any:
+    """A value as JSON has it: NaN and infinity are no JSON."""
+    if isinstance(value, np.generic):
+        value = value.item()
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "–"
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            return "–"
+        return f"{value:.2e}" if value and not 1e-3 <= abs(value) < 1e5 else f"{value:.4g}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
