@@ -319,8 +319,7 @@ class _Job:
         needed = source.n_rows * row_bytes + source.overhead_bytes
         if self.config.memory_mebibytes:
             return needed <= self.config.memory_mebibytes * 2**20
-        devices = self.mesh.devices.flat
-        return needed <= self.mesh.size * device_room(devices[0], self.mesh.size)
+        return needed <= self.mesh.size * device_room(self.mesh)
 
     def _read(self) -> np.ndarray:
         """All rows, in memory, checked."""

@@ -56,6 +56,11 @@ def make_mesh(n_devices: int = 0, n_centroid_shards: int = 1) -> Mesh:
             f"n_devices is {n_devices}, but JAX sees {len(available)} ({platform}); "
             f"accepted: 0 (all of them) to {len(available)}{hint}"
         )
+    if 0 < n_devices < len(available) and jax.process_count() > 1:
+        raise UserError(
+            f"n_devices is {n_devices}, but {jax.process_count()} processes have "
+            f"{len(available)}; accepted: 0 (all of them), and fewer processes for fewer devices"
+        )
     devices = np.array(available[: n_devices or len(available)])
     if n_centroid_shards == 1:
         return Mesh(devices, (DATA_AXIS,), axis_types=(AxisType.Auto,))
