@@ -241,6 +241,14 @@ def gather_examples(rows: jax.Array, layout: Layout) -> np.ndarray:
     return to_host(rows)[layout.row_index() >= 0]
 
 
+def local_rows(array: jax.Array) -> np.ndarray:
+    """The rows of an array, sharded by them, that lie on this process's devices, in their order."""
+    if array.is_fully_addressable:
+        return np.asarray(array)
+    shards = sorted(array.addressable_shards, key=lambda shard: shard.index[0].start or 0)
+    return np.concatenate([np.asarray(shard.data) for shard in shards])
+
+
 def to_host(array: jax.Array) -> np.ndarray:
     """The whole of a global array as NumPy, on every process."""
     if array.is_fully_addressable or array.is_fully_replicated:

@@ -8,6 +8,7 @@ the others waiting in a collective.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
@@ -110,6 +111,23 @@ def gather(value: Any) -> list[Any]:
         raise
     values = {int(key.rsplit("/", 1)[1]): json.loads(text) for key, text in found}
     return [values[i] for i in range(n)]
+
+
+def take_leave(seconds: float) -> None:
+    """Says that this process ends; process 0 waits for the others to say so, but not for long.
+
+    The service that they talk through ends with process 0, and they may still have to hear from it
+    why all end.
+    """
+    client, deadline = _state().client, time.monotonic() + seconds
+    with contextlib.suppress(Exception):
+        client.key_value_set(f"jkmeans/left/{number()}", "")
+        while (
+            is_first()
+            and len(client.key_value_dir_get("jkmeans/left/")) < count()
+            and time.monotonic() < deadline
+        ):
+            time.sleep(_LONGEST_PAUSE)
 
 
 def share(value: T) -> T:

@@ -25,6 +25,7 @@ COUNT, NUMBER, COORDINATOR = "JKMEANS_PROCESSES", "JKMEANS_PROCESS_ID", "JKMEANS
 """Environment variables that say what the flags of the same names say."""
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 _KNOCK_SECONDS = 2.0
+_LEAVE_SECONDS = 3.0
 _MOST_BYTES = 2**22
 _HELLO = "jkmeans roll call"
 
@@ -395,4 +396,6 @@ def end_at_once(status: int) -> None:
     if agreement.count() > 1:
         sys.stdout.flush()
         sys.stderr.flush()
+        if status not in (1, LostError.exit_status):
+            agreement.take_leave(_LEAVE_SECONDS)
         os._exit(status)
