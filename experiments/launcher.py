@@ -24,11 +24,12 @@ _OF_PROCESSES = ("processes", "process_id", "coordinator", "join_seconds", "lost
 
 
 def launch(
-    main: Callable[[], object],
+    main: Callable[..., object],
     required: Sequence[str],
     argv: Sequence[str] | None = None,
     *,
     several: bool = True,
+    takes_command: bool = False,
 ) -> None:
     """Parses the command line, joins the other processes if there are any, runs ``main``, exits.
 
@@ -37,19 +38,22 @@ def launch(
       required: names of flags that must be given.
       argv: the command line; ``sys.argv`` if None.
       several: whether several processes can do it together.
+      takes_command: whether what stands after ``--`` is a command, which ``main`` is called with,
+        and whose exit status it returns.
     """
-    from jkmeans.processes import heartbeat
+    from jkmeans.processes import heartbeat, spare
 
     heartbeat.start()
     argv = list(sys.argv if argv is None else argv)
     app.define_help_flags()
-    _define_process_flags()
+    if not takes_command:
+        _define_process_flags()
     try:
         rest = FLAGS(argv, known_only=False)
         missing = [f"--{name}" for name in required if not FLAGS[name].present]
         if missing:
             raise flags.Error(f"{' and '.join(missing)} must be given")
-        if len(rest) > 1:
+        if len(rest) > 1 and not takes_command:
             raise flags.Error(f"unexpected argument {rest[1]!r}; accepted: flags, see --help")
         if "config" in FLAGS:
             FLAGS.config.keys()  # A file that could not be loaded says so when it is first used.
@@ -58,12 +62,17 @@ def launch(
     except Exception as error:  # Config files are the user's programs: they may raise anything.
         fail(_one_line(error), 2)
     _keep_compiled_programs()
+    if not takes_command:
+        spare.wait_for_place()
+        heartbeat.start()
     # Imported here, so that a wrong flag is answered at once.
     from jkmeans.errors import CollapseError, LostError, UserError
     from jkmeans.interruption import Interrupted
     from jkmeans.processes import agreement, joining
 
     try:
+        if takes_command:
+            sys.exit(int(main(rest[1:])))  # type: ignore[call-overload]
         _join(several)
         main()
         joining.leave()

@@ -229,7 +229,8 @@ def relayout(
       spec: how they lie on it.
     """
     wanted = layout.n_rows
-    rows = np.asarray(rows)[:wanted]
+    # Of embeddings and labels, never of examples: small enough to pass through every process.
+    rows = (to_host(rows) if isinstance(rows, jax.Array) else rows)[:wanted]
     if len(rows) < wanted:
         padding = np.zeros((wanted - len(rows), *rows.shape[1:]), rows.dtype)
         rows = np.concatenate([rows, padding])

@@ -96,7 +96,7 @@ def find_place(
         if not count and found[1] is not None and found[2] is not None:
             count, number, origin = found[1], found[2], "Kubernetes"
     if not count or (count == 1 and number < 1):
-        if number > 0 or (number == 0 and coordinator):
+        if not count and (number > 0 or (number == 0 and coordinator)):
             raise UserError(
                 f"--process_id is {number}, but nothing says how many processes there are; "
                 "accepted: --processes too"
