@@ -196,18 +196,7 @@ def join(
     """
     started = time.monotonic()
     host, port = _split_address(place.coordinator)
-    mine = {
-        "hello": _HELLO,
-        "number": place.number,
-        "count": place.count,
-        "host": socket.gethostname(),
-        "identity": identity(values),
-    }
-    call = _call_roll if place.number == 0 else _answer_roll
-    refusal, kind = call(place, host, port, mine, started + join_seconds)
-    if refusal:
-        lost = kind == "lost" and place.origin != "flags"
-        raise (LostError if lost else UserError)(refusal)
+    roll_call(place, values, join_seconds)
 
     import jax
 
@@ -224,6 +213,32 @@ def join(
             shutdown_timeout_seconds=30,
             coordinator_bind_address=f"{_bound(host)}:{port}",
         )
+
+
+def roll_call(place: Place, values: Mapping[str, Any], seconds: float) -> None:
+    """Waits until all processes have said who they are, and that they were given the same.
+
+    Args:
+      place: of this process.
+      values: what must be the same in all processes, by name; JSON.
+      seconds: to wait at most.
+
+    Raises:
+      UserError, LostError: as `join`.
+    """
+    host, port = _split_address(place.coordinator)
+    mine = {
+        "hello": _HELLO,
+        "number": place.number,
+        "count": place.count,
+        "host": socket.gethostname(),
+        "identity": identity(values),
+    }
+    call = _call_roll if place.number == 0 else _answer_roll
+    refusal, kind = call(place, host, port, mine, time.monotonic() + seconds)
+    if refusal:
+        lost = kind == "lost" and place.origin != "flags"
+        raise (LostError if lost else UserError)(refusal)
 
 
 @contextlib.contextmanager

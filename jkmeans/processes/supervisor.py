@@ -288,7 +288,9 @@ class Supervisor:
             done = all(process.status == 0 for process in processes)
             return 0 if done else 128 + self._stop, 0, ""
         primary = [process for process in processes if process.primary]
-        if self._regroup and all(p.status in (0, *_ASKED) for p in processes):
+        # By the signal itself: one that had only just begun.
+        left = (0, *_ASKED, -signal.SIGTERM, LostError.exit_status)
+        if self._regroup and all(p.status in left for p in processes):
             if all(process.status == 0 for process in processes):
                 return 0, 0, ""
             return None, 0, ""
