@@ -76,6 +76,7 @@ def launch(
         _join(several)
         main()
         joining.leave()
+        heartbeat.end()
     except (UserError, CollapseError, Interrupted, LostError) as error:
         fail(str(error), error.exit_status)
     except KeyboardInterrupt:
