@@ -10,6 +10,7 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import json
+import math
 import os
 import time
 import zipfile
@@ -89,6 +90,7 @@ FIELDS: dict[str, Field] = {
     "max_iter": integer(1, "Lloyd iterations of a restart, at most"),
     "tol": number("a restart ends at this squared shift, in mean variances of the features"),
     "empty": choice(kmeans.EMPTY_POLICIES, "what becomes of an empty cluster"),
+    "deterministic": boolean("whether 1, 2, 4 and 8 devices give the same bits, at some cost"),
     "iterations_per_program": integer(1, "iterations between two reports, at most"),
     "sweep.n_clusters": integers("values of K that auto tries"),
     "sweep.n_init": integer(1, "restarts of every fit of the sweep"),
@@ -313,12 +315,14 @@ class _OwnRows:
     Args:
       source: of the rows.
       mesh: over whose devices they are to be cut.
+      multiple_of: what the number of rows is padded to a multiple of, besides the devices.
     """
 
-    def __init__(self, source: Source, mesh):
+    def __init__(self, source: Source, mesh, multiple_of: int):
         self._source = source
         self.shape = (source.n_rows, source.n_features)
-        n_each = -(-source.n_rows // mesh.size)
+        unit = math.lcm(mesh.size, multiple_of)
+        n_each = -(-source.n_rows // unit) * unit // mesh.size
         own = [
             i
             for i, device in enumerate(mesh.devices.flat)
@@ -379,6 +383,16 @@ class _Job:
                 f"config.empty is {config.empty!r}, but {data.source.name} is streamed; accepted: "
                 "'farthest', or a larger memory_mebibytes"
             )
+        if self.rows is None and config.deterministic:
+            raise UserError(
+                f"config.deterministic is True, but {data.source.name} is streamed; accepted: "
+                "False, or a larger memory_mebibytes"
+            )
+        if config.deterministic and (sharded.BLOCKS // 2) % mesh.size:
+            raise UserError(
+                f"config.deterministic is True, but there are {mesh.size} devices; accepted: 1, 2, "
+                "4 or 8 of them"
+            )
         self.fingerprint = data.source.fingerprint()
 
     def _fits_into_memory(self) -> bool:
@@ -394,7 +408,7 @@ class _Job:
         """All rows, in memory, checked; of several processes, each has those of its devices."""
         source = self.data.source
         if processes.count() > 1:
-            return _OwnRows(source, self.mesh)
+            return _OwnRows(source, self.mesh, sharded.BLOCKS if self.config.deterministic else 1)
         rows = source.read(0, source.n_rows)
         source.check_unchanged()
         return _checked(rows, source.name)
@@ -576,7 +590,8 @@ class _Job:
                 else "going on after the last iteration"
             )
         with sharded.precision(self.rows):
-            rows = sharded.place(self.rows, mesh=self.mesh)
+            blocks = sharded.BLOCKS if config.deterministic else 1
+            rows = sharded.place(self.rows, mesh=self.mesh, multiple_of=blocks)
         tol = 0.0
         if config.tol > 0:
             tol = config.tol * float(self._run(_mean_variance, rows, rows.n_rows))
@@ -594,7 +609,7 @@ class _Job:
             iterating = time.monotonic()
             found = self._run(
                 _iterate, rows, state.centroids, asked, tol, empty=config.empty,
-                out_specs=_ITERATED,
+                algorithm="lloyd" if config.deterministic else "auto", out_specs=_ITERATED,
             )  # fmt: skip
             done, inertia = int(found.n_iter), float(found.inertia)
             state.centroids = np.asarray(found.centroids)
@@ -724,6 +739,7 @@ class _Job:
 
     def _run(self, function: Callable, rows: sharded.Rows, *arguments, **options) -> Any:
         options.setdefault("out_specs", REPLICATED)
+        options |= {"in_blocks": True} if self.config.deterministic else {}
 
         def call():
             with sharded.precision(self.rows):
@@ -811,7 +827,7 @@ def _initialize(x, weights, key, *, n_clusters, init, axis_name):
     return initialize(key, x, n_clusters, weights=weights, axis_name=axis_name)
 
 
-def _iterate(x, weights, centroids, max_iter, tol, *, empty, axis_name):
+def _iterate(x, weights, centroids, max_iter, tol, *, empty, algorithm, axis_name):
     return kmeans.lloyd(
         x,
         centroids,
@@ -819,12 +835,15 @@ def _iterate(x, weights, centroids, max_iter, tol, *, empty, axis_name):
         max_iter=max_iter,
         tol=tol,
         empty=empty,
+        algorithm=algorithm,
         axis_name=axis_name,
     )
 
 
 def _assign(x, weights, centroids, *, axis_name):
-    return kmeans.lloyd(x, centroids, weights=weights, max_iter=0, axis_name=axis_name)
+    return kmeans.lloyd(
+        x, centroids, weights=weights, max_iter=0, algorithm="lloyd", axis_name=axis_name
+    )
 
 
 # Files
