@@ -61,6 +61,9 @@ def launch(
         sys.exit(0)  # Help was asked for and printed.
     except Exception as error:  # Config files are the user's programs: they may raise anything.
         fail(_one_line(error), 2)
+    if takes_command:
+        # Processes that are started again find the smallest program compiled.
+        os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
     _keep_compiled_programs()
     if not takes_command:
         spare.wait_for_place()
