@@ -11,7 +11,16 @@ import sys
 from typing import IO, Any
 
 VARIABLE = "JKMEANS_SPARE"
-_MODULES = ("jkmeans.training", "jkmeans.evaluation", "jkmeans.clustering", "jkmeans.seeds")
+_MODULES = (
+    "jkmeans.training",
+    "jkmeans.evaluation",
+    "jkmeans.clustering",
+    "jkmeans.seeds",
+    # What these import only when they come to it.
+    "sklearn.datasets",
+    "tensorboardX",
+    "jax.experimental.multihost_utils",
+)
 
 
 def wait_for_place() -> None:
