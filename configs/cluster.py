@@ -30,6 +30,7 @@ def get_config() -> Config:
     config.max_iter = 300
     config.tol = 1e-4
     config.empty = "farthest"
+    config.deterministic = False  # True: the same bits on 1, 2, 4 and 8 devices.
     config.iterations_per_program = 20
 
     config.sweep = ConfigDict()  # For n_clusters = auto.

@@ -1,13 +1,14 @@
-"""What every launcher does: parse flags, call one function, turn errors into sentences.
+"""What every launcher does: parse flags, join other processes, call one function, answer errors.
 
-Exit status: 0 done, 2 the user gave something that cannot be used, 3 training collapsed,
-128 + signal stopped on request with everything saved. Anything else is a defect and shows a
-traceback.
+Exit status: 0 done, 2 the user gave something that cannot be used, 3 training collapsed, 75 another
+process was lost (start all again), 128 + signal stopped on request with everything saved. Anything
+else is a defect and shows a traceback.
 """
 
 import errno
 import os
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 
 # Several fake CPU devices in one process need more threads than cores, before JAX is imported;
@@ -18,26 +19,41 @@ if "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
 from absl import app, flags
 
 FLAGS = flags.FLAGS
+_OF_PROCESSES = ("processes", "process_id", "coordinator", "join_seconds", "lost_seconds",
+                 "stuck_seconds")  # fmt: skip
 
 
 def launch(
-    main: Callable[[], object], required: Sequence[str], argv: Sequence[str] | None = None
+    main: Callable[..., object],
+    required: Sequence[str],
+    argv: Sequence[str] | None = None,
+    *,
+    several: bool = True,
+    takes_command: bool = False,
 ) -> None:
-    """Parses the command line, runs ``main`` and exits.
+    """Parses the command line, joins the other processes if there are any, runs ``main``, exits.
 
     Args:
       main: what to run once flags are parsed.
       required: names of flags that must be given.
       argv: the command line; ``sys.argv`` if None.
+      several: whether several processes can do it together.
+      takes_command: whether what stands after ``--`` is a command, which ``main`` is called with,
+        and whose exit status it returns.
     """
+    from jkmeans.processes import heartbeat, spare
+
+    heartbeat.start()
     argv = list(sys.argv if argv is None else argv)
     app.define_help_flags()
+    if not takes_command:
+        _define_process_flags()
     try:
         rest = FLAGS(argv, known_only=False)
         missing = [f"--{name}" for name in required if not FLAGS[name].present]
         if missing:
             raise flags.Error(f"{' and '.join(missing)} must be given")
-        if len(rest) > 1:
+        if len(rest) > 1 and not takes_command:
             raise flags.Error(f"unexpected argument {rest[1]!r}; accepted: flags, see --help")
         if "config" in FLAGS:
             FLAGS.config.keys()  # A file that could not be loaded says so when it is first used.
@@ -45,23 +61,114 @@ def launch(
         sys.exit(0)  # Help was asked for and printed.
     except Exception as error:  # Config files are the user's programs: they may raise anything.
         fail(_one_line(error), 2)
+    if takes_command:
+        # Processes that are started again find the smallest program compiled.
+        os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
     _keep_compiled_programs()
+    if not takes_command:
+        spare.wait_for_place()
+        heartbeat.start()
     # Imported here, so that a wrong flag is answered at once.
-    from jkmeans.errors import CollapseError, UserError
+    from jkmeans.errors import CollapseError, LostError, UserError
     from jkmeans.interruption import Interrupted
+    from jkmeans.processes import agreement, joining
 
     try:
+        if takes_command:
+            sys.exit(int(main(rest[1:])))  # type: ignore[call-overload]
+        _join(several)
         main()
-    except (UserError, CollapseError, Interrupted) as error:
+        joining.leave()
+        heartbeat.end()
+    except (UserError, CollapseError, Interrupted, LostError) as error:
         fail(str(error), error.exit_status)
     except KeyboardInterrupt:
         fail("stopped by Ctrl-C", 130)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM):
-            raise
-        where = error.filename or "a file of the run"
-        fail(f"cannot write {where}: {error.strerror}; what was saved before is whole", 2)
+    except Exception as error:
+        full = isinstance(error, OSError) and error.errno in (
+            errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM,
+        )  # fmt: skip
+        if full and isinstance(error, OSError):
+            where = error.filename or "a file of the run"
+            fail(f"cannot write {where}: {error.strerror}; what was saved before is whole", 2)
+        if agreement.is_loss(error):
+            fail(agreement.loss_sentence(error), LostError.exit_status)
+        if agreement.count() > 1:
+            traceback.print_exc()
+            joining.end_at_once(1)
+        raise
     sys.exit(0)
+
+
+def _define_process_flags() -> None:
+    if "processes" in FLAGS:
+        return
+    flags.DEFINE_integer(
+        "processes",
+        0,
+        "Processes that compute as one, this one included; each is started with the same command. "
+        "0: as SLURM, Open MPI, Kubernetes or experiments.launch say; 1: this one alone.",
+        lower_bound=0,
+    )
+    flags.DEFINE_integer("process_id", -1, "Number of this process, from 0; −1: as they say.")
+    flags.DEFINE_string("coordinator", "", "host:port of process 0; as they say if empty.")
+    flags.DEFINE_integer(
+        "join_seconds", 300, "How long processes wait for each other at the start.", lower_bound=1
+    )
+    flags.DEFINE_integer(
+        "lost_seconds", 30, "A process that is not heard of for so long is dead.", lower_bound=5
+    )
+    flags.DEFINE_integer(
+        "stuck_seconds", 1800, "A collective that takes longer has failed (CPU).", lower_bound=5
+    )
+
+
+def _join(several: bool) -> None:
+    """Joins the other processes, if there are any."""
+    from jkmeans.errors import UserError
+    from jkmeans.processes import joining
+
+    place = joining.find_place(FLAGS.processes, FLAGS.process_id, FLAGS.coordinator)
+    if place is None:
+        return
+    if not several:
+        raise UserError(
+            f"this is process {place.number} of {place.count}, but what it runs works in one "
+            "process only; accepted: --processes=1"
+        )
+    joining.prepare_environment(FLAGS.stuck_seconds)
+    joining.join(
+        place,
+        _given(),
+        join_seconds=FLAGS.join_seconds,
+        lost_seconds=FLAGS.lost_seconds,
+    )
+
+
+def _given() -> dict[str, object]:
+    """What the command line says, by name: all processes must have been given the same."""
+    given: dict[str, object] = {"the program": os.path.basename(sys.argv[0])}
+    for name, flag in _own_flags():
+        if name == "config" and flag.value is not None:
+            given |= _flat("config", flag.value.to_dict())
+        elif name not in _OF_PROCESSES:
+            given[f"--{name}"] = flag.value
+    return given
+
+
+def _own_flags() -> list[tuple[str, flags.Flag]]:
+    """The flags of the launcher, without those of libraries."""
+    by_module = FLAGS.flags_by_module_dict()
+    ours = [flag for name, found in by_module.items() if "absl" not in name for flag in found]
+    return sorted({flag.name: flag for flag in ours if "." not in flag.name}.items())
+
+
+def _flat(prefix: str, values: dict) -> dict[str, object]:
+    flat: dict[str, object] = {}
+    for name, value in values.items():
+        deeper = isinstance(value, dict)
+        flat |= _flat(f"{prefix}.{name}", value) if deeper else {f"{prefix}.{name}": value}
+    return flat
 
 
 def _keep_compiled_programs() -> None:
@@ -77,6 +184,9 @@ def fail(sentence: str, status: int) -> None:
     program = os.path.splitext(os.path.basename(sys.argv[0]))[0]
     sys.stdout.flush()
     print(f"{program}: {sentence}", file=sys.stderr, flush=True)
+    from jkmeans.processes import joining
+
+    joining.end_at_once(status)
     sys.exit(status)
 
 

@@ -4,6 +4,9 @@ A checkpoint is a folder ``<position>`` with two trees, ``model`` (parameters an
 evaluation needs) and ``training`` (the rest of the state), and a JSON record with the config, the
 versions, the data it belongs to and a checksum of every array. It appears under its name only when
 complete; a save that was cut leaves a temporary folder that is never read.
+
+Several processes write one checkpoint in a folder that all of them see, each the parts of arrays on
+its own devices; any other number of processes reads it again.
 """
 
 import contextlib
@@ -14,21 +17,26 @@ import os
 import shutil
 import warnings
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from absl import flags
 from orbax.checkpoint import v1 as ocp
 
-from jkmeans.errors import UserError
+from jkmeans import processes
+from jkmeans.errors import CollapseError, UserError
+from jkmeans.interruption import Interrupted
 from jkmeans.sharding import fingerprint
 
 OBJECTIVE = "objective"
 """Name of the metric by which the best checkpoint is chosen; less is better."""
 
 _FULL_DISK = ("No space left", "ENOSPC", "RESOURCE_EXHAUSTED", "Disk quota exceeded")
+_LAST_SAVE_SECONDS = 60.0
+"""How long a process that ends by an error waits for the others' part of the last save."""
 _fingerprint = jax.jit(fingerprint)
 
 
@@ -79,19 +87,29 @@ class Checkpoints:
     def __exit__(self, kind, error, trace) -> None:
         if kind is None:
             self.wait()
-        else:
+        elif processes.count() == 1:
             # The error under way matters more than one of the background write.
             with contextlib.suppress(Exception):
                 self.wait()
+        else:
+            # Others may be dead, or never come to write their part.
+            pending, self._pending, self._open = self._pending, None, None
+            if pending is not None and isinstance(error, (CollapseError, Interrupted, UserError)):
+                with contextlib.suppress(Exception):
+                    pending.result(timeout=_LAST_SAVE_SECONDS)
         if self._open is not None:
             self._open.close()
             self._open = None
 
     def positions(self) -> list[int]:
-        """Positions of complete checkpoints, oldest first."""
-        if not self.folder.is_dir():
-            return []
-        return sorted(int(p.name) for p in self.folder.iterdir() if p.name.isdigit())
+        """Positions of complete checkpoints, oldest first, as process 0 sees them."""
+
+        def listed() -> list[int]:
+            if not self.folder.is_dir():
+                return []
+            return sorted(int(p.name) for p in self.folder.iterdir() if p.name.isdigit())
+
+        return processes.on_first(listed)
 
     def save(
         self, position: int, trees: dict[str, Any], record: dict[str, Any], objective: float | None
@@ -109,25 +127,23 @@ class Checkpoints:
           UserError: the disk is full; older checkpoints are left as they are.
         """
         self.wait()
-        n_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(trees))
         with _disk_errors(self.folder):
-            self.folder.mkdir(parents=True, exist_ok=True)
             record = record | {
                 "fingerprints": _fingerprints(trees),
                 "structures": _structures(trees),
                 OBJECTIVE: None if objective is None else float(objective),
             }
             text = json.dumps(record)
+            n_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(trees))
+            processes.on_first(lambda: self._make_room(n_bytes))
             if self._open is None:
+                _wait_without_collectives()
                 # Only who writes may clean up: a reader would remove a save of another process.
                 self._open = ocp.training.Checkpointer(
                     self.folder,  # type: ignore[arg-type]
                     preservation_policy=self._policy,  # type: ignore[arg-type]
                     cleanup_tmp_directories=True,
                 )
-            free = shutil.disk_usage(self.folder).free
-            if free < n_bytes + 2**20:
-                raise OSError(f"No space left: {free / 2**20:.0f} MiB free")
             self._pending = self._open.save_checkpointables_async(
                 position,
                 trees,
@@ -136,6 +152,29 @@ class Checkpoints:
                 force=True,
                 overwrite=True,
             )
+
+    def _make_room(self, n_bytes: int) -> None:
+        """Makes the folder, and sees to it that the disk has room for so much."""
+        with _disk_errors(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            free = shutil.disk_usage(self.folder).free
+            if free < n_bytes + 2**20:
+                raise OSError(f"No space left: {free / 2**20:.0f} MiB free")
+
+    def _by_all(self, call: Callable[[], Any]) -> Any:
+        """Calls on every process; what one of them finds damaged is so for all.
+
+        Raises:
+          DamagedError, UserError: of any process.
+        """
+        if processes.count() == 1:
+            return call()
+        result = processes.together(lambda: _damage_as_value(call))
+        messages = processes.gather(str(result) if isinstance(result, DamagedError) else None)
+        for message in messages:
+            if message is not None:
+                raise DamagedError(message)
+        return result
 
     def wait(self) -> None:
         """Waits until the last save is complete.
@@ -167,6 +206,9 @@ class Checkpoints:
         Raises:
           DamagedError: it cannot be read.
         """
+        return self._by_all(lambda: self._record(position))
+
+    def _record(self, position: int) -> dict[str, Any]:
         with _damage(self.folder / str(position)):
             path = self.folder / str(position) / "_CHECKPOINT_METADATA"
             ours = json.loads(path.read_text())["custom_metadata"]
@@ -191,8 +233,13 @@ class Checkpoints:
         with _damage(folder):
             saved = {name: record["structures"][name] for name in abstract}
         _refuse_other_arrays(folder, saved, _structures(abstract))
+
+        def read() -> dict[str, Any]:
+            with _damage(folder), _alone():
+                return ocp.load_checkpointables(str(folder), abstract)
+
+        trees = self._by_all(read)
         with _damage(folder):
-            trees = ocp.load_checkpointables(str(folder), abstract)
             saved = record["fingerprints"]
             found = _fingerprints(trees)
             wrong = [name for name in found if found[name] != saved[name]]
@@ -202,12 +249,17 @@ class Checkpoints:
 
     def set_aside(self, position: int) -> Path:
         """Renames a damaged checkpoint, so that it is neither read nor overwritten."""
-        target = self.folder / f"damaged-{position}"
-        n = 1
-        while target.exists():
-            n += 1
-            target = self.folder / f"damaged-{position}-{n}"
-        os.rename(self.folder / str(position), target)
+
+        def rename() -> str:
+            target = self.folder / f"damaged-{position}"
+            n = 1
+            while target.exists():
+                n += 1
+                target = self.folder / f"damaged-{position}-{n}"
+            os.rename(self.folder / str(position), target)
+            return target.name
+
+        target = self.folder / processes.on_first(rename)
         if self._open is not None:
             self._open.close()
             self._open = None
@@ -216,6 +268,32 @@ class Checkpoints:
 
 class DamagedError(Exception):
     """A checkpoint cannot be read; the message names it and says why."""
+
+
+def _wait_without_collectives() -> None:
+    """Has Orbax's processes wait for each other at the coordination service.
+
+    Its own choice is a collective on all devices, which would mix with those of the steps.
+    """
+    name = "experimental_orbax_use_distributed_barrier"
+    if processes.count() > 1 and name in flags.FLAGS and flags.FLAGS.is_parsed():
+        flags.FLAGS[name].value = True
+
+
+def _alone() -> contextlib.AbstractContextManager:
+    """Orbax then does not wait for other processes: one that cannot read its part never comes."""
+    if processes.count() == 1:
+        return contextlib.nullcontext()
+    me = processes.number()
+    options = ocp.options.MultiprocessingOptions(primary_host=me, active_processes={me})
+    return ocp.Context(multiprocessing_options=options)
+
+
+def _damage_as_value(call: Callable[[], Any]) -> Any:
+    try:
+        return call()
+    except DamagedError as error:
+        return error
 
 
 def _fingerprints(trees: dict[str, Any]) -> dict[str, list[int]]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import json
+import math
 import os
 import time
 import zipfile
@@ -20,7 +21,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jkmeans import configuration, datasets, kmeans, metrics, selection, sharded
+from jkmeans import configuration, datasets, kmeans, metrics, processes, selection, sharded
 from jkmeans.configuration import (
     Config,
     Field,
@@ -36,9 +37,10 @@ from jkmeans.configuration import (
 from jkmeans.errors import UserError
 from jkmeans.interruption import Interruption
 from jkmeans.recorder import format_duration, results_table
-from jkmeans.sharding import REPLICATED, device_dtype, make_mesh
+from jkmeans.sharding import REPLICATED, device_dtype, make_mesh, to_host
 from jkmeans.sources import Source, open_source
 from jkmeans.streaming import StreamProgress, fit_stream, predict_stream
+from jkmeans.streaming.pipeline import refuse_not_finite
 from jkmeans.training import (
     CHECKPOINT_FOLDER,
     CONFIG_FILE,
@@ -88,6 +90,7 @@ FIELDS: dict[str, Field] = {
     "max_iter": integer(1, "Lloyd iterations of a restart, at most"),
     "tol": number("a restart ends at this squared shift, in mean variances of the features"),
     "empty": choice(kmeans.EMPTY_POLICIES, "what becomes of an empty cluster"),
+    "deterministic": boolean("whether 1, 2, 4 and 8 devices give the same bits, at some cost"),
     "iterations_per_program": integer(1, "iterations between two reports, at most"),
     "sweep.n_clusters": integers("values of K that auto tries"),
     "sweep.n_init": integer(1, "restarts of every fit of the sweep"),
@@ -152,8 +155,9 @@ def cluster(config: Config, workdir: str | os.PathLike[str]) -> dict[str, Any]:
       Interrupted: SIGTERM or Ctrl-C came; everything up to there is saved.
     """
     config = validate(config)
+    processes.agree("the config", config.to_dict())
     workdir = Path(workdir).absolute()
-    data = _open(config)
+    data = processes.together(lambda: _open(config))
     ks = config.sweep.n_clusters if config.n_clusters == AUTO else (int(config.n_clusters),)
     if max(ks) > data.source.n_rows:
         field = "sweep.n_clusters" if config.n_clusters == AUTO else "n_clusters"
@@ -161,8 +165,15 @@ def cluster(config: Config, workdir: str | os.PathLike[str]) -> dict[str, Any]:
             f"config.{field} is {max(ks)}, but {data.source.name} has {data.source.n_rows:,} rows; "
             f"accepted: 1 to {data.source.n_rows:,}"
         )
+    if processes.count() > data.source.n_rows:
+        raise UserError(
+            f"there are {processes.count()} processes for the {data.source.n_rows:,} rows of "
+            f"{data.source.name}; accepted: up to one process a row"
+        )
     job = _Job(config, workdir, data, make_mesh(config.n_devices))
-    _claim(workdir, config)
+    processes.agree("the data", {"checksum": job.fingerprint})
+    processes.on_first(lambda: _claim(workdir, config))
+    processes.same_folder(workdir)
     with only_process_in(workdir):
         return job.execute()
 
@@ -282,6 +293,7 @@ class _Found(NamedTuple):
       converged: whether it came to rest.
       history: (restart, iteration, inertia); empty for streamed data.
       seconds: of initialisation, iterations and the last assignment.
+      labels: [n]; None where they are in their file only.
     """
 
     centroids: np.ndarray
@@ -291,10 +303,71 @@ class _Found(NamedTuple):
     converged: bool
     history: list[tuple[int, int, float]]
     seconds: float
+    labels: np.ndarray | None = None
+
+
+class _OwnRows:
+    """The rows of a source, of which those on this process's devices are in memory, checked.
+
+    As much of an array [n, d] as `sharded.place` and a sample ask for; other rows are read when
+    they are asked for.
+
+    Args:
+      source: of the rows.
+      mesh: over whose devices they are to be cut.
+      multiple_of: what the number of rows is padded to a multiple of, besides the devices.
+    """
+
+    def __init__(self, source: Source, mesh, multiple_of: int):
+        self._source = source
+        self.shape = (source.n_rows, source.n_features)
+        unit = math.lcm(mesh.size, multiple_of)
+        n_each = -(-source.n_rows // unit) * unit // mesh.size
+        own = [
+            i
+            for i, device in enumerate(mesh.devices.flat)
+            if device.process_index == processes.number()
+        ]
+        self._first = min(own[0] * n_each, source.n_rows)
+        last = min((own[-1] + 1) * n_each, source.n_rows)
+        self._rows = self._read(self._first, last)
+        self.dtype = self._rows.dtype
+        source.check_unchanged()
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, index: slice | np.ndarray) -> np.ndarray:
+        if not isinstance(index, slice):
+            return _checked(_rows_of(self._source, index), self._source.name)
+        start, stop, _ = index.indices(len(self))
+        first = start - self._first
+        if first >= 0 and stop - self._first <= len(self._rows):
+            return self._rows[first : stop - self._first]
+        return self._read(start, stop)
+
+    def astype(self, dtype: np.dtype, copy: bool = False) -> _OwnRows:
+        """The rows themselves, which have the type for the devices already."""
+        assert dtype == self.dtype
+        assert not copy
+        return self
+
+    def _read(self, start: int, stop: int) -> np.ndarray:
+        rows = self._source.read(start, stop)
+        # Numbered as in the file.
+        refuse_not_finite(rows, None, start, self._source.name, only_if_any=True)
+        return _checked(rows, self._source.name)
+
+
+def _checked(rows: np.ndarray, name: str) -> np.ndarray:
+    """Rows in the type for the devices; none of them NaN or infinite."""
+    if rows.dtype != np.float64:
+        rows = rows.astype(device_dtype(rows.dtype), copy=False)
+    return datasets.check_examples(rows, name=name) if len(rows) else rows
 
 
 class _Job:
-    """One job in one process."""
+    """One job, of one process or several."""
 
     def __init__(self, config: Config, workdir: Path, data: _Data, mesh):
         self.config = config
@@ -304,11 +377,21 @@ class _Job:
         self.root_key = jax.random.key(config.seed)
         self.compiled = False
         # Before the workdir is touched: a file that cannot be clustered leaves no trace.
-        self.rows = self._read() if self._fits_into_memory() else None
+        self.rows = processes.together(self._read) if self._fits_into_memory() else None
         if self.rows is None and config.empty != "farthest":
             raise UserError(
                 f"config.empty is {config.empty!r}, but {data.source.name} is streamed; accepted: "
                 "'farthest', or a larger memory_mebibytes"
+            )
+        if self.rows is None and config.deterministic:
+            raise UserError(
+                f"config.deterministic is True, but {data.source.name} is streamed; accepted: "
+                "False, or a larger memory_mebibytes"
+            )
+        if config.deterministic and (sharded.BLOCKS // 2) % mesh.size:
+            raise UserError(
+                f"config.deterministic is True, but there are {mesh.size} devices; accepted: 1, 2, "
+                "4 or 8 of them"
             )
         self.fingerprint = data.source.fingerprint()
 
@@ -319,23 +402,22 @@ class _Job:
         needed = source.n_rows * row_bytes + source.overhead_bytes
         if self.config.memory_mebibytes:
             return needed <= self.config.memory_mebibytes * 2**20
-        devices = self.mesh.devices.flat
-        return needed <= self.mesh.size * device_room(devices[0], self.mesh.size)
+        return needed <= self.mesh.size * device_room(self.mesh)
 
-    def _read(self) -> np.ndarray:
-        """All rows, in memory, checked."""
+    def _read(self) -> Any:
+        """All rows, in memory, checked; of several processes, each has those of its devices."""
         source = self.data.source
+        if processes.count() > 1:
+            return _OwnRows(source, self.mesh, sharded.BLOCKS if self.config.deterministic else 1)
         rows = source.read(0, source.n_rows)
         source.check_unchanged()
-        if rows.dtype != np.float64:
-            rows = rows.astype(device_dtype(rows.dtype), copy=False)
-        return datasets.check_examples(rows, name=source.name)
+        return _checked(rows, source.name)
 
     def execute(self) -> dict[str, Any]:
         """Does what is left to do."""
         summary = self._finished()
         if summary is not None:
-            print(f"{self.workdir} holds a finished job of this config; nothing to do")
+            processes.tell(f"{self.workdir} holds a finished job of this config; nothing to do")
             results_table(_headline(summary), f"Results in {self.workdir}")
             return summary
         with Interruption() as interruption, _Progress() as progress:
@@ -354,6 +436,9 @@ class _Job:
         return summary
 
     def _finished(self) -> dict[str, Any] | None:
+        return processes.on_first(self._read_summary)
+
+    def _read_summary(self) -> dict[str, Any] | None:
         path = self.workdir / SUMMARY_FILE
         if not path.exists():
             return None
@@ -381,7 +466,8 @@ class _Job:
             )
         steps = selection.Sweep(key, sample, ks, n_init=settings.n_init, n_refits=settings.n_refits)
         path = self.workdir / SWEEP_FILE
-        done = _read_sweep(path, self.fingerprint)
+        found = processes.on_first(lambda: [*_read_sweep(path, self.fingerprint).items()])
+        done = {int(k): tuple(values) for k, values in found}
         # Time is told from the second K on: the first one compiles.
         started, timed = 0.0, 0
         for k in ks:
@@ -389,7 +475,8 @@ class _Job:
                 continue
             self._stop_if_asked()
             one = self._compute(lambda k=k: steps.judge(k))
-            done[k] = (one.inertia, one.silhouette, one.stability)
+            # Hosts of different kinds round differently, and must choose the same K.
+            done[k] = tuple(processes.share([one.inertia, one.silhouette, one.stability]))
             left = sum(other for other in ks if other not in done)
             remaining = ""
             if not started:
@@ -402,9 +489,11 @@ class _Job:
                 f"sweep: K = {k}, inertia {one.inertia:.5g}, silhouette {one.silhouette:.3f}, "
                 f"stability {one.stability:.3f}{remaining}"
             )
-            write_json(path, self._sweep_record(done, len(sample)))
+            if processes.is_first():
+                write_json(path, self._sweep_record(done, len(sample)))
         record = self._sweep_record(done, len(sample))
-        write_json(path, record)
+        if processes.is_first():
+            write_json(path, record)
         self.progress.say(record["reason"])
         return record
 
@@ -492,7 +581,8 @@ class _Job:
 
     def _fit_in_memory(self, k: int) -> _Found:
         config = self.config
-        state = _State.load(self.workdir / STATE_FILE, self.fingerprint)
+        state = processes.together(lambda: _State.load(self.workdir / STATE_FILE, self.fingerprint))
+        processes.agree("the state", {"iterations": [state.restart, state.n_iter]})
         if state.restart or state.n_iter:
             self.progress.say(
                 f"going on after iteration {state.n_iter} of restart {state.restart + 1}"
@@ -500,7 +590,8 @@ class _Job:
                 else "going on after the last iteration"
             )
         with sharded.precision(self.rows):
-            rows = sharded.place(self.rows, mesh=self.mesh)
+            blocks = sharded.BLOCKS if config.deterministic else 1
+            rows = sharded.place(self.rows, mesh=self.mesh, multiple_of=blocks)
         tol = 0.0
         if config.tol > 0:
             tol = config.tol * float(self._run(_mean_variance, rows, rows.n_rows))
@@ -518,7 +609,7 @@ class _Job:
             iterating = time.monotonic()
             found = self._run(
                 _iterate, rows, state.centroids, asked, tol, empty=config.empty,
-                out_specs=_ITERATED,
+                algorithm="lloyd" if config.deterministic else "auto", out_specs=_ITERATED,
             )  # fmt: skip
             done, inertia = int(found.n_iter), float(found.inertia)
             state.centroids = np.asarray(found.centroids)
@@ -532,16 +623,18 @@ class _Job:
                     state.best_n_iter, state.best_converged = state.n_iter, converged
                 state.restart, state.n_iter, state.centroids = state.restart + 1, 0, None
             state.seconds += time.monotonic() - started
-            if self.interruption.requested or time.monotonic() - saved > _SAVE_SECONDS:
-                state.save(self.workdir / STATE_FILE, self.fingerprint)
+            stopping = self.interruption.agreed()
+            if stopping or time.monotonic() - saved > _SAVE_SECONDS:
+                self._save(state)
                 saved = time.monotonic()
-                self._stop_if_asked()
-        state.save(self.workdir / STATE_FILE, self.fingerprint)
+            if stopping:
+                self._stop()
+        self._save(state)
         self._stop_if_asked()
         started = time.monotonic()
         final = self._run(_assign, rows, state.best, out_specs=sharded.RESULT_SPECS)
-        labels = np.asarray(final.labels)[: rows.n_rows]
-        distances = np.asarray(final.distances)[: rows.n_rows]
+        labels = to_host(final.labels)[: rows.n_rows]
+        distances = to_host(final.distances)[: rows.n_rows]
         _write_npy(self.workdir / "labels.npy", labels)
         _write_npy(self.workdir / "distances.npy", distances)
         assert state.best is not None
@@ -553,6 +646,7 @@ class _Job:
             converged=state.best_converged,
             history=state.history,
             seconds=state.seconds + time.monotonic() - started,
+            labels=labels,
         )
 
     def _tell(self, state: _State, inertia: float, done: int, seconds: float) -> None:
@@ -578,7 +672,11 @@ class _Job:
         k = len(found.sizes)
         _write_npy(self.workdir / "centroids.npy", found.centroids)
         _write_npy(self.workdir / "sizes.npy", found.sizes)
-        labels = np.load(self.workdir / "labels.npy", mmap_mode="r")
+        labels = found.labels
+        if labels is None:
+            # Of a file that another host has just written: when process 0 says it is there.
+            processes.gather("written")
+            labels = np.load(self.workdir / "labels.npy", mmap_mode="r")
         key = jax.random.fold_in(self.root_key, 0)
         numbers, rows = self._sample(key, self.config.report.sample_size)
         sample_labels = np.asarray(labels[numbers])
@@ -611,7 +709,7 @@ class _Job:
         ]
         summary["fingerprint"] = self.fingerprint
         summary["versions"] = versions("jax", "jaxlib", "numpy")
-        if self.config.report.pictures:
+        if self.config.report.pictures and processes.is_first():
             self.progress.update("drawing")
             from jkmeans.cluster_report import write_report
 
@@ -633,13 +731,15 @@ class _Job:
                 "rows than clusters, or config.empty is 'keep'"
             )
         # Last: it says that all the rest is there.
-        write_json(self.workdir / SUMMARY_FILE, summary)
+        if processes.is_first():
+            write_json(self.workdir / SUMMARY_FILE, summary)
         return summary
 
     # Computing with an open ear
 
     def _run(self, function: Callable, rows: sharded.Rows, *arguments, **options) -> Any:
         options.setdefault("out_specs", REPLICATED)
+        options |= {"in_blocks": True} if self.config.deterministic else {}
 
         def call():
             with sharded.precision(self.rows):
@@ -657,10 +757,19 @@ class _Job:
                 if self.interruption.announced():
                     self.progress.say("stopping at the next safe place; once more to stop at once")
 
+    def _save(self, state: _State) -> None:
+        if processes.is_first():
+            state.save(self.workdir / STATE_FILE, self.fingerprint)
+
     def _stop_if_asked(self) -> None:
-        if self.interruption.requested:
-            self.progress.say("saved; the same command goes on")
-            self.interruption.leave()
+        if self.interruption.agreed():
+            self._stop()
+
+    def _stop(self) -> None:
+        # Not before process 0 has saved what all have found.
+        processes.gather("saved")
+        self.progress.say("saved; the same command goes on")
+        self.interruption.leave()
 
 
 class _Progress:
@@ -672,7 +781,8 @@ class _Progress:
         self._console = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
         self._line_at = -_LINE_SECONDS
         self._status = None
-        if self._console.is_terminal:
+        self._console.quiet = not processes.is_first()
+        if self._console.is_terminal and processes.is_first():
             self._status = self._console.status("")
 
     def __enter__(self) -> _Progress:
@@ -717,7 +827,7 @@ def _initialize(x, weights, key, *, n_clusters, init, axis_name):
     return initialize(key, x, n_clusters, weights=weights, axis_name=axis_name)
 
 
-def _iterate(x, weights, centroids, max_iter, tol, *, empty, axis_name):
+def _iterate(x, weights, centroids, max_iter, tol, *, empty, algorithm, axis_name):
     return kmeans.lloyd(
         x,
         centroids,
@@ -725,12 +835,15 @@ def _iterate(x, weights, centroids, max_iter, tol, *, empty, axis_name):
         max_iter=max_iter,
         tol=tol,
         empty=empty,
+        algorithm=algorithm,
         axis_name=axis_name,
     )
 
 
 def _assign(x, weights, centroids, *, axis_name):
-    return kmeans.lloyd(x, centroids, weights=weights, max_iter=0, axis_name=axis_name)
+    return kmeans.lloyd(
+        x, centroids, weights=weights, max_iter=0, algorithm="lloyd", axis_name=axis_name
+    )
 
 
 # Files
@@ -795,6 +908,8 @@ def _other_data(workdir: Path) -> UserError:
 
 
 def _write_npy(path: Path, array: np.ndarray) -> None:
+    if not processes.is_first():
+        return
     temporary = path.with_name(path.name + ".tmp")
     with open(temporary, "wb") as file:
         np.save(file, array, allow_pickle=False)

@@ -252,6 +252,11 @@ def differences(
     ]
 
 
+def flat(config: Config) -> dict[str, Any]:
+    """The values of a validated config by their full names."""
+    return _flatten(config, fields_of(config))
+
+
 def _flatten(config, fields: Mapping[str, Field], prefix: str = "") -> dict[str, Any]:
     flat = {}
     for name, value in config.items():

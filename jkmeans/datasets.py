@@ -109,6 +109,7 @@ def load(
     path: str = "",
     labels_path: str = "",
     n_examples: int = 0,
+    part: tuple[int, int] = (0, 1),
 ) -> Dataset:
     """Load a data set by its name.
 
@@ -128,6 +129,8 @@ def load(
         Two-byte records without a type are taken as bfloat16, which NumPy stores like that.
       labels_path: a .npy file with one integer per example, for "npy" only; "" for none.
       n_examples: how many to take from the start; 0 takes all.
+      part: (i, n): of an .npy file only the values of the i-th of n parts are checked, and read,
+        for n processes that each look at their own.
 
     Returns:
       The data set.
@@ -157,6 +160,7 @@ def load(
             n_examples=n_examples,
             examples_source=str(path),
             labels_source=str(labels_path),
+            part=part,
         )
     for argument, value in (("path", path), ("labels_path", labels_path)):
         if value:
@@ -193,7 +197,11 @@ def from_arrays(
 
 
 def check_examples(
-    array: Any, *, expected_shape: Sequence[int] | None = None, name: str = "input"
+    array: Any,
+    *,
+    expected_shape: Sequence[int] | None = None,
+    name: str = "input",
+    part: tuple[int, int] = (0, 1),
 ) -> np.ndarray:
     """Check that an array can be clustered, or given to a trained run.
 
@@ -201,6 +209,7 @@ def check_examples(
       array: [n, *example_shape], of a dtype in `DTYPES`, finite, also as float32.
       expected_shape: the example shape it must have; None accepts any.
       name: what to call the array in errors.
+      part: as for `load`.
 
     Returns:
       The array, [n, *example_shape], same dtype, C order, native byte order; copied only where it
@@ -210,7 +219,7 @@ def check_examples(
       UserError: one of the above does not hold.
     """
     array = _check_form(array, expected_shape, name)
-    _check_values(array, 1.0, name)
+    _check_values(array, 1.0, name, part)
     return array
 
 
@@ -223,6 +232,7 @@ def _checked_dataset(
     n_examples: int,
     examples_source: str = "",
     labels_source: str = "",
+    part: tuple[int, int] = (0, 1),
 ) -> Dataset:
     source = examples_source or name
     scale = _checked_scale(scale, source)
@@ -238,7 +248,7 @@ def _checked_dataset(
         examples = examples[:n_examples]
         labels = None if labels is None else labels[:n_examples]
     # After the cut: what is not used need not be finite, and is not read from the disk.
-    _check_values(examples, scale, source)
+    _check_values(examples, scale, source, part)
     return Dataset(name=name, examples=examples, scale=scale, labels=labels)
 
 
@@ -306,7 +316,9 @@ def _check_form(array: Any, expected_shape: Sequence[int] | None, name: str) -> 
         ) from error
 
 
-def _check_values(array: np.ndarray, scale: float, name: str) -> None:
+def _check_values(
+    array: np.ndarray, scale: float, name: str, part: tuple[int, int] = (0, 1)
+) -> None:
     """Check that the values are finite as the float32 the network will see, chunk by chunk."""
     if array.dtype.kind in "biu" and scale <= 1.0:
         return
@@ -316,8 +328,9 @@ def _check_values(array: np.ndarray, scale: float, name: str) -> None:
     # the first, but speaks only when the first is empty.
     not_finite: list[tuple[int, int]] = []
     not_finite_as_seen: list[tuple[int, int]] = []
-    for start in range(0, n, rows):
-        chunk = array[start : start + rows]
+    first, last = n * part[0] // part[1], n * (part[0] + 1) // part[1]
+    for start in range(first, last, rows):
+        chunk = array[start : min(start + rows, last)]
         with np.errstate(over="ignore", under="ignore", invalid="ignore"):
             seen = chunk.astype(np.float32, copy=False)
             if scale != 1.0:

@@ -17,3 +17,13 @@ class CollapseError(Exception):
     """
 
     exit_status = 3
+
+
+class LostError(Exception):
+    """Another process died, hangs or never came; launchers exit with 75, "try again".
+
+    Nothing is wrong with what the user gave: all processes started again go on from the last
+    checkpoint. `jkmeans.processes.supervisor` does that on one machine, an engine on a cluster.
+    """
+
+    exit_status = 75

@@ -20,7 +20,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from jkmeans import configuration, datasets, metrics
+from jkmeans import configuration, datasets, metrics, processes
 from jkmeans.blocks import blocks
 from jkmeans.checkpoints import Checkpoints, DamagedError
 from jkmeans.configuration import Config
@@ -70,7 +70,7 @@ class TrainedModel(NamedTuple):
       epoch: epochs it was trained for.
       predict_rows: ``(read, r) -> (labels, distances, embeddings)`` on the devices, of r rows, a
         multiple of their number; ``read(first, last)`` gives rows [last - first, *example_shape],
-        and is asked for those of each device.
+        and is asked for those of this process's devices.
       n_devices: of the mesh.
     """
 
@@ -107,7 +107,7 @@ def load_model(
             except DamagedError as error:
                 if checkpoint != "latest":
                     raise UserError(f"{error}; accepted: another --checkpoint") from error
-                print(f"warning: {error}; going back to the one before")
+                processes.tell(f"warning: {error}; going back to the one before")
     raise UserError(
         f"no checkpoint in {folder} can be read; accepted: a folder of experiments.train"
     )
@@ -208,13 +208,17 @@ def predict(
     Args:
       model: from `load_model`.
       examples: [n, *example_shape], in the units of the training data (scaling is the model's);
-        read in blocks, so it may be a memory map.
+        read in blocks, so it may be a memory map. Each process reads the rows of its own devices;
+        what they come to is gathered on all.
       progress: called with the number of examples done.
 
     Raises:
       UserError: wrong shape or type, no examples, NaN or infinity.
     """
-    examples = datasets.check_examples(examples, expected_shape=model.example_shape)
+    part = (processes.number(), processes.count())
+    examples = processes.together(
+        lambda: datasets.check_examples(examples, expected_shape=model.example_shape, part=part)
+    )
     return Prediction(*compute_in_blocks(model.predict_rows, examples, model.n_devices, progress))
 
 
@@ -279,16 +283,21 @@ def evaluate(
     """
     model = load_model(workdir, checkpoint, n_devices)
     data = model.config.data
-    if input_path:
-        dataset = datasets.load("npy", path=input_path, labels_path=labels_path)
-    else:
-        dataset = datasets.load(
+    part = (processes.number(), processes.count())
+
+    def load() -> datasets.Dataset:
+        if input_path:
+            return datasets.load("npy", path=input_path, labels_path=labels_path, part=part)
+        return datasets.load(
             data.name,
             split=split or data.split,
             path=data.path,
             labels_path=labels_path or data.labels_path,
             n_examples=0 if split else data.n_examples,
+            part=part,
         )
+
+    dataset = processes.together(load)
     found = predict(model, dataset.examples)
     sizes = np.bincount(found.labels, minlength=model.config.n_clusters)
     results: dict[str, Any] = {
@@ -304,7 +313,8 @@ def evaluate(
         results |= metrics.summarize(dataset.labels, found.labels)
     results_table(results, f"Evaluation of {workdir}")
     try:
-        write_json(Path(workdir) / EVALUATION_FILE, results)
+        if processes.is_first():
+            write_json(Path(workdir) / EVALUATION_FILE, results)
     except OSError as error:
         # The folder may be somebody else's; the numbers are on the screen.
         print(f"warning: {EVALUATION_FILE} was not written: {error.strerror}")
@@ -338,25 +348,34 @@ def predict_file(
     output = Path(output_path)
     if output.suffix != ".npz":
         raise UserError(f"--output is {output_path!r}; accepted: a name that ends in .npz")
-    if not output.absolute().parent.is_dir():
-        raise UserError(
-            f"--output is {output_path!r}, but there is no folder {output.absolute().parent}"
-        )
+
+    def check_folder() -> None:
+        if not output.absolute().parent.is_dir():
+            raise UserError(
+                f"--output is {output_path!r}, but there is no folder {output.absolute().parent}"
+            )
+
+    processes.on_first(check_folder)
     model = load_model(workdir, checkpoint, n_devices)
-    examples = datasets.load("npy", path=input_path).examples
+    part = (processes.number(), processes.count())
+    examples = processes.together(lambda: datasets.load("npy", path=input_path, part=part).examples)
     with progress_bar("predict", len(examples)) as advance:
         found = predict(model, examples, advance)
     arrays = {"labels": found.labels, "distances": found.distances, "centroids": model.centroids}
     if embeddings:
         arrays["embeddings"] = found.embeddings
     temporary = output.with_name(f".{output.name}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            np.savez(file, **arrays)  # type: ignore[arg-type]
-        os.replace(temporary, output)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise UserError(f"cannot write --output {output_path}: {error.strerror}") from error
+
+    def write() -> None:
+        try:
+            with open(temporary, "wb") as file:
+                np.savez(file, **arrays)  # type: ignore[arg-type]
+            os.replace(temporary, output)
+        except OSError as error:
+            temporary.unlink(missing_ok=True)
+            raise UserError(f"cannot write --output {output_path}: {error.strerror}") from error
+
+    processes.on_first(write)
     sizes = np.bincount(found.labels, minlength=model.config.n_clusters)
     summary = {
         "examples": len(examples),
@@ -379,8 +398,7 @@ def progress_bar(name: str, n_examples: int) -> Iterator[Callable[[int], object]
         TimeRemainingColumn(),
     )
     console = Console(stderr=True)
-    with Progress(
-        *columns, console=console, transient=True, disable=not console.is_terminal
-    ) as bar:
+    hidden = not console.is_terminal or not processes.is_first()
+    with Progress(*columns, console=console, transient=True, disable=hidden) as bar:
         task = bar.add_task(name, total=n_examples)
         yield lambda n_done: bar.update(task, completed=n_done)

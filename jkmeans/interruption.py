@@ -4,6 +4,8 @@ import os
 import signal
 import sys
 
+from jkmeans import processes
+
 
 class Interrupted(Exception):
     """A run stopped because it was asked to; everything is saved.
@@ -20,8 +22,11 @@ class Interrupted(Exception):
 class Interruption:
     """Hears SIGINT and SIGTERM while it is entered; the second one ends the process at once.
 
+    With several processes a signal to one of them is a wish of all, which they agree on with
+    `agreed` where each has done the same work.
+
     Attributes:
-      requested: whether a signal came.
+      requested: whether a signal came to this process, or they agreed that one came to another.
     """
 
     def __init__(self):
@@ -54,6 +59,13 @@ class Interruption:
         self.requested = True
         self._number = number
         self._announced = False
+
+    def agreed(self) -> bool:
+        """Whether a signal came to any of the processes; all of them ask at the same place."""
+        numbers = processes.gather(self._number)
+        if any(numbers) and not self.requested:
+            self.requested, self._number = True, next(n for n in numbers if n)
+        return self.requested
 
     def announced(self) -> bool:
         """True once after a signal, for whoever tells the user."""

@@ -21,6 +21,7 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn,
 from rich.table import Table
 from rich.text import Text
 
+from jkmeans import processes
 from jkmeans.errors import UserError
 
 METRICS_FILE = "metrics.jsonl"
@@ -55,7 +56,8 @@ class Recorder:
 
     Epochs are numbered from 1 to `n_epochs` over the whole run, pretraining included. With
     `resumed`, the records of epochs after `position` are dropped, since these epochs run again;
-    without it the records start anew. One process records.
+    without it the records start anew. Of several processes, process 0 records; the others have a
+    `NoRecorder`.
 
     Args:
         workdir: folder of the run, made if missing.
@@ -257,6 +259,25 @@ class Recorder:
         return bar
 
 
+class NoRecorder(Recorder):
+    """The recorder of a process that leaves recording to process 0."""
+
+    def __init__(self):
+        pass
+
+    def epoch(self, *arguments: Any, **named: Any) -> None:
+        """Does nothing."""
+
+    def waiting(self, fraction: float | None) -> None:
+        """Does nothing."""
+
+    def say(self, text: str) -> None:
+        """Does nothing."""
+
+    def close(self) -> None:
+        """Does nothing."""
+
+
 def read_metrics(workdir: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """Reads the epochs that a run has recorded in `metrics.jsonl`, in order.
 
@@ -321,7 +342,7 @@ def results_table(rows: Mapping[str, str | float | int], title: str) -> None:
         rows: values by name, in the order in which they are printed.
         title: the heading.
     """
-    if _silent.get():
+    if _silent.get() or not processes.is_first():
         return
     cells = {name: _cell(value) for name, value in rows.items()}
     if _is_terminal(sys.stdout):

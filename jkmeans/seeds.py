@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jkmeans import datasets
+from jkmeans import datasets, processes
 from jkmeans.checkpoints import Checkpoints
 from jkmeans.configuration import Config
 from jkmeans.epoch import CLUSTER_SIZES, Rows, TrainState, axis_of, make_programs
@@ -102,7 +102,8 @@ def summarize(results: Sequence[dict[str, Any]], workdir: Path) -> dict[str, Any
             values = [one[name] for one in results]
             sd = float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
             summary[name] = {"mean": float(np.mean(values)), "sd": sd, "values": values}
-    write_json(workdir / SEEDS_FILE, summary)
+    if processes.is_first():
+        write_json(workdir / SEEDS_FILE, summary)
     rows = {name: f"{found['mean']:.4g} ± {found['sd']:.2g}" for name, found in summary.items()}
     results_table(rows, f"{len(results)} seeds in {workdir}")
     return summary
@@ -118,6 +119,11 @@ class _SideBySide:
     """Runs of several seeds as one: their states stacked, their folders their own."""
 
     def __init__(self, config: Config, dataset: datasets.Dataset, workdir: Path):
+        if processes.count() > 1:
+            raise UserError(
+                f"config.n_seeds is {config.n_seeds}, but there are {processes.count()} processes; "
+                "accepted: 1, or experiments.seeds, which trains one seed after the other"
+            )
         self.config = config
         self.workdir = workdir
         self.dataset = dataset
@@ -162,7 +168,7 @@ class _SideBySide:
         """Whether devices are to share the seeds and not the examples."""
         n_devices = self.mesh.size
         n_bytes = self.dataset.examples.nbytes
-        room = device_room(self.mesh.devices.flat[0], n_devices)
+        room = device_room(self.mesh)
         return n_devices > 1 and self.config.n_seeds % n_devices == 0 and n_bytes <= room
 
     def execute(self) -> dict[str, Any]:

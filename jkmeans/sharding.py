@@ -56,6 +56,11 @@ def make_mesh(n_devices: int = 0, n_centroid_shards: int = 1) -> Mesh:
             f"n_devices is {n_devices}, but JAX sees {len(available)} ({platform}); "
             f"accepted: 0 (all of them) to {len(available)}{hint}"
         )
+    if 0 < n_devices < len(available) and jax.process_count() > 1:
+        raise UserError(
+            f"n_devices is {n_devices}, but {jax.process_count()} processes have "
+            f"{len(available)}; accepted: 0 (all of them), and fewer processes for fewer devices"
+        )
     devices = np.array(available[: n_devices or len(available)])
     if n_centroid_shards == 1:
         return Mesh(devices, (DATA_AXIS,), axis_types=(AxisType.Auto,))
@@ -243,7 +248,8 @@ def relayout(
       spec: how they lie on it.
     """
     wanted = layout.n_rows
-    rows = np.asarray(rows)[:wanted]
+    # Of embeddings and labels, never of examples: small enough to pass through every process.
+    rows = (to_host(rows) if isinstance(rows, jax.Array) else rows)[:wanted]
     if len(rows) < wanted:
         padding = np.zeros((wanted - len(rows), *rows.shape[1:]), rows.dtype)
         rows = np.concatenate([rows, padding])
@@ -253,6 +259,14 @@ def relayout(
 def gather_examples(rows: jax.Array, layout: Layout) -> np.ndarray:
     """The rows of a sharded array in the order of the examples, on the host: [n_examples, …]."""
     return to_host(rows)[layout.row_index() >= 0]
+
+
+def local_rows(array: jax.Array) -> np.ndarray:
+    """The rows of an array, sharded by them, that lie on this process's devices, in their order."""
+    if array.is_fully_addressable:
+        return np.asarray(array)
+    shards = sorted(array.addressable_shards, key=lambda shard: shard.index[0].start or 0)
+    return np.concatenate([np.asarray(shard.data) for shard in shards])
 
 
 def to_host(array: jax.Array) -> np.ndarray:

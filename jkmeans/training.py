@@ -19,7 +19,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jkmeans import configuration, datasets, metrics, pretrained
+from jkmeans import configuration, datasets, metrics, pretrained, processes
 from jkmeans.checkpoints import Checkpoints, DamagedError
 from jkmeans.configuration import Config
 from jkmeans.epoch import CLUSTER_SIZES, Rows, TrainState, make_programs
@@ -28,9 +28,10 @@ from jkmeans.feeding import HostFeeder
 from jkmeans.interruption import Interruption
 from jkmeans.methods import make_method
 from jkmeans.networks import make_network, split
-from jkmeans.recorder import Recorder, read_metrics, results_table
+from jkmeans.recorder import NoRecorder, Recorder, read_metrics, results_table
 from jkmeans.sharding import (
     DATA_AXIS,
+    REPLICATED,
     SHARDED,
     Layout,
     device_dtype,
@@ -75,12 +76,16 @@ def train_and_evaluate(config: Config, workdir: str | os.PathLike) -> dict[str, 
       Interrupted: SIGTERM or Ctrl-C came; everything up to the last step is saved.
     """
     config = configuration.validate(config)
-    dataset = datasets.load(
-        config.data.name,
-        split=config.data.split,
-        path=config.data.path,
-        labels_path=config.data.labels_path,
-        n_examples=config.data.n_examples,
+    processes.agree("the config", configuration.flat(config))
+    dataset = processes.together(
+        lambda: datasets.load(
+            config.data.name,
+            split=config.data.split,
+            path=config.data.path,
+            labels_path=config.data.labels_path,
+            n_examples=config.data.n_examples,
+            part=(processes.number(), processes.count()),
+        )
     )
     return train(config, dataset, workdir)
 
@@ -90,7 +95,8 @@ def train(config: Config, dataset: datasets.Dataset, workdir: str | os.PathLike)
 
     Args:
       config: complete; what it says of ``data`` by name and path is not looked at.
-      dataset: the examples, and labels if there are any.
+      dataset: the examples, and labels if there are any; with several processes, the same on each,
+        which reads only the rows of its own devices.
       workdir: folder of the run.
     """
     config = configuration.validate(config)
@@ -102,7 +108,10 @@ def train(config: Config, dataset: datasets.Dataset, workdir: str | os.PathLike)
         return train_side_by_side(config, dataset, workdir)
     mesh = make_mesh(config.n_devices)
     run = Run(config, workdir, dataset, mesh)
-    claim_workdir(workdir, config)
+    refuse_idle_processes(run.layout, mesh)
+    processes.agree("the data", run.data_record)
+    processes.on_first(lambda: claim_workdir(workdir, config))
+    processes.same_folder(workdir)
     with (
         only_process_in(workdir),
         Checkpoints(workdir / CHECKPOINT_FOLDER, keep=config.checkpoint.keep) as checkpoints,
@@ -110,8 +119,29 @@ def train(config: Config, dataset: datasets.Dataset, workdir: str | os.PathLike)
         return run.execute(checkpoints)
 
 
+def refuse_idle_processes(layout: Layout, mesh) -> None:
+    """Refuses more processes than the shards of the data give work to.
+
+    Raises:
+      UserError: a process has no example.
+    """
+    busy = set()
+    for i, device in enumerate(mesh.devices.flat):
+        first = i * layout.shards_per_device
+        shards = range(first, min(first + layout.shards_per_device, layout.n_shards))
+        if any(np.diff(layout.shard_bounds(shard))[0] for shard in shards):
+            busy.add(device.process_index)
+    idle = sorted(set(range(processes.count())) - busy)
+    if idle and processes.count() > 1:
+        raise UserError(
+            f"there are {processes.count()} processes for {layout.n_examples:,} examples in "
+            f"data.n_shards = {layout.n_shards} shards, and process {idle[0]} would have none; "
+            f"accepted: up to {len(busy)} processes, or a larger data.n_shards"
+        )
+
+
 class Run:
-    """One run in one process: what stays the same from its first epoch to its last."""
+    """One run, of one process or several: what stays the same from its first epoch to its last."""
 
     def __init__(self, config: Config, workdir: Path, dataset: datasets.Dataset, mesh):
         self.config = config
@@ -155,7 +185,7 @@ class Run:
             return placement == "host"
         value_bytes = device_dtype(self.dataset.examples.dtype).itemsize
         n_bytes = self.layout.n_rows * int(np.prod(self.dataset.example_shape)) * value_bytes
-        return n_bytes / self.mesh.size > device_room(self.mesh.devices.flat[0], self.mesh.size)
+        return n_bytes / self.mesh.size > device_room(self.mesh)
 
     @functools.cached_property
     def rows(self) -> Rows:
@@ -188,14 +218,9 @@ class Run:
             seconds = record["seconds"]
         epoch = int(state.epoch)
         if record and record["results"]:
-            print(f"{self.workdir} holds a finished run of this config; nothing to train")
+            processes.tell(f"{self.workdir} holds a finished run of this config; nothing to train")
             return self.report(state, record["results"])
-        with (
-            Interruption() as interruption,
-            Recorder(
-                self.workdir, n_epochs=self.n_epochs, position=epoch, resumed=record is not None
-            ) as recorder,
-        ):
+        with Interruption() as interruption, self.make_recorder(epoch, record) as recorder:
             self.recorder, self.interruption = recorder, interruption
             self.announce(epoch, record is not None)
             while epoch < self.n_epochs:
@@ -208,23 +233,35 @@ class Run:
                     if epoch == self.config.training.n_pretrain_epochs:
                         self.keep_pretrained(state, seconds)
                 due = epoch % self.config.checkpoint.every == 0 or epoch == self.n_epochs
-                if due or interruption.requested:
+                # Asked once, at the end of the epoch: a signal that comes now is for the next one.
+                stopping = interruption.agreed()
+                if due or stopping:
                     self.save(checkpoints, state, seconds, values, results=None)
-                if interruption.requested:
+                if stopping:
                     checkpoints.wait()
                     recorder.say(f"saved; the same command goes on from epoch {epoch}")
                     interruption.leave()
             state, results = self.finish(state, seconds)
             self.save(checkpoints, state, seconds, None, results=results)
             checkpoints.wait()
-            if interruption.requested:
+            if interruption.agreed():
                 recorder.say("trained and saved; the same command reports it")
                 interruption.leave()
         return self.report(state, results)
 
+    def make_recorder(self, epoch: int, record: dict[str, Any] | None) -> Recorder:
+        """The recorder from ``epoch`` on; one that records nothing where that is process 0's."""
+        if not processes.is_first():
+            return NoRecorder()
+        return Recorder(
+            self.workdir, n_epochs=self.n_epochs, position=epoch, resumed=record is not None
+        )
+
     def announce(self, epoch: int, resumed: bool) -> None:
         """Says once what is about to run, and on what."""
         devices = f"{self.mesh.size} × {self.mesh.devices.flat[0].platform}"
+        if processes.count() > 1:
+            devices += f" of {processes.count()} processes"
         feeding = "fed from the host" if self.on_host else "on the devices"
         self.recorder.say(
             f"{self.dataset.name}: {self.dataset.n_examples:,} examples {feeding} ({devices}), "
@@ -282,7 +319,7 @@ class Run:
             done += len(rows)
             self.await_devices(state.step, done / self.n_steps)
             self.recorder.waiting(done / self.n_steps)
-            if self.interruption.requested and done < self.n_steps:
+            if done < self.n_steps and self.interruption.agreed():
                 return state, None
         if clustering and self.config.centroids.bank == "refreshed":
             state = self.refresh(state)
@@ -333,9 +370,10 @@ class Run:
         """Leaves the network for other runs that would pretrain the same one."""
         parameters = {name: to_host(value) for name, value in state.parameters.items()}
         variance = float(state.reference_variance)
-        pretrained.save(
-            self.config, self.data_record, pretrained.Pretrained(parameters, variance, seconds)
-        )
+        if processes.is_first():
+            pretrained.save(
+                self.config, self.data_record, pretrained.Pretrained(parameters, variance, seconds)
+            )
 
     def scores(self, state: TrainState) -> dict[str, float]:
         """ACC, NMI, ARI and purity of the clusters; empty where the data has no labels."""
@@ -390,12 +428,12 @@ class Run:
         assert self.method.on_host is not None
         self.recorder.say("clustering the embeddings on the host")
         embeddings = gather_examples(state.bank, self.layout)
-        clusters, labels = self.method.on_host(embeddings, self.config.seed)
+        clusters, labels = self.cluster_embeddings(embeddings)
         index = self.layout.row_index()
         distances = np.sum((embeddings - clusters.centroids[labels]) ** 2, axis=1, dtype=np.float64)
         counts = np.bincount(labels, minlength=self.config.n_clusters)
         state = state._replace(
-            clusters=jax.device_put(clusters, self.programs.shardings.clusters),
+            clusters=jax.tree.map(lambda leaf: place(leaf, self.mesh, REPLICATED), clusters),
             labels=place(np.where(index >= 0, labels[index], 0), self.mesh, SHARDED),
         )
         return state, {
@@ -403,9 +441,29 @@ class Run:
             "empty_clusters": float(np.sum(counts == 0)),
         }
 
+    def cluster_embeddings(self, embeddings: np.ndarray) -> tuple[Any, np.ndarray]:
+        """What the method makes of all embeddings: on process 0, whose result all take."""
+        on_host, seed = self.method.on_host, self.config.seed
+        assert on_host is not None
+        found = processes.together(
+            lambda: on_host(embeddings, seed) if processes.is_first() else None
+        )
+        if processes.count() == 1:
+            assert found is not None
+            return found
+        from jax.experimental import multihost_utils
+
+        k, p = self.config.n_clusters, self.config.network.embedding_dim
+        blank = (self.method.blank(k, p, len(embeddings)), np.zeros(len(embeddings), np.int32))
+        given = jax.tree.map(
+            lambda leaf, value: np.asarray(value, leaf.dtype), blank, found or blank
+        )
+        return multihost_utils.broadcast_one_to_all(given)
+
     def report(self, state: TrainState, results: dict[str, Any]) -> dict[str, Any]:
         """Writes results.json and the pictures, prints the table."""
-        write_json(self.workdir / RESULTS_FILE, results)
+        if processes.is_first():
+            write_json(self.workdir / RESULTS_FILE, results)
         if self.config.report.pictures:
             self._draw(state, results)
         results_table(results, f"Results in {self.workdir}")
@@ -418,6 +476,8 @@ class Run:
         bank = gather_examples(state.bank, self.layout)
         labels = gather_examples(state.labels, self.layout)
         centroids = to_host(state.clusters.centroids)
+        if not processes.is_first():
+            return
         arrays = {
             "embeddings": bank,
             "labels": labels,
@@ -483,16 +543,14 @@ class Run:
         # What the optimizer remembers is not kept with the network.
         continues = not self.method.fresh_optimizer
         found = None if continues else pretrained.load(self.config, self.data_record)
-        if found is None:
+        if processes.any_of(found is None) or found is None:
             return state, 0.0
-        print(f"the network was pretrained by another run ({found.seconds:.0f} s)")
-        shardings = self.programs.shardings
+        processes.tell(f"the network was pretrained by another run ({found.seconds:.0f} s)")
+        everywhere = functools.partial(place, mesh=self.mesh, spec=REPLICATED)
         state = state._replace(
-            parameters=jax.device_put(found.parameters, shardings.parameters),
-            reference_variance=jax.device_put(
-                np.float32(found.reference_variance), shardings.reference_variance
-            ),
-            epoch=jax.device_put(np.int32(self.config.training.n_pretrain_epochs), shardings.epoch),
+            parameters={name: everywhere(value) for name, value in found.parameters.items()},
+            reference_variance=everywhere(np.asarray(found.reference_variance, np.float32)),
+            epoch=everywhere(np.asarray(self.config.training.n_pretrain_epochs, np.int32)),
         )
         return state, found.seconds
 
@@ -517,7 +575,9 @@ class Run:
                 return self._restore(checkpoints, position, record), record
             except DamagedError as error:
                 aside = checkpoints.set_aside(position)
-                print(f"warning: {error}; moved to {aside.name}, going back to the one before")
+                processes.tell(
+                    f"warning: {error}; moved to {aside.name}, going back to the one before"
+                )
         if positions or any(checkpoints.folder.glob("damaged-*")):
             raise UserError(
                 f"no checkpoint in {checkpoints.folder} can be read; accepted: one whole "

@@ -1,4 +1,4 @@
-"""The folder of a run: one process at a time, files that are whole, what the machine offers."""
+"""The folder of a run: one run at a time, files that are whole, what the machine offers."""
 
 import contextlib
 import json
@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 import jkmeans
+from jkmeans import processes
 from jkmeans.errors import UserError
 
 LOCK_FILE = ".lock"
@@ -19,20 +20,29 @@ LOCK_FILE = ".lock"
 
 @contextlib.contextmanager
 def only_process_in(workdir: Path) -> Iterator[None]:
-    """Holds the workdir against a second process, which would clean up the saves of the first.
+    """Holds the workdir against a second run, which would clean up the saves of the first.
+
+    Of several processes that compute as one, process 0 holds it for all.
 
     Raises:
-      UserError: another process runs in it.
+      UserError: another run has it.
     """
     import fcntl
 
-    with open(workdir / LOCK_FILE, "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                f"another process is running in {workdir}; accepted: another --workdir, or wait"
-            ) from None
+    with contextlib.ExitStack() as stack:
+
+        def lock() -> None:
+            if not processes.is_first():
+                return
+            file = stack.enter_context(open(workdir / LOCK_FILE, "w"))
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(
+                    f"another process is running in {workdir}; accepted: another --workdir, or wait"
+                ) from None
+
+        processes.together(lock)
         yield
 
 
@@ -62,8 +72,21 @@ def versions(*packages: str) -> dict[str, str]:
     }
 
 
-def device_room(device, n_devices: int) -> float:
-    """Bytes that examples may take on a device: what is left after networks and banks."""
+def device_room(mesh) -> float:
+    """Bytes that examples may take on a device: what is left after networks and banks.
+
+    The least that any of the processes has.
+
+    Args:
+      mesh: of the devices.
+    """
+    local = [device for device in mesh.devices.flat if device.process_index == processes.number()]
+    # A CPU's devices share the memory of their host, and so do the processes on it.
+    n_sharing = len(local) * processes.n_on_this_host()
+    return min(processes.gather(_room(local[0], n_sharing)))
+
+
+def _room(device, n_devices: int) -> float:
     statistics = device.memory_stats() or {}
     if "bytes_limit" in statistics:
         return 0.6 * (statistics["bytes_limit"] - statistics.get("bytes_in_use", 0))

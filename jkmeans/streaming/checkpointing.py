@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jkmeans import processes
 from jkmeans.checkpoints import Checkpoints, DamagedError
 from jkmeans.errors import UserError
 from jkmeans.streaming.passes import Partial, Picked
@@ -51,7 +52,7 @@ class FitCheckpoints:
 
     def due(self) -> bool:
         """Whether it is time for the next one."""
-        return time.monotonic() - self._saved_at >= self._seconds
+        return processes.share(time.monotonic() - self._saved_at >= self._seconds)
 
     def wait(self) -> None:
         """Waits until the last one is complete."""
@@ -106,7 +107,8 @@ class FitCheckpoints:
                 return self._load(position, make_state)
             except DamagedError as error:
                 aside = self._checkpoints.set_aside(position)
-                print(f"{error}; it is now {aside.name}", file=sys.stderr, flush=True)
+                if processes.is_first():
+                    print(f"{error}; it is now {aside.name}", file=sys.stderr, flush=True)
         return None, 0
 
     def _load(self, position: int, make_state: Callable[..., Any]) -> tuple[Any, int]:

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from jkmeans import kmeans
+from jkmeans import kmeans, processes
 from jkmeans.errors import UserError
 from jkmeans.interruption import Interruption
 from jkmeans.sharding import DATA_AXIS, make_mesh
@@ -152,7 +152,7 @@ def fit_stream(
     weight_source = None if weights is None else open_weights(weights, source.n_rows)
     _check_arguments(source, n_clusters, init, n_init, max_iter, tol)
     mesh = make_mesh() if mesh is None else mesh
-    budget = default_budget() if memory_budget is None else memory_budget
+    budget = min(processes.gather(default_budget())) if memory_budget is None else memory_budget
     if chunk_rows is None:
         chosen_rows = rows_per_chunk(source, mesh, budget)
     else:
@@ -506,7 +506,7 @@ def _run(
             done: int, snapshot: Callable[[], passes.Partial], current: State = current
         ) -> None:
             reporter.advance(done)
-            stop = interruption is not None and interruption.requested
+            stop = interruption is not None and interruption.agreed()
             if checkpoints is not None and (stop or checkpoints.due()):
                 unfinished = dataclasses.replace(current, partial=snapshot())
                 checkpoints.save(unfinished, feeder.chunk_rows)

@@ -16,10 +16,18 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh
 
-from jkmeans import kmeans
+from jkmeans import kmeans, processes
 from jkmeans.errors import UserError
 from jkmeans.kmeans.assignment import map_rows
-from jkmeans.sharding import DATA_AXIS, REPLICATED, SHARDED, data_parallel, make_mesh, place
+from jkmeans.sharding import (
+    DATA_AXIS,
+    REPLICATED,
+    SHARDED,
+    data_parallel,
+    make_mesh,
+    place,
+    to_host,
+)
 from jkmeans.sources import open_source, open_weights
 from jkmeans.streaming import passes
 from jkmeans.streaming.pipeline import (
@@ -88,7 +96,7 @@ def predict_stream(
             labels, distances = found
             total = float(np.sum(distances, dtype=np.float64))
             if not np.isfinite(total):
-                refuse_not_finite(chunk.rows, None, chunk.start, feeder.source.name)
+                _refuse(chunk, feeder)
             write_labels(labels)
             if write_distances is not None:
                 write_distances(distances)
@@ -127,7 +135,7 @@ def transform_stream(
     with npy_file(output_path, shape, centroids.dtype) as write:
         for chunk, (distances,) in _map(feeder, _distances, centroids, "distances", progress):
             if not np.isfinite(distances).all():
-                refuse_not_finite(chunk.rows, None, chunk.start, feeder.source.name)
+                _refuse(chunk, feeder)
             write(distances)
 
 
@@ -178,7 +186,7 @@ def _prepare(
 ) -> tuple[Feeder, np.ndarray]:
     source = open_source(source)
     mesh = make_mesh() if mesh is None else mesh
-    budget = default_budget() if memory_budget is None else memory_budget
+    budget = min(processes.gather(default_budget())) if memory_budget is None else memory_budget
     if chunk_rows is None:
         chunk_rows = rows_per_chunk(source, mesh, budget, row_extra_bytes)
     n_devices = mesh.shape[DATA_AXIS]
@@ -191,6 +199,22 @@ def _prepare(
             f"{source.n_features}], the features of {source.name}."
         )
     return feeder, centroids.astype(computed_dtype(source))
+
+
+def _refuse(chunk: Chunk, feeder: Feeder) -> None:
+    """Says which row of a chunk is not finite: on all processes, where one of them has it."""
+
+    def look() -> None:
+        refuse_not_finite(chunk.rows, None, chunk.start + chunk.first, feeder.source.name)
+
+    def look_at_own() -> None:
+        with np.errstate(over="ignore", invalid="ignore"):
+            total = np.sum(chunk.rows.astype(np.float32, copy=False) ** 2, dtype=np.float64)
+        if not np.isfinite(total):
+            look()
+
+    processes.together(look_at_own)
+    look()
 
 
 def _sizes(feeder: Feeder) -> tuple[int, int]:
@@ -208,7 +232,7 @@ def _map(
 
         def finish_oldest() -> tuple[Chunk, list[np.ndarray]]:
             chunk, found = in_flight.popleft()
-            return chunk, [np.asarray(array)[: chunk.count] for array in found]
+            return chunk, [to_host(array)[: chunk.count] for array in found]
 
         for chunk in chunks:
             in_flight.append((chunk, _apply(chunk.x, placed, function=function, mesh=feeder.mesh)))
@@ -259,6 +283,9 @@ def npy_file(
     Written, not mapped: the pages of a map count as memory until they reach the disk.
     """
     path = Path(path).expanduser()
+    if not processes.is_first():
+        yield lambda array: None
+        return
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:

@@ -17,10 +17,19 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jkmeans import kmeans
+from jkmeans import kmeans, processes
+from jkmeans.errors import UserError
 from jkmeans.kmeans.initialization import _priority
 from jkmeans.kmeans.statistics import two_sum
-from jkmeans.sharding import DATA_AXIS, REPLICATED, SHARDED, data_parallel, place
+from jkmeans.sharding import (
+    DATA_AXIS,
+    REPLICATED,
+    SHARDED,
+    data_parallel,
+    local_rows,
+    place,
+    to_host,
+)
 from jkmeans.streaming.pipeline import (
     BLOCK_ROWS,
     Chunk,
@@ -31,6 +40,8 @@ from jkmeans.streaming.pipeline import (
 
 # Chunks with the devices at a time: one computes while the next one is on its way.
 IN_FLIGHT = 2
+MEETING_CHUNKS = 8
+"""Of several processes: chunks between two places where they agree to stop, to save, to refuse."""
 
 
 class Rows(NamedTuple):
@@ -271,7 +282,8 @@ def run_pass(
       n_picked: rows to pick.
       partial: where an unfinished pass of the same program stopped.
       on_chunk: called after each chunk with the rows done and a function that gives the unfinished
-        pass; it may raise to stop there.
+        pass; it may raise to stop there. With several processes it is called after every eighth
+        chunk, by all at the same place, and may ask the others.
 
     Returns:
       The sums [p] float64, and the rows picked.
@@ -310,11 +322,31 @@ def run_pass(
     with feeder.chunks(position) as chunks:
         in_flight: deque[tuple[Chunk, _Found]] = deque()
 
+        refusal: UserError | None = None
+
+        def meet() -> None:
+            # A row that one process refuses ends the pass of all.
+            def say() -> None:
+                if refusal is not None:
+                    raise refusal
+
+            processes.together(say)
+
         def finish_oldest() -> None:
-            nonlocal position, picked
+            nonlocal position, picked, refusal
             chunk, found = in_flight.popleft()
-            if not np.asarray(found.finite).all():
-                refuse_not_finite(chunk.rows, chunk.host_weights, chunk.start, feeder.source.name)
+            if not local_rows(found.finite).all():
+                try:
+                    refuse_not_finite(
+                        chunk.rows,
+                        chunk.host_weights,
+                        chunk.start + chunk.first,
+                        feeder.source.name,
+                    )
+                except UserError as error:
+                    if processes.count() == 1:
+                        raise
+                    refusal = refusal or error
             picked = _merge(picked, chunk, found, n_picked)
             position = chunk.start + chunk.count
             chunks.release(chunk)
@@ -322,9 +354,11 @@ def run_pass(
         def snapshot() -> Partial:
             while in_flight:
                 finish_oldest()
-            return Partial(position, np.array(high), np.array(low), picked)
+            every = _of_all(picked, n_picked)
+            return Partial(position, to_host(high).copy(), to_host(low).copy(), every)
 
-        for chunk in chunks:
+        several = processes.count() > 1
+        for n_chunks, chunk in enumerate(chunks, start=1):
             found = contribute(
                 chunk.x,
                 chunk.weights,
@@ -339,9 +373,15 @@ def run_pass(
             in_flight.append((chunk, found))
             if len(in_flight) == IN_FLIGHT:
                 finish_oldest()
-            on_chunk(position, snapshot)
+            if not several:
+                on_chunk(position, snapshot)
+            elif n_chunks % MEETING_CHUNKS == 0:
+                meet()
+                on_chunk(position, snapshot)
         while in_flight:
             finish_oldest()
+        meet()
+        picked = _of_all(picked, n_picked)
     with jax.enable_x64(True):
         numbers = np.asarray(reduce(high, low, mesh=mesh))
     return numbers, picked
@@ -359,7 +399,7 @@ def _for_devices(partial: Partial, n_devices: int) -> Partial:
 def _merge(picked: Picked, chunk: Chunk, found: _Found, n_picked: int) -> Picked:
     if found.priority is None or found.row is None:
         return picked
-    priority, row = np.asarray(found.priority), np.asarray(found.row)
+    priority, row = local_rows(found.priority), local_rows(found.row)
     # Rows come in order: one that only equals what is there already stays behind it.
     lowest = picked.priority[-1] if len(picked.priority) == n_picked else -np.inf
     better = priority > lowest
@@ -368,9 +408,45 @@ def _merge(picked: Picked, chunk: Chunk, found: _Found, n_picked: int) -> Picked
     priority, row = priority[better], row[better]
     labels = np.zeros(len(row), np.int32)
     if found.labels is not None:
-        labels = np.asarray(found.labels)[better]
-    weights = np.ones(len(row)) if chunk.host_weights is None else chunk.host_weights[row]
-    new = Picked(priority, chunk.start + row.astype(np.int64), labels, weights, chunk.rows[row])
+        labels = local_rows(found.labels)[better]
+    own = row - chunk.first
+    # Padding has the lowest priority, and is no row.
+    real = own < len(chunk.rows)
+    priority, row, labels, own = priority[real], row[real], labels[real], own[real]
+    weights = np.ones(len(row)) if chunk.host_weights is None else chunk.host_weights[own]
+    new = Picked(priority, chunk.start + row.astype(np.int64), labels, weights, chunk.rows[own])
     both = [np.concatenate(pair) for pair in zip(picked, new, strict=True)]
-    order = np.lexsort((both[1], -both[0]))[:n_picked]
-    return Picked(*(array[order] for array in both))
+    return _best(both, n_picked)
+
+
+def _best(columns: list[np.ndarray], n_picked: int) -> Picked:
+    order = np.lexsort((columns[1], -columns[0]))[:n_picked]
+    return Picked(*(array[order] for array in columns))
+
+
+def _of_all(picked: Picked, n_picked: int) -> Picked:
+    """The rows that all processes together have picked, on each of them."""
+    if processes.count() == 1 or not n_picked:
+        return picked
+    from jax.experimental import multihost_utils
+
+    # One shape for all: what is lacking has a priority below that of any row.
+    n_missing = n_picked - len(picked.priority)
+    filled = [
+        np.concatenate([array, np.zeros((n_missing, *array.shape[1:]), array.dtype)])
+        for array in picked
+    ]
+    there = np.arange(n_picked) < len(picked.priority)
+    # As bytes: float64 and int64 would come back with 32 bits where JAX has no 64 enabled.
+    gathered = [
+        np.asarray(multihost_utils.process_allgather(array.view(np.uint8).reshape(n_picked, -1)))
+        for array in map(np.ascontiguousarray, [*filled, there])
+    ]
+    columns = [
+        np.ascontiguousarray(got.reshape(-1, got.shape[-1]))
+        .view(array.dtype)
+        .reshape(-1, *array.shape[1:])
+        for got, array in zip(gathered, [*filled, there], strict=True)
+    ]
+    real = columns.pop()
+    return _best([column[real] for column in columns], n_picked)

@@ -35,18 +35,22 @@ copy where it starts at a multiple of 64 bytes."""
 class Chunk(NamedTuple):
     """Rows ``start`` … ``start + count - 1`` of the source, on the host and on the devices.
 
+    Of several processes, each has read the rows of its own devices only.
+
     Attributes:
       start: the global number of the first row.
       count: how many rows count; the rest is padding.
-      rows: [count, d] on the host; valid until the chunk is released.
+      first: the number, within the chunk, of the first row that this process has read.
+      rows: [m, d] on the host, m of the rows that count; valid until the chunk is released.
       x: [c, d], sharded over the data axis; padded with zeros.
-      host_weights: [count] float32 or None.
+      host_weights: [m] float32 or None.
       weights: [c] float32, sharded, 0 for padding; None if all rows weigh the same.
       buffer: which buffer it occupies.
     """
 
     start: int
     count: int
+    first: int
     rows: np.ndarray
     x: jax.Array
     host_weights: np.ndarray | None
@@ -121,14 +125,13 @@ class Feeder:
             raise ValueError(
                 f"chunk_rows={chunk_rows} is no multiple of {mesh.shape[DATA_AXIS]} devices"
             )
-        if jax.process_count() > 1:
-            raise UserError("streaming works in one process, of any number of devices, for now.")
         self.source = source
         self.weights = weights
         self.mesh = mesh
         self.chunk_rows = chunk_rows
         self.dtype = streamed_dtype(source)
         self._sharding = NamedSharding(mesh, SHARDED)
+        self.local = _own_rows(self._sharding, chunk_rows)
 
     @contextlib.contextmanager
     def chunks(self, first_row: int = 0) -> Iterator[_Pass]:
@@ -149,18 +152,36 @@ class Feeder:
         self.source.check_unchanged()
 
     def place(self, host: np.ndarray) -> jax.Array:
-        """Puts [c, …] on the devices; the host's memory may be used as it is, without a copy."""
-        shards = [
-            jax.device_put(host[index], device)
-            for device, index in self._sharding.addressable_devices_indices_map(host.shape).items()
-        ]
-        return jax.make_array_from_single_device_arrays(host.shape, self._sharding, shards)
+        """Puts the rows of this process on its devices; their memory may be used without a copy.
+
+        Args:
+          host: [m, …], the rows ``local`` of a chunk.
+
+        Returns:
+          [c, …], the chunk.
+        """
+        shape = (self.chunk_rows, *host.shape[1:])
+        shards = []
+        for device, index in self._sharding.addressable_devices_indices_map(shape).items():
+            assert index is not None
+            start, stop, _ = index[0].indices(self.chunk_rows)
+            shards.append(
+                jax.device_put(host[start - self.local.start : stop - self.local.start], device)
+            )
+        return jax.make_array_from_single_device_arrays(shape, self._sharding, shards)
+
+
+def _own_rows(sharding: NamedSharding, chunk_rows: int) -> slice:
+    """The rows of a chunk that lie on this process's devices, which are neighbours."""
+    indices = sharding.addressable_devices_indices_map((chunk_rows,)).values()
+    bounds = [index[0].indices(chunk_rows) for index in indices if index is not None]
+    return slice(min(start for start, _, _ in bounds), max(stop for _, stop, _ in bounds))
 
 
 class _Pass:
     def __init__(self, feeder: Feeder, first_row: int):
         self._feeder = feeder
-        shape = (feeder.chunk_rows, feeder.source.n_features)
+        shape = (feeder.local.stop - feeder.local.start, feeder.source.n_features)
         n_chunks = max(1, -(-(feeder.source.n_rows - first_row) // feeder.chunk_rows))
         n_buffers = min(N_BUFFERS, n_chunks)
         # New ones for every pass: what the devices may still read is never written to.
@@ -184,14 +205,15 @@ class _Pass:
                 return
             if isinstance(item, BaseException):
                 raise item
-            i, start, count = item
+            i, start, count, own = item
             rows, weights = self._buffers[i], self._weights[i]
             yield Chunk(
                 start=start,
                 count=count,
-                rows=rows[:count],
+                first=self._feeder.local.start,
+                rows=rows[:own],
                 x=self._feeder.place(rows),
-                host_weights=None if weights is None else weights[:count],
+                host_weights=None if weights is None else weights[:own],
                 weights=None if weights is None else self._feeder.place(weights),
                 buffer=i,
             )
@@ -215,14 +237,18 @@ class _Pass:
                 if i is None or self._closed:
                     return
                 count = min(feeder.chunk_rows, n_rows - start)
+                first, last = feeder.local.start, min(feeder.local.stop, count)
+                own = max(0, last - first)
                 rows, weights = self._buffers[i], self._weights[i]
-                feeder.source.read_into(start, rows[:count])
-                rows[count:] = 0
+                if own:
+                    feeder.source.read_into(start + first, rows[:own])
+                rows[own:] = 0
                 if weights is not None and feeder.weights is not None:
-                    feeder.weights.read_into(start, weights[:count, None])
-                    weights[count:] = 0
-                    check_weights(weights, start, feeder.weights.name)
-                self._ready.put((i, start, count))
+                    if own:
+                        feeder.weights.read_into(start + first, weights[:own, None])
+                    weights[own:] = 0
+                    check_weights(weights, start + first, feeder.weights.name)
+                self._ready.put((i, start, count, own))
             self._ready.put(None)
         except BaseException as error:
             self._ready.put(error)

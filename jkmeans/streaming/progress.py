@@ -11,6 +11,7 @@ from typing import NamedTuple
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
+from jkmeans import processes
 from jkmeans.recorder import format_duration
 
 # Between two plain lines: a log of a day stays readable.
@@ -59,6 +60,8 @@ class Reporter:
     def __init__(
         self, progress: bool | Callable[[StreamProgress], object], n_rows: int, row_bytes: int
     ):
+        if not processes.is_first() and not callable(progress):
+            progress = False
         self._tell = progress if callable(progress) else None
         self._n_rows = n_rows
         self._row_bytes = row_bytes

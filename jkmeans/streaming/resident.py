@@ -11,7 +11,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh, NamedSharding
 
-from jkmeans import kmeans
+from jkmeans import kmeans, processes
 from jkmeans.kmeans.assignment import accumulation_dtype
 from jkmeans.sharding import DATA_AXIS, REPLICATED, SHARDED, data_parallel, place
 from jkmeans.sources import Source
@@ -62,7 +62,8 @@ def load(feeder: Feeder) -> Resident:
             refuse_not_finite(piece, used, row, source.name, only_if_any=True)
         return rows
 
-    x = jax.make_array_from_callback((n_padded, source.n_features), sharding, read)
+    shape = (n_padded, source.n_features)
+    x = processes.together(lambda: jax.make_array_from_callback(shape, sharding, read))
     source.check_unchanged()
     return Resident(x, None if weights is None else place(weights, mesh, SHARDED), mesh)
 

@@ -1,0 +1,46 @@
+"""Processes that are kept ready: they have imported everything, and wait to be told their place.
+
+Importing JAX and the rest takes longer than anything else of a restart. A launcher that is started
+with the variable below does it at once, and then reads its place from stdin.
+"""
+
+import importlib
+import json
+import os
+import sys
+from typing import IO, Any
+
+VARIABLE = "JKMEANS_SPARE"
+_MODULES = (
+    "jkmeans.training",
+    "jkmeans.evaluation",
+    "jkmeans.clustering",
+    "jkmeans.seeds",
+    # What these import only when they come to it.
+    "sklearn.datasets",
+    "tensorboardX",
+    "jax.experimental.multihost_utils",
+)
+
+
+def wait_for_place() -> None:
+    """Waits, in a process that is kept ready, until it is told its place; ends with its parent."""
+    if not os.environ.pop(VARIABLE, ""):
+        return
+    for name in _MODULES:
+        importlib.import_module(name)
+    line = sys.stdin.readline()
+    if not line.endswith("\n"):
+        os._exit(0)
+    os.environ |= json.loads(line)
+
+
+def give_place(pipe: IO[Any] | None, environment: dict[str, str]) -> bool:
+    """Tells a process its place; whether it could be told."""
+    assert pipe is not None
+    try:
+        pipe.write(json.dumps(environment).encode() + b"\n")
+        pipe.close()
+    except OSError:
+        return False
+    return True
