@@ -208,6 +208,7 @@ class _Work:
             subtitle=f"held-out error, mean over {self.n_nodes} nodes",
             value="held-out error",
             per="epochs",
+            logarithmic=False,
         )
         print(markdown, flush=True)
         if lost:
