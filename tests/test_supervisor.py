@@ -242,7 +242,11 @@ def test_a_parent_that_dies_ends_its_processes(tmp_path):
         while not os.path.exists({str(beat)!r}): time.sleep(0.05)
         os._exit(0)
     """
-    environment = os.environ | {"JKMEANS_PROCESSES": "1", "JKMEANS_PROCESS_ID": "0"}
+    environment = os.environ | {
+        "JKMEANS_PROCESSES": "1",
+        "JKMEANS_PROCESS_ID": "0",
+        heartbeat.VARIABLE: "beat-1-0",  # What `PRELUDE` reads; the child has a file of its own.
+    }
     parent = subprocess.run(
         command(tmp_path, body), cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True,
         timeout=60,
