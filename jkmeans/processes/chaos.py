@@ -405,8 +405,14 @@ class _SupervisedRun:
 
     def start(self) -> None:
         """Starts the command, for the first time or once more."""
+        # As the supervisor has it where nobody else has said anything.
+        environment = os.environ | {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
         self.supervisor = subprocess.Popen(
-            self._command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            self._command,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
         )
         self._reader = threading.Thread(target=self._read, args=(self.supervisor,), daemon=True)
         self._reader.start()
