@@ -25,4 +25,4 @@ if __name__ == "__main__":
     config_flags.DEFINE_config_file("config", None, "File with get_config().")
     flags.DEFINE_string("workdir", None, "Folder of the runs and the table; made if missing.")
     flags.DEFINE_list("methods", [], "Rows to train; all if empty.")
-    launch(main, required=("config", "workdir"))
+    launch(main, required=("config", "workdir"), several=False)
