@@ -77,6 +77,7 @@ def finish(process: subprocess.Popen) -> str:
     return output
 
 
+@pytest.mark.slow
 def test_a_killed_worker_changes_no_bit(train_flags, tmp_path):
     undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
     finish(supervised("train", 2, *train_flags, f"--workdir={undisturbed}"))
