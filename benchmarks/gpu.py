@@ -40,10 +40,11 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from benchmarks.autoencoder_epoch import _at_least, _Parser
 from benchmarks.exactness import squared_distances
 
 
@@ -483,28 +484,6 @@ def report(result: dict[str, Any]) -> str:
             ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
-
-
-class _Parser(argparse.ArgumentParser):
-    """Answers a wrong flag with one sentence."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}\n")
-
-
-def _at_least(least: int) -> Callable[[str], int]:
-    def convert(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            value = least - 1
-        if value < least:
-            raise argparse.ArgumentTypeError(
-                f"{text!r} is given; accepted: an integer of at least {least}"
-            )
-        return value
-
-    return convert
 
 
 def _file(text: str) -> Path:

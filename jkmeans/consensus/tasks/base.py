@@ -27,6 +27,7 @@ from jkmeans.consensus.mixing import Mixing, Spectrum, make_mixing, spectrum
 from jkmeans.consensus.traffic import measured_bytes
 from jkmeans.errors import UserError
 from jkmeans.sharding import SHARDED, make_mesh
+from jkmeans.workdir import write_whole
 
 GEOMETRIC = "geometric"
 GRAPH_NAMES = (*TOPOLOGIES, GEOMETRIC, EDGES)
@@ -173,6 +174,29 @@ def tables(title: str, text: str, rows: Sequence[Mapping[str, Any]]) -> tuple[st
     for row in rows:
         writer.writerow({name: "" if value is None else value for name, value in row.items()})
     return "\n".join(lines) + "\n", out.getvalue()
+
+
+def write_tables(
+    workdir: Path, name: str, title: str, text: str, rows: Sequence[Mapping[str, Any]]
+) -> str:
+    """Writes `tables` as ``<name>.md`` and ``<name>.csv``; returns the Markdown."""
+    markdown, comma = tables(title, text, rows)
+    write_whole(workdir / f"{name}.md", markdown.encode())
+    write_whole(workdir / f"{name}.csv", comma.encode())
+    return markdown
+
+
+def refuse_lost_messages(config: Config, what: str) -> None:
+    """Refuses lost messages where values are mixed symmetrically.
+
+    Raises:
+      UserError: naming the field.
+    """
+    if config.loss.messages:
+        raise UserError(
+            f"config.loss.messages is {config.loss.messages}, but {what} mixes symmetrically; "
+            "accepted: 0, or loss.links"
+        )
 
 
 def plain(value: Any) -> Any:

@@ -38,14 +38,14 @@ from jkmeans.consensus.tasks.base import (
     nodes_of,
     number_type,
     plain,
+    refuse_lost_messages,
     rounds_to,
-    tables,
+    write_tables,
 )
 from jkmeans.consensus.traffic import all_reduce_bytes, bytes_per_round
 from jkmeans.errors import UserError
 from jkmeans.fields import Field, choice, integer, number, numbers, words
 from jkmeans.sharding import REPLICATED, SHARDED
-from jkmeans.workdir import write_whole
 
 ALL_REDUCE = "gradient_descent"
 STARTS = ("slowest", "random")
@@ -88,11 +88,7 @@ def make_task(config: Config) -> Task:
     Raises:
       UserError: graphs, problem or steps cannot be used.
     """
-    if config.loss.messages:
-        raise UserError(
-            f"config.loss.messages is {config.loss.messages}, but estimation mixes symmetrically; "
-            "accepted: 0, or loss.links"
-        )
+    refuse_lost_messages(config, "estimation")
     nets = nets_of(config)
     if config.loss.links and "extra" in config.estimation.methods:
         raise UserError(
@@ -294,9 +290,7 @@ class _Work:
             f"together, {self.one.shape[0]} numbers of {self.config.precision} a message."
             + (f" Links fail with probability {loss:g}; predictions are of the mean." * bool(loss))
         )
-        markdown, comma = tables("Gossip averages", text, rows)
-        write_whole(workdir / "gossip.md", markdown.encode())
-        write_whole(workdir / "gossip.csv", comma.encode())
+        markdown = write_tables(workdir, "gossip", "Gossip averages", text, rows)
         figures.draw_gossip(workdir / "gossip.png", curves, tolerance)
         print(markdown, flush=True)
         return rows
@@ -341,9 +335,7 @@ class _Work:
             "Errors are distances to the closed form, relative to its length: root mean square "
             "over nodes, and of the worst node at the end. Bytes are of all nodes together."
         )
-        markdown, comma = tables("Estimates", text, rows)
-        write_whole(workdir / "estimation.md", markdown.encode())
-        write_whole(workdir / "estimation.csv", comma.encode())
+        markdown = write_tables(workdir, "estimation", "Estimates", text, rows)
         figures.draw_estimation(workdir / "estimation.png", curves, ours.tolerance)
         print(markdown, flush=True)
         return rows

@@ -29,7 +29,7 @@ from jkmeans.consensus.tasks.base import (
     nets_of,
     nodes_of,
     number_type,
-    tables,
+    write_tables,
 )
 from jkmeans.consensus.tasks.data import DEALS, check_enough, load_points, order_of, stretches
 from jkmeans.consensus.tasks.data import FIELDS as DATA_FIELDS
@@ -39,7 +39,6 @@ from jkmeans.fields import Field, integer, number, words
 from jkmeans.kmeans.statistics import ClusterStatistics, inertia_of
 from jkmeans.sharding import BY_STEP, REPLICATED, SHARDED
 from jkmeans.sources.base import ArraySource
-from jkmeans.workdir import write_whole
 
 _FIRST_TOLERANCE = 1e-6
 _CENTRAL = "central"
@@ -255,9 +254,7 @@ class _Work:
             "each node's points with its own centroids in the last iteration; worst node: all "
             "points with the centroids of one node. Bytes are of all nodes together."
         )
-        markdown, comma = tables("Decentralised k-means", text, rows)
-        write_whole(workdir / "kmeans.md", markdown.encode())
-        write_whole(workdir / "kmeans.csv", comma.encode())
+        markdown = write_tables(workdir, "kmeans", "Decentralised k-means", text, rows)
         figures.draw_curves(
             workdir / "kmeans.png",
             panels,

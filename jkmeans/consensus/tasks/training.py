@@ -26,14 +26,14 @@ from jkmeans.consensus.tasks.base import (
     measure,
     nets_of,
     nodes_of,
-    tables,
+    refuse_lost_messages,
+    write_tables,
 )
 from jkmeans.consensus.traffic import all_reduce_bytes, bytes_per_round
 from jkmeans.consensus.training import DEALS, MODES, State, begin, deal_examples, train
 from jkmeans.errors import CollapseError, UserError
 from jkmeans.fields import Field, choice, integer, integers, number, words
 from jkmeans.sharding import REPLICATED, SHARDED
-from jkmeans.workdir import write_whole
 
 FIELDS: dict[str, Field] = {
     "data.name": choice(("digits", "mnist", "fashion-mnist"), "the data set"),
@@ -55,11 +55,7 @@ def make_task(config: Config) -> Task:
     Raises:
       UserError: graphs, data or problem cannot be used.
     """
-    if config.loss.messages:
-        raise UserError(
-            f"config.loss.messages is {config.loss.messages}, but training mixes symmetrically; "
-            "accepted: 0, or loss.links"
-        )
+    refuse_lost_messages(config, "training")
     if config.precision != "float32":
         raise UserError("config.precision is 'float64'; accepted: 'float32' for training")
     nets = nets_of(config)
@@ -198,9 +194,7 @@ class _Work:
             f"{self.n_nodes} nodes, {ours.n_epochs} epochs of {self.n_steps} steps, batches of "
             f"{ours.batch_size} a node. Bytes are of all nodes together."
         )
-        markdown, comma = tables("Decentralised training", text, rows)
-        write_whole(workdir / "training.md", markdown.encode())
-        write_whole(workdir / "training.csv", comma.encode())
+        markdown = write_tables(workdir, "training", "Decentralised training", text, rows)
         figures.draw_curves(
             workdir / "training.png",
             panels,

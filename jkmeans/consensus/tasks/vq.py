@@ -25,7 +25,7 @@ from jkmeans.consensus.tasks.base import (
     nets_of,
     nodes_of,
     number_type,
-    tables,
+    write_tables,
 )
 from jkmeans.consensus.tasks.data import DEALS, check_enough, load_points, order_of, stretches
 from jkmeans.consensus.tasks.data import FIELDS as DATA_FIELDS
@@ -38,7 +38,6 @@ from jkmeans.sources.base import ArraySource
 from jkmeans.vq.data import first_prototypes
 from jkmeans.vq.simulation import Setting, Shares, run
 from jkmeans.vq.steps import STEPS, make_steps
-from jkmeans.workdir import write_whole
 
 _ALONE = "alone"
 _TOGETHER = "together"
@@ -206,9 +205,7 @@ class _Work:
             f"worker ends at {found[_ALONE]['distortion'][-1]:.5g}, all with a shared version at "
             f"{found[_TOGETHER]['distortion'][-1]:.5g}."
         )
-        markdown, comma = tables("Decentralised vector quantization", text, rows)
-        write_whole(workdir / "vq.md", markdown.encode())
-        write_whole(workdir / "vq.csv", comma.encode())
+        markdown = write_tables(workdir, "vq", "Decentralised vector quantization", text, rows)
         figures.draw_curves(
             workdir / "vq.png",
             panels,
