@@ -95,7 +95,7 @@ def jkmeans_contestants(problem: Problem) -> tuple[list[Contestant], dict[str, n
     from jkmeans import configuration
     from jkmeans.epoch import Rows, make_programs
     from jkmeans.methods import make_method
-    from jkmeans.networks import make_network, split
+    from jkmeans.networks import blueprint
     from jkmeans.sharding import DATA_AXIS, SHARDED, Layout, make_mesh, place, place_rows
 
     config = mnist.get_config()
@@ -126,11 +126,11 @@ def jkmeans_contestants(problem: Problem) -> tuple[list[Contestant], dict[str, n
     shape = problem.images.shape[1:]
     mesh = make_mesh(1)
     layout = Layout(len(problem.images), problem.batch_size, n_shards=1, n_devices=1)
-    root = jax.random.key(problem.seed)
-    graphdef, parameters = split(make_network(config.network, shape, jax.random.fold_in(root, 0)))
-    initial = {name: np.array(value) for name, value in parameters.items()}
+    plan = blueprint(config.network, shape)
     method = make_method(config, DATA_AXIS)
-    programs = make_programs(config, graphdef, method, layout, mesh, shape, problem.scale)
+    programs = make_programs(config, plan, method, layout, mesh, shape, problem.scale)
+    first = programs.create(np.uint32(problem.seed)).parameters
+    initial = {name: np.array(value) for name, value in first.items()}
     index = layout.row_index()
     rows = Rows(
         examples=place_rows(problem.images, layout, mesh),
@@ -139,9 +139,7 @@ def jkmeans_contestants(problem: Problem) -> tuple[list[Contestant], dict[str, n
     )
 
     def contestant(name: str, *, clustering: bool) -> Contestant:
-        # A copy each, since programs donate their state.
-        mine = {key: jax.numpy.array(value) for key, value in initial.items()}
-        state = programs.create(mine, jax.random.key_data(jax.random.fold_in(root, 1)))
+        state = programs.create(np.uint32(problem.seed))
         if clustering:
             state = programs.refresh(state, rows)
             state, _ = programs.initialize(state, rows)

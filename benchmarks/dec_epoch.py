@@ -120,7 +120,7 @@ def jkmeans_contestants(
     from jkmeans import configuration
     from jkmeans.epoch import Rows, make_programs
     from jkmeans.methods import make_method
-    from jkmeans.networks import make_network, split
+    from jkmeans.networks import blueprint
     from jkmeans.sharding import DATA_AXIS, SHARDED, Layout, make_mesh, place, place_rows
 
     config = mnist.get_config()
@@ -150,10 +150,9 @@ def jkmeans_contestants(
     shape = problem.images.shape[1:]
     mesh = make_mesh(1)
     layout = Layout(len(problem.images), problem.batch_size, n_shards=1, n_devices=1)
-    root = jax.random.key(problem.seed)
-    graphdef, parameters = split(make_network(config.network, shape, jax.random.fold_in(root, 0)))
+    plan = blueprint(config.network, shape)
     method = make_method(config, DATA_AXIS)
-    programs = make_programs(config, graphdef, method, layout, mesh, shape, problem.scale)
+    programs = make_programs(config, plan, method, layout, mesh, shape, problem.scale)
     index = layout.row_index()
     rows = Rows(
         examples=place_rows(problem.images, layout, mesh),
@@ -161,7 +160,7 @@ def jkmeans_contestants(
         index=place(index, mesh, SHARDED),
     )
 
-    state = programs.create(parameters, jax.random.key_data(jax.random.fold_in(root, 1)))
+    state = programs.create(np.uint32(problem.seed))
     state, _ = programs.epoch(state, rows, clustering=False)
     state = programs.refresh(state, rows)
     state, _ = programs.initialize(state, rows)
@@ -173,7 +172,7 @@ def jkmeans_contestants(
     centroids = np.array(state.clusters.centroids)
 
     def contestant(name: str, detail: str, config, state) -> Clusterer:
-        programs = make_programs(config, graphdef, method, layout, mesh, shape, problem.scale)
+        programs = make_programs(config, plan, method, layout, mesh, shape, problem.scale)
         started = time.perf_counter()
         program = programs.epoch.lower(state, rows, clustering=True).compile()
         seconds = time.perf_counter() - started

@@ -69,6 +69,7 @@ def get_config() -> Config:
     config.training.pretrained_folder = ""  # Where pretrained networks are kept.
     config.training.n_epochs = 50
     config.training.optimizer = "adam"
+    config.training.clustering_optimizer = "adam"
     config.training.learning_rate = 1e-3
     config.training.clustering_learning_rate = 1e-3
     config.training.schedule = "constant"

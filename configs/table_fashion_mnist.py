@@ -6,7 +6,7 @@ python -m experiments.table --config configs/table_fashion_mnist.py --workdir ru
 from ml_collections import ConfigDict
 
 from configs import fashion_mnist
-from configs.table_mnist import for_a_table, plain_autoencoder
+from configs.table_mnist import by_gradient_descent, for_a_table, plain_autoencoder
 from jkmeans.configuration import Config
 from jkmeans.methods import with_method
 
@@ -14,7 +14,7 @@ from jkmeans.methods import with_method
 def get_config() -> Config:
     """The config: ``runs`` holds one complete config for each row."""
     joint = fashion_mnist.get_config()
-    plain = plain_autoencoder(joint)
+    plain = by_gradient_descent(plain_autoencoder(joint))
     config: Config = ConfigDict()
     config.n_seeds = 3
     config.runs = ConfigDict(sort_keys=False)  # The order of the rows.

@@ -70,7 +70,7 @@ def by_gradient_descent(plain: Config) -> Config:
     """
     plain = plain.copy_and_resolve_references()
     plain.network.initializer = "fan_in_uniform"
-    plain.training.optimizer = "sgd"
+    plain.training.optimizer = plain.training.clustering_optimizer = "sgd"
     plain.training.learning_rate = 3.0
     plain.training.schedule = "cosine"
     plain.training.n_pretrain_epochs = 80

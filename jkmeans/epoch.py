@@ -24,7 +24,7 @@ from jkmeans.augmentation import affine_views
 from jkmeans.errors import UserError
 from jkmeans.kmeans.collectives import all_sum, axis_index
 from jkmeans.methods import Assigned, Batch, Method, example_keys
-from jkmeans.networks import Parameters, fresh_hidden_layers, merge, network_input
+from jkmeans.networks import Blueprint, Parameters, fresh_hidden_layers, merge, network_input
 from jkmeans.sharding import (
     BY_STEP,
     DATA_AXIS,
@@ -105,7 +105,7 @@ class Programs:
     """Compiled functions of one run on one mesh; ``clustering`` is static everywhere.
 
     Attributes:
-      create: ``(parameters, key) -> state``, the state before the first epoch.
+      create: ``(seed: [] uint32) -> state``, the state before the first epoch.
       epoch: ``(state, rows, clustering) -> (state, metrics)``; resident feeding. Donates state.
       order: ``(state) -> [n_steps, n_rows / n_steps] int32``, sharded along its second axis:
         the rows of each step, counted from the first row of their device.
@@ -150,6 +150,34 @@ OPTIMIZERS: dict[str, Callable[[Any], optax.GradientTransformation]] = {
 }
 
 
+class _Optimizers:
+    """The optimizers of both phases, as one.
+
+    Where they are the same, so is their state, and clustering may go on with the moments of
+    pretraining. Where they differ, the state is a pair, of which a phase changes its own.
+    """
+
+    def __init__(self, options):
+        """Of ``config.training``."""
+        names = (options.optimizer, options.clustering_optimizer)
+        self._of_phase = [OPTIMIZERS[name](options) for name in names]
+        self._same = names[0] == names[1]
+
+    def init(self, variables):
+        """The state before the first step of a phase."""
+        if self._same:
+            return self._of_phase[0].init(variables)
+        return tuple(optimizer.init(variables) for optimizer in self._of_phase)
+
+    def update(self, gradients, state, variables, *, clustering: bool):
+        """What a rate of 1 would subtract from the variables, and the next state."""
+        phase = int(clustering)
+        if self._same:
+            return self._of_phase[0].update(gradients, state, variables)
+        updates, changed = self._of_phase[phase].update(gradients, state[phase], variables)
+        return updates, (changed, state[1]) if phase == 0 else (state[0], changed)
+
+
 def learning_rate(options, clustering: bool, epoch, step, n_steps: int) -> jax.Array:
     """The rate of a step: constant, or a half cosine to zero over each phase.
 
@@ -169,7 +197,7 @@ def learning_rate(options, clustering: bool, epoch, step, n_steps: int) -> jax.A
 
 
 def make_programs(
-    config, graphdef, method: Method, layout: Layout, mesh: Mesh, example_shape, scale: float
+    config, blueprint: Blueprint, method: Method, layout: Layout, mesh: Mesh, example_shape, scale
 ) -> Programs:
     """Builds the programs of a run, or of ``config.n_seeds`` runs side by side.
 
@@ -180,7 +208,7 @@ def make_programs(
 
     Args:
       config: a validated config; ``training``, ``centroids`` and ``network`` are read.
-      graphdef: structure of the network.
+      blueprint: of the network.
       method: the clustering method.
       layout: how the examples lie on the mesh.
       mesh: of the data axis.
@@ -188,7 +216,8 @@ def make_programs(
       scale: examples are multiplied by it after their conversion to float32.
     """
     options = config.training
-    optimizer = OPTIMIZERS[options.optimizer](options)
+    graphdef = blueprint.graphdef
+    optimizers = _Optimizers(options)
     n_seeds = config.n_seeds
     axis = axis_of(layout, mesh)
 
@@ -261,7 +290,9 @@ def make_programs(
         gradients = jax.tree.map(lambda g: g / n_batch, gradients)
         before = trained(state.parameters, state.clusters)
         gradients["network"] |= jax.tree.map(jnp.zeros_like, rest)
-        updates, optimizer_state = optimizer.update(gradients, state.optimizer, before)
+        updates, optimizer_state = optimizers.update(
+            gradients, state.optimizer, before, clustering=clustering
+        )
         # What rests is not computed at all.
         optimizer_state = _with_leaves_of(state.optimizer, optimizer_state, rest)
         rate = learning_rate(options, clustering, epoch, state.step, layout.n_steps)
@@ -367,7 +398,7 @@ def make_programs(
         clusters, assigned = method.initialize(key, state.bank, rows.weights, rows.index)
         state, metrics = adopt(state, rows, clusters, assigned)
         if method.fresh_optimizer:
-            state = state._replace(optimizer=optimizer.init(trained(state.parameters, clusters)))
+            state = state._replace(optimizer=optimizers.init(trained(state.parameters, clusters)))
         return state._replace(reference_variance=metrics["embedding_variance"]), metrics
 
     def reset(state: TrainState):
@@ -420,7 +451,9 @@ def make_programs(
             state = refresh(state, rows)
         return finish(state, rows, clustering=clustering)
 
-    def create(parameters: Parameters, key: jax.Array) -> TrainState:
+    def create(seed: jax.Array) -> TrainState:
+        root = jax.random.key(seed)
+        parameters = blueprint.draw(jax.random.fold_in(root, 0))
         k, p = config.n_clusters, config.network.embedding_dim
         clusters = method.blank(k, p, layout.n_examples)
         names: set[str] = set()
@@ -429,7 +462,7 @@ def make_programs(
         zero = jnp.zeros((), jnp.float32)
         return TrainState(
             parameters=parameters,
-            optimizer=optimizer.init(trained(parameters, clusters)),
+            optimizer=optimizers.init(trained(parameters, clusters)),
             clusters=clusters,
             bank=jnp.zeros((layout.n_rows, p), jnp.float32),
             labels=jnp.full((layout.n_rows,), -1, jnp.int32),
@@ -437,7 +470,7 @@ def make_programs(
             reference_variance=zero,
             epoch=jnp.zeros((), jnp.int32),
             step=jnp.zeros((), jnp.int32),
-            key=key,
+            key=jax.random.key_data(jax.random.fold_in(root, 1)),
         )
 
     by_row = SHARDED if axis else REPLICATED

@@ -26,7 +26,7 @@ from jkmeans.checkpoints import Checkpoints, DamagedError
 from jkmeans.configuration import Config
 from jkmeans.errors import UserError
 from jkmeans.methods import make_method
-from jkmeans.networks import make_network, merge, network_input, split
+from jkmeans.networks import blueprint, merge, network_input
 from jkmeans.recorder import results_table
 from jkmeans.sharding import (
     DATA_AXIS,
@@ -150,8 +150,7 @@ def _restore(checkpoints: Checkpoints, position: int, mesh) -> TrainedModel:
             "goes on where it stopped)"
         )
     shape, scale = tuple(record["data"]["example_shape"]), record["data"]["scale"]
-    network = make_network(config.network, shape, jax.random.key(0))
-    graphdef, parameters = split(network)
+    graphdef, parameters, _ = blueprint(config.network, shape)
     sharding = NamedSharding(mesh, REPLICATED)
     k, p = config.n_clusters, config.network.embedding_dim
     method = make_method(config, DATA_AXIS)

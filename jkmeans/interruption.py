@@ -5,6 +5,7 @@ import signal
 import sys
 
 from jkmeans import processes
+from jkmeans.processes import heartbeat
 
 
 class Interrupted(Exception):
@@ -61,7 +62,11 @@ class Interruption:
         self._announced = False
 
     def agreed(self) -> bool:
-        """Whether a signal came to any of the processes; all of them ask at the same place."""
+        """Whether a signal came to any of the processes; all of them ask at the same place.
+
+        Whoever has come to a place where it could stop is at work, and a supervisor is told so.
+        """
+        heartbeat.at_work()
         numbers = processes.gather(self._number)
         if any(numbers) and not self.requested:
             self.requested, self._number = True, next(n for n in numbers if n)

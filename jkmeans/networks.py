@@ -19,7 +19,7 @@ import contextlib
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -282,6 +282,42 @@ def make_network(options, example_shape: Sequence[int], key: jax.Array) -> nnx.M
             f"accepted: {_described(example)}, as the examples"
         )
     return network
+
+
+class Blueprint(NamedTuple):
+    """A network before it has numbers.
+
+    Attributes:
+      graphdef: its structure.
+      parameters: shapes and dtypes, by path.
+      draw: of a key of PRNG (``jax.random.key``), the initial parameters by path; traceable.
+    """
+
+    graphdef: nnx.GraphDef
+    parameters: dict[str, jax.ShapeDtypeStruct]
+    draw: Callable[[jax.Array], "Parameters"]
+
+
+def blueprint(options, example_shape: Sequence[int]) -> Blueprint:
+    """What `make_network` would make, without computing anything on any device.
+
+    Args:
+      options: ``config.network``.
+      example_shape: shape of one example.
+
+    Raises:
+      UserError: as `make_network`.
+    """
+    found: list[nnx.GraphDef] = []
+
+    def draw(key: jax.Array) -> Parameters:
+        graphdef, parameters = split(make_network(options, example_shape, key))
+        found.append(graphdef)
+        return parameters
+
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    shapes = jax.eval_shape(draw, key)
+    return Blueprint(found[0], shapes, draw)
 
 
 def fresh_hidden_layers(options, example_shape: Sequence[int], key: jax.Array) -> "Parameters":

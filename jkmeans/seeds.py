@@ -23,7 +23,7 @@ from jkmeans.epoch import CLUSTER_SIZES, Rows, TrainState, axis_of, make_program
 from jkmeans.errors import UserError
 from jkmeans.interruption import Interruption
 from jkmeans.methods import make_method
-from jkmeans.networks import make_network, split
+from jkmeans.networks import blueprint
 from jkmeans.recorder import Recorder, results_table, silence
 from jkmeans.sharding import (
     REPLICATED,
@@ -128,10 +128,11 @@ class _SideBySide:
         self.workdir = workdir
         self.dataset = dataset
         self.mesh = make_mesh(config.n_devices)
-        self.runs = [
-            Run(_of_seed(config, seed), workdir / f"seed_{seed}", dataset, self.mesh)
-            for seed in range(config.seed, config.seed + config.n_seeds)
-        ]
+        self.runs: list[Run] = []
+        for seed in range(config.seed, config.seed + config.n_seeds):
+            like = self.runs[0] if self.runs else None
+            folder = workdir / f"seed_{seed}"
+            self.runs.append(Run(_of_seed(config, seed), folder, dataset, self.mesh, like))
         if self.runs[0].on_host:
             raise UserError(
                 f"config.n_seeds is {config.n_seeds}, but the examples are fed from the host; "
@@ -144,10 +145,9 @@ class _SideBySide:
                 one_layout.n_examples, config.training.batch_size, config.data.n_shards, 1
             )
         axis = axis_of(self.layout, self.mesh)
-        network = make_network(config.network, dataset.example_shape, jax.random.key(0))
         self.programs = make_programs(
             config,
-            split(network)[0],
+            blueprint(config.network, dataset.example_shape),
             make_method(config, axis),
             self.layout,
             self.mesh,

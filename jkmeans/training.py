@@ -27,7 +27,7 @@ from jkmeans.errors import CollapseError, UserError
 from jkmeans.feeding import HostFeeder
 from jkmeans.interruption import Interruption
 from jkmeans.methods import make_method
-from jkmeans.networks import make_network, split
+from jkmeans.networks import blueprint
 from jkmeans.recorder import NoRecorder, Recorder, read_metrics, results_table
 from jkmeans.sharding import (
     DATA_AXIS,
@@ -143,7 +143,23 @@ def refuse_idle_processes(layout: Layout, mesh) -> None:
 class Run:
     """One run, of one process or several: what stays the same from its first epoch to its last."""
 
-    def __init__(self, config: Config, workdir: Path, dataset: datasets.Dataset, mesh):
+    def __init__(
+        self,
+        config: Config,
+        workdir: Path,
+        dataset: datasets.Dataset,
+        mesh,
+        like: "Run | None" = None,
+    ):
+        """Nothing is computed yet, on any device.
+
+        Args:
+          config: validated, of one seed.
+          workdir: folder of the run.
+          dataset: the examples.
+          mesh: of the data axis.
+          like: a run that differs in its seed and workdir only; it shares its programs.
+        """
         self.config = config
         self.workdir = workdir
         self.dataset = dataset
@@ -156,21 +172,19 @@ class Run:
         )
         self.n_epochs = config.training.n_pretrain_epochs + config.training.n_epochs
         self.n_steps = self.layout.n_steps
-        self.root_key = jax.random.key(config.seed)
-        network = make_network(
-            config.network, dataset.example_shape, jax.random.fold_in(self.root_key, 0)
-        )
-        graphdef, self.parameters = split(network)
-        self.method = make_method(config, DATA_AXIS)
-        self.programs = make_programs(
-            config,
-            graphdef,
-            self.method,
-            self.layout,
-            mesh,
-            dataset.example_shape,
-            dataset.scale,
-        )
+        if like is not None:
+            self.method, self.programs = like.method, like.programs
+        else:
+            self.method = make_method(config, DATA_AXIS)
+            self.programs = make_programs(
+                config,
+                blueprint(config.network, dataset.example_shape),
+                self.method,
+                self.layout,
+                mesh,
+                dataset.example_shape,
+                dataset.scale,
+            )
         self._compiled: dict[tuple, Callable] = {}
         self._compiling = 0.0  # Seconds, within the epoch that runs.
         self.data_record = describe_data(dataset)
@@ -534,8 +548,7 @@ class Run:
 
     def create(self) -> TrainState:
         """The state before the first epoch."""
-        key = jax.random.key_data(jax.random.fold_in(self.root_key, 1))
-        return self.programs.create(self.parameters, key)
+        return self.programs.create(np.uint32(self.config.seed % 2**32))
 
     def create_pretrained(self) -> tuple[TrainState, float]:
         """The state to begin with, and the seconds it stands for: pretrained, if it can be."""
@@ -589,7 +602,7 @@ class Run:
         # As it was saved, then onto this mesh: padding at the end depends on the device count.
         n_rows = record["n_rows"]
         shardings = self.programs.shardings
-        here = jax.eval_shape(self.create)
+        here = jax.eval_shape(self.programs.create, jax.ShapeDtypeStruct((), np.uint32))
 
         def abstract(field: str):
             sharding = getattr(shardings, field)

@@ -364,6 +364,7 @@ def test_all_other_differences_count(name):
         "centroids.bank": "refreshed",
         "centroids.empty": "keep",
         "training.optimizer": "sgd",
+        "training.clustering_optimizer": "sgd",
         "training.schedule": "cosine",
         "training.collapse_ratio": 0.5,
         "reset.kept": 0.5,

@@ -83,13 +83,14 @@ def numpy_gradients(parameters, x, centroids, weight):
 
 
 @pytest.mark.parametrize("n_devices", [1, 8])
-@pytest.mark.parametrize("bank", ["stored", "refreshed"])
-def test_epoch_of_clustering_equals_numpy(n_devices, bank):
+@pytest.mark.parametrize(("bank", "pretraining"), [("stored", "sgd"), ("refreshed", "adam")])
+def test_epoch_of_clustering_equals_numpy(n_devices, bank, pretraining):
     """Steps, gradients, momentum, bank, Lloyd and label changes, one clustering epoch by hand."""
     run = make_run(
         n_devices=n_devices,
         training__n_pretrain_epochs=0,
-        training__optimizer="sgd",
+        training__optimizer=pretraining,
+        training__clustering_optimizer="sgd",
         training__clustering_learning_rate=0.05,
         objective__centroid_weight=0.7,
         objective__warmup_epochs=2.0,
@@ -146,7 +147,8 @@ def test_epoch_of_clustering_equals_numpy(n_devices, bank):
 
 def test_adam_and_pretraining_equal_numpy():
     run, state, _ = run_epochs(1, n_devices=8)
-    parameters = {k: np.asarray(v, np.float64) for k, v in run.parameters.items()}
+    first = run.create().parameters
+    parameters = {k: np.asarray(v, np.float64) for k, v in first.items()}
     order = np.asarray(run.programs.order(run.create()))
     layout = run.layout
     first_row = np.repeat(np.arange(8), order.shape[1] // 8) * (layout.n_rows // 8)
@@ -165,6 +167,22 @@ def test_adam_and_pretraining_equal_numpy():
             parameters[k] = parameters[k] - 1e-3 * moved
     for name, value in parameters.items():
         np.testing.assert_allclose(state.parameters[name], value, rtol=1e-3, atol=1e-5)
+
+
+def test_an_optimizer_of_its_own_for_clustering_leaves_pretraining_as_it_was():
+    plain = {"training__optimizer": "sgd", "training__learning_rate": 0.1}
+    _, descent, _ = run_epochs(2, **plain, training__clustering_optimizer="sgd")
+    run, state, _ = run_epochs(2, **plain, training__clustering_optimizer="adam")
+    for name, value in on_host(descent.parameters).items():
+        np.testing.assert_array_equal(state.parameters[name], value)
+    momentum, before = on_host(state.optimizer)
+    assert int(before.count) == 0
+    state, _ = run.run_epoch(run.initialize(state), 2)
+    momentum_after, moments = on_host(state.optimizer)
+    assert int(moments.count) == run.layout.n_steps
+    assert all(np.any(mu) for name, mu in moments.mu["network"].items() if "kernel" in name)
+    for name, value in momentum.trace["network"].items():
+        np.testing.assert_array_equal(momentum_after.trace["network"][name], value)
 
 
 @pytest.mark.parametrize("n_devices", [2, 3, 8])

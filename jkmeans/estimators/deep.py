@@ -75,7 +75,8 @@ BASE: dict[str, Any] = {
     "training.n_pretrain_epochs": 50,  # Of the autoencoder alone.
     "training.pretrained_folder": "",  # Where runs share pretrained networks; '' for nowhere.
     "training.n_epochs": 50,  # Of clustering.
-    "training.optimizer": "adam",
+    "training.optimizer": "adam",  # Of pretraining.
+    "training.clustering_optimizer": "adam",
     "training.learning_rate": 1e-3,  # Of pretraining.
     "training.clustering_learning_rate": 1e-3,  # Of clustering.
     "training.schedule": "constant",  # Of the rate, in each phase.

@@ -262,6 +262,12 @@ class _Chaos:
                         lambda: True,
                         run,
                     )
+                    # As after days of work, and not amid the start before.
+                    self._await(
+                        lambda: run.n_spares() >= config.spares or run.status() is not None,
+                        lambda: True,
+                        run,
+                    )
                     if run.status() is not None:
                         break
                     fault = self._disturb(run, kind, choice)
@@ -459,6 +465,13 @@ class _SupervisedRun:
 
     def pids(self) -> list[int]:
         return [event["pids"] for event in self.events() if event["event"] == "start"][-1]
+
+    def n_spares(self) -> int:
+        """Processes that are ready for the next generation."""
+        events = self.events()
+        ready = {event["pid"] for event in events if event["event"] == "spare"}
+        started = [pid for e in events if e["event"] == "start" for pid in e["pids"]]
+        return len(ready.difference(started))
 
     def announced(self, at: float) -> float | None:
         """When the state was restored, after a time."""

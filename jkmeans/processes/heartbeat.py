@@ -15,19 +15,32 @@ from pathlib import Path
 VARIABLE = "JKMEANS_HEARTBEAT"
 """Environment variable that names the file."""
 PERIOD_SECONDS = 0.5
+_AT_WORK = b"at work\n"
 
 
-_beating = False
+_path: Path | None = None
+"""Where this process beats; None where nobody listens."""
+_said = False
+"""Whether it has said that it is at work."""
 
 
 def start() -> None:
     """Begins to beat, where somebody listens; a parent that dies ends this process, too."""
-    global _beating
+    global _path
     path = os.environ.pop(VARIABLE, "")  # Not for the processes that this one starts.
     if path:
-        _beating = True
+        _path = Path(path)
         parent = os.getppid()
-        threading.Thread(target=_beat, args=(Path(path), parent), daemon=True).start()
+        threading.Thread(target=_beat, args=(_path, parent), daemon=True).start()
+
+
+def at_work() -> None:
+    """Tells whoever listens that the start is over: everything is compiled, and work is done."""
+    global _said
+    if _path is not None and not _said:
+        _said = True
+        with contextlib.suppress(OSError):  # A full disk is no reason to stop.
+            _path.write_bytes(_AT_WORK)
 
 
 def _beat(path: Path, parent: int) -> None:
@@ -45,7 +58,7 @@ def _beat(path: Path, parent: int) -> None:
 
 def end() -> None:
     """Ends this process with status 0, where somebody listens: its last work is no silence."""
-    if _beating:
+    if _path is not None:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(0)
@@ -57,3 +70,11 @@ def silence(path: Path) -> float | None:
         return max(0.0, time.time() - path.stat().st_mtime)
     except OSError:
         return None
+
+
+def is_at_work(path: Path) -> bool:
+    """Whether a process has said so."""
+    try:
+        return path.stat().st_size > 0
+    except OSError:
+        return False

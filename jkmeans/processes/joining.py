@@ -353,6 +353,8 @@ def _answer_roll(
                 # Longer than process 0 waits, whose answer says who was missing.
                 verdict = _heard(line, left + _KNOCK_SECONDS + 5)
             if verdict is not None and verdict.get("hello") == _HELLO:
+                if not verdict["refusal"]:
+                    _await_listener(host, port, deadline)
                 return verdict["refusal"], verdict["kind"]
             trouble = "what answers there is not process 0 of jkmeans, or it went away"
         except OSError as error:
@@ -365,6 +367,18 @@ def _answer_roll(
         "host where process 0 runs, and a port that is open between hosts"
     )
     return sentence, "lost"
+
+
+def _await_listener(host: str, port: int, deadline: float) -> None:
+    """Waits until JAX's service listens where the roll was called.
+
+    Its client, which would find nobody there, tries again only after a second.
+    """
+    until = min(deadline, time.monotonic() + _KNOCK_SECONDS)
+    while time.monotonic() < until:
+        with contextlib.suppress(OSError), socket.create_connection((host, port), _KNOCK_SECONDS):
+            return
+        time.sleep(0.01)
 
 
 def _heard(line: socket.socket, seconds: float) -> dict[str, Any] | None:

@@ -1,7 +1,7 @@
 """Processes that are kept ready: they have imported everything, and wait to be told their place.
 
 Importing JAX and the rest takes longer than anything else of a restart. A launcher that is started
-with the variable below does it at once, and then reads its place from stdin.
+with the variable below does it at once, says that it is ready, and reads its place from stdin.
 """
 
 import importlib
@@ -11,6 +11,8 @@ import sys
 from typing import IO, Any
 
 VARIABLE = "JKMEANS_SPARE"
+READY = "jkmeans: a spare process is ready"
+"""The line that such a process writes when it has imported everything."""
 _MODULES = (
     "jkmeans.training",
     "jkmeans.evaluation",
@@ -20,6 +22,9 @@ _MODULES = (
     "sklearn.datasets",
     "tensorboardX",
     "jax.experimental.multihost_utils",
+    "jaxlib.mlir.dialects.mhlo",
+    "sklearn.datasets.data",
+    "sklearn.datasets.descr",
 )
 
 
@@ -29,6 +34,7 @@ def wait_for_place() -> None:
         return
     for name in _MODULES:
         importlib.import_module(name)
+    print(READY, flush=True)
     line = sys.stdin.readline()
     if not line.endswith("\n"):
         os._exit(0)

@@ -39,6 +39,8 @@ _YOUNG_SECONDS = 5.0
 _QUICK_DEATHS = 3
 """So many generations in a row that died young are started without a pause."""
 _LONGEST_PAUSE_SECONDS = 30.0
+_LONGEST_START_SECONDS = 60.0
+"""Spares wait for so long that a generation says that it is at work."""
 # A process that ends so would end so again.
 FINAL_STATUSES = (2, 3)
 _ASKED = (128 + signal.SIGINT, 128 + signal.SIGTERM)
@@ -210,9 +212,16 @@ class Supervisor:
                     process.log = open(path, "ab")  # noqa: SIM115, closed when it has ended
             processes.append(process)
         self._event("start", n=n, pids=[process.popen.pid for process in processes])
-        while len(self._spares) < self.options.spares:
-            self._spares.append(self._spawn({spare.VARIABLE: "1"}))
         return processes
+
+    def _keep_spares(self, processes: list[_Process], started: float) -> None:
+        """Starts what is lacking of them, once the generation no longer needs all cores itself."""
+        if len(self._spares) == self.options.spares:
+            return
+        at_work = all(heartbeat.is_at_work(process.beat) for process in processes)
+        if at_work or time.monotonic() - started > _LONGEST_START_SECONDS:
+            while len(self._spares) < self.options.spares:
+                self._spares.append(self._spawn({spare.VARIABLE: "1"}))
 
     def _spawn(self, environment: dict[str, str]) -> _Process:
         try:
@@ -247,12 +256,14 @@ class Supervisor:
 
     def _watch(self, processes: list[_Process]) -> None:
         """Returns when all are done, one failed, or all are to leave."""
+        started = time.monotonic()
         while True:
             self._attend(processes)
             if self._stop or self._regroup or any(process.failed for process in processes):
                 return
             if all(process.status == 0 for process in processes):
                 return
+            self._keep_spares(processes, started)
             for process in processes:
                 silence = heartbeat.silence(process.beat)
                 if process.status is None and silence and silence > self.options.hang_seconds:
@@ -386,6 +397,8 @@ class Supervisor:
                     process.log.flush()
             if process.number >= 0:
                 self._show(process.number, line.decode(errors="replace"))
+            elif line == spare.READY.encode():
+                self._event("spare", pid=process.popen.pid)
 
     def _drain(self, processes: list[_Process]) -> None:
         """Reads what is left of the output of processes that have ended."""
