@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from jkmeans.processes import heartbeat
+from jkmeans.processes import heartbeat, spare
 from jkmeans.processes.supervisor import EVENTS_FILE, WANTED_FILE, Options, Supervisor
 
 ROOT = Path(__file__).parent.parent
@@ -129,7 +129,7 @@ def test_losing_another_is_no_death(tmp_path):
 
 def test_a_stopped_process_is_noticed_in_the_stated_time(tmp_path):
     body = """
-        from jkmeans.processes import heartbeat
+        from jkmeans.processes import heartbeat, spare
         heartbeat.start()
         if life == 0 and i == 0:
             time.sleep(1)
@@ -144,13 +144,18 @@ def test_a_stopped_process_is_noticed_in_the_stated_time(tmp_path):
     assert 1.5 < events(tmp_path, "silent")[0]["time"] - stopped < 2.5 + 1.5
 
 
-def test_growing_again_when_asked(tmp_path):
+@pytest.mark.parametrize("how", ["file", "signal"])
+def test_growing_again_when_asked(tmp_path, how):
+    ask = {
+        "file": f'(folder / "logs" / {WANTED_FILE!r}).write_text("3")',
+        "signal": "os.kill(os.getppid(), signal.SIGUSR1)",
+    }
     body = f"""
         def leave(*_): print("saved", flush=True); os._exit(143)
         signal.signal(signal.SIGTERM, leave)
         await_all()
         if life == 0 and i == 1: os.kill(os.getpid(), 9)
-        if life == 1 and i == 0: (folder / "logs" / {WANTED_FILE!r}).write_text("3")
+        if life == 1 and i == 0: {ask[how]}
         if life < 2 and n < 3 or life == 0: sleep()
     """
     status, said, shown = supervise(tmp_path, body)
@@ -158,6 +163,40 @@ def test_growing_again_when_asked(tmp_path):
     assert [event["n"] for event in events(tmp_path, "start")] == [3, 2, 3]
     assert said[-1] == "starting 3 processes, as asked"
     assert (1, "saved") in shown
+
+
+def test_spares_are_started_when_all_are_at_work_and_take_the_place_of_the_dead(tmp_path):
+    # Without the prelude, which reads its place at once: a spare has none yet.
+    text = """
+import os, signal, sys, time
+from jkmeans.processes import heartbeat, spare
+spare._MODULES = ()
+spare.wait_for_place()
+beat = os.environ[heartbeat.VARIABLE]
+heartbeat.start()
+i, generation = int(os.environ["JKMEANS_PROCESS_ID"]), int(beat.split("-")[-2])
+time.sleep(0.7)
+print("start is over", time.time(), flush=True)
+heartbeat.at_work()
+if generation == 1 and i == 1:
+    time.sleep(3)
+    os.kill(os.getpid(), signal.SIGKILL)
+if generation == 1: time.sleep(60)
+"""
+    said: list[str] = []
+    shown: list[tuple[int, str]] = []
+    options = Options(
+        [sys.executable, "-c", text], 2, min_processes=2, spares=2, logs=tmp_path / "logs"
+    )
+    supervisor = Supervisor(options, said.append, lambda i, line: shown.append((i, line)))
+    assert supervisor.run() == 0
+    _, second = events(tmp_path, "start")
+    ready = events(tmp_path, "spare")
+    spares = [event["pid"] for event in ready if event["generation"] == 1]
+    assert sorted(second["pids"]) == sorted(spares)
+    over = [float(line.split()[-1]) for _, line in shown[:2]]
+    assert min(event["time"] for event in ready) > max(over)
+    assert not any(spare.READY in line for _, line in shown)
 
 
 def test_a_wish_that_cannot_be(tmp_path):
@@ -231,7 +270,7 @@ def test_a_parent_that_dies_ends_its_processes(tmp_path):
         import subprocess, sys, os
         text = '''
         import time
-        from jkmeans.processes import heartbeat
+        from jkmeans.processes import heartbeat, spare
         heartbeat.start()
         time.sleep(60)
         '''

@@ -64,16 +64,20 @@ def end() -> None:
         os._exit(0)
 
 
-def silence(path: Path) -> float | None:
+def silence(path: Path | None) -> float | None:
     """Seconds since the last sign of life; None before the first."""
+    if path is None:
+        return None
     try:
         return max(0.0, time.time() - path.stat().st_mtime)
     except OSError:
         return None
 
 
-def is_at_work(path: Path) -> bool:
+def is_at_work(path: Path | None) -> bool:
     """Whether a process has said so."""
+    if path is None:
+        return False
     try:
         return path.stat().st_size > 0
     except OSError:

@@ -81,7 +81,7 @@ class _Process:
         self.number = -1
         self.buffer = b""
         self.log: Any = None
-        self.beat = Path()
+        self.beat: Path | None = None
         self.status: int | None = None
         self.silent = False
         self.ended = False
@@ -252,6 +252,7 @@ class Supervisor:
             if process.popen.poll() is None and spare.give_place(process.popen.stdin, environment):
                 return process
             self._kill([process])
+            self._drain([process])
         return None
 
     def _watch(self, processes: list[_Process]) -> None:
@@ -413,7 +414,8 @@ class Supervisor:
             if process.log is not None:
                 with contextlib.suppress(OSError):
                     process.log.close()
-            process.beat.unlink(missing_ok=True)
+            if process.beat is not None:
+                process.beat.unlink(missing_ok=True)
 
     def _look_for_wishes(self) -> None:
         """A number in the control file, or SIGUSR1, asks for another number of processes."""
@@ -484,6 +486,7 @@ class Supervisor:
 
     def _end_spares(self) -> None:
         self._kill(self._spares)
+        self._drain(self._spares)
 
 
 def _all_asked(processes: list[_Process]) -> bool:
