@@ -27,9 +27,12 @@ The bound. Let u be the unit roundoff of float32 (2⁻²⁴), x̂ and ĉ the rou
    product, errs by at most d u Σ|x̂ⱼ ĉⱼ| / (1 − d u), and Σ|x̂ⱼ ĉⱼ| ≤ X C. A tensor core aligns b
    products and the accumulator to the largest and cuts each at 2u of it, and the result once more:
    2u (b + 2) X C a step, so 2u (d + 2d/b) X C in all, at most 3 d u X C for b ≥ 4. The 3 is used
-   everywhere. That tensor cores do no worse than this was found by probing them, not proven
-   (Fasi, Higham, Mikaitis, Pranesh, Numerical behavior of NVIDIA tensor cores, PeerJ Computer
-   Science 2021, for Volta to Ampere); ``python -m benchmarks.gpu`` probes the device it runs on.
+   everywhere. NVIDIA does not document how its units add. Models that agree with them bit for bit
+   (Khattak and Mikaitis, Accurate models of NVIDIA tensor cores, ACM TACO, for Volta to Blackwell;
+   first probed by Fasi, Higham, Mikaitis and Pranesh, PeerJ Computer Science 2021) cut later than
+   assumed: 1 bit (A100) or 2 (H100, H200, B200) beyond those of float32, with b = 8 or 16. The
+   tests hold the bound against such a model, ``python -m benchmarks.gpu`` against the device it
+   runs on. Products of 8-bit floats, which Hopper cuts 10 bits earlier, are not covered.
 3. ½‖c‖² is a sum of d squares: (d + 1) u ½C². Taken to float32 and its difference with the product
    rounded: 2u (½C² + X C).
 4. Any evaluation in T that a certified label must agree with errs by (d + 2) u (½C² + X C) at most,

@@ -228,6 +228,86 @@ def test_the_bound_holds_for_every_pair_and_is_not_idle(precision):
     assert 0.05 < bound_use(precision, 40) < 1
 
 
+def tensor_core(x: np.ndarray, c: np.ndarray, *, block: int, extra_bits: int) -> np.ndarray:
+    """Dot products x·c, added as a tensor core adds: float64 holding float32 values.
+
+    After the models of Khattak and Mikaitis ("Accurate models of NVIDIA tensor cores"), which agree
+    with the hardware bit for bit: ``block`` products, not normalised, and the accumulator are
+    aligned to the largest exponent among them, cut there ``extra_bits`` beyond the 23 of float32,
+    added exactly, and the sum is cut to float32. A100: blocks of 8 and 1 bit; H100 and H200: 16
+    and 2 for bfloat16, 8 and 2 for TensorFloat-32.
+
+    Args:
+      x, c: [..., d] float32 whose products float32 holds.
+      block: products of a step.
+      extra_bits: kept beyond float32 while adding.
+    """
+    x, c = np.broadcast_arrays(x.astype(np.float64), c.astype(np.float64))
+    total = np.zeros(x.shape[:-1])
+
+    def exponent(values: np.ndarray) -> np.ndarray:
+        return np.where(values == 0, -1000, np.frexp(values)[1] - 1)
+
+    for start in range(0, x.shape[-1], block):
+        some = slice(start, start + block)
+        terms = np.concatenate([x[..., some] * c[..., some], total[..., None]], axis=-1)
+        of_products = exponent(x[..., some]) + exponent(c[..., some])
+        exponents = np.concatenate([of_products, exponent(total)[..., None]], axis=-1)
+        quantum = np.ldexp(1.0, np.maximum(exponents.max(-1), -120) - 23 - extra_bits)[..., None]
+        exact = np.sum(np.trunc(terms / quantum) * quantum, axis=-1)
+        ulp = np.ldexp(1.0, np.maximum(exponent(exact), -126) - 23)
+        total = np.trunc(exact / ulp) * ulp
+    return total
+
+
+CORES = {"A100": (8, 1), "H100": (16, 2), "H100, TensorFloat-32": (8, 2), "coarsest": (4, 0)}
+
+
+@pytest.mark.parametrize("core", CORES)
+@pytest.mark.parametrize("kind", ["normal", "positive", "large first", "cancelling", "spread"])
+def test_the_bound_holds_as_tensor_cores_add(kind, core):
+    """The premise of step 2 in the module's docstring, and E with it."""
+    block, extra_bits = CORES[core]
+    bits = 10 if "Float" in core else 7
+    rng = np.random.default_rng(3)
+    for d in (1, 4, 17, 256, 1000):
+        x, c = rng.normal(size=(2, 40, d))
+        if kind == "positive":
+            x, c = np.abs(x), np.abs(c)
+        elif kind == "large first":  # All that follows is cut at the size of the first.
+            x[:, 0], c[:, 0] = 2.0**12, 1.0
+            x[:, 1:], c[:, 1:] = np.abs(x[:, 1:]), np.abs(c[:, 1:])
+        elif kind == "cancelling":
+            half = d // 2
+            x[:, half : 2 * half], c[:, half : 2 * half] = x[:, :half], -c[:, :half]
+        elif kind == "spread":
+            x *= 2.0 ** rng.integers(-12, 12, size=x.shape)
+        x, c = x.astype(np.float32), c.astype(np.float32)
+        low_x, low_c = (np.asarray(certified.rounded(jnp.asarray(v), bits)) for v in (x, c))
+        found = tensor_core(low_x[:, None], low_c[None], block=block, extra_bits=extra_bits)
+        exact = low_x.astype(np.float64) @ low_c.astype(np.float64).T
+        sizes = np.abs(low_x).astype(np.float64) @ np.abs(low_c).astype(np.float64).T
+        assert np.all(np.abs(found - exact) <= 3 * d * 2.0**-24 * sizes)
+
+        precision = "exact-tf32" if bits == 10 else "exact"
+        _, errors = certified.low_scores(jnp.asarray(x), jnp.asarray(c), precision)
+        wide_x, wide_c = x.astype(np.float64), c.astype(np.float64)
+        half_norms = np.float32(0.5 * np.sum(wide_c**2, axis=1))
+        scores = half_norms[:, None] - found.T.astype(np.float32)
+        true = 0.5 * np.sum(wide_c**2, axis=1)[:, None] - wide_c @ wide_x.T
+        assert np.all(np.abs(scores - true) <= np.asarray(errors))
+
+
+def test_the_model_of_a_tensor_core_cuts_what_is_small():
+    x = np.float32([[2.0**12] + [2.0**-12] * 16])
+    ones = np.ones_like(x)
+    # The first block of 16 sees 15 of the small ones, and its sum is cut to multiples of 2⁻¹¹.
+    assert tensor_core(x, ones, block=16, extra_bits=2) == 2.0**12 + 14 * 2.0**-12
+    tiny = np.float32([[2.0**12] + [2.0**-14] * 16])
+    assert tensor_core(tiny, ones, block=17, extra_bits=2) == 2.0**12
+    assert tensor_core(tiny, ones, block=17, extra_bits=3) == 2.0**12 + 2.0**-10
+
+
 def test_under_vmap_and_grad():
     rng = np.random.default_rng(7)
     x = rng.normal(size=(60, 5)).astype(np.float32)
