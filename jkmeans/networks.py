@@ -8,7 +8,9 @@ A network is made by a factory ``factory(example_shape, options, rngs) -> nnx.Mo
   mix with fresh ones: the layers of the encoder before the embedding,
 * to save work, ``decoder_layers``, the same for the parameters that only ``decode`` uses.
 
-`make_network` takes one of the names in `NETWORKS` or the user's own ``module:function``. The
+`make_network` takes one of the names in `NETWORKS` or the user's own ``module:function``. A factory
+is traced (`blueprint`): parameters are drawn on all devices in one compiled program, and not at all
+where a checkpoint has them. So it may put arrays into parameters, but not look at what was drawn. The
 network must be a deterministic function of one example at a time: its only variables are
 ``nnx.Param``. Layers that look across the batch (batch normalisation) would make an embedding
 depend on the batch, the padding and the number of devices; layers with random state (dropout)
