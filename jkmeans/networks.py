@@ -10,8 +10,9 @@ A network is made by a factory ``factory(example_shape, options, rngs) -> nnx.Mo
 
 `make_network` takes one of the names in `NETWORKS` or the user's own ``module:function``. A factory
 is traced (`blueprint`): parameters are drawn on all devices in one compiled program, and not at all
-where a checkpoint has them. So it may put arrays into parameters, but not look at what was drawn. The
-network must be a deterministic function of one example at a time: its only variables are
+where a checkpoint has them. So it may put arrays into parameters, but not look at what was drawn.
+
+The network must be a deterministic function of one example at a time: its only variables are
 ``nnx.Param``. Layers that look across the batch (batch normalisation) would make an embedding
 depend on the batch, the padding and the number of devices; layers with random state (dropout)
 would not be reproducible after a resume. Both are refused. Layer and group normalisation are fine.

@@ -67,7 +67,7 @@ def description(config, data_record: dict[str, Any]) -> dict[str, Any]:
         "network": config.network.to_dict(),
         "views": [augmentation.shift, augmentation.rotation, augmentation.zoom],
         "training": {field: config.training[field] for field in _TRAINING},
-        "objective": method_spec(name).pretraining if name in METHODS else name,
+        "objective": method_spec(name).pretraining(config.objective) if name in METHODS else name,
     }
 
 

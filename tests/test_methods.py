@@ -833,6 +833,37 @@ def test_vade_equals_numpy():
     np.testing.assert_allclose(before["reconstruction"], -likelihood.mean(1), rtol=1e-4)
 
 
+def test_vade_of_gaussian_pixels_equals_numpy():
+    batch = batch_of()
+    _, bernoulli = vade.objective(Linear(), MIXTURE, batch)
+    _, terms = vade.objective(Linear(), MIXTURE, batch, 0.2)
+    np.testing.assert_array_equal(terms["divergence"], bernoulli["divergence"])
+    keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(example_keys(batch.key, batch.index), 0)
+    noise = np.stack([jax.random.normal(key, (P,)) for key in keys])
+    z = VIEW @ W + np.exp(0.15 * VIEW @ V) * noise
+    # − log N(x; g(z), 0.2 I) per pixel, less its constant.
+    expected = -scipy.stats.norm.logpdf(X, z @ W.T, np.sqrt(0.2)) - 0.5 * np.log(2 * np.pi * 0.2)
+    np.testing.assert_allclose(terms["reconstruction"], expected.mean(1), rtol=1e-4)
+    _, before = vade.objective(Linear(), MIXTURE, batch_of(clustering=False), 0.2)
+    squared = ((X - VIEW @ W @ W.T) ** 2).mean(1)
+    np.testing.assert_allclose(before["reconstruction"], squared, rtol=1e-4)
+
+
+def test_vade_of_gaussian_pixels_is_pretrained_as_other_methods_are():
+    states = []
+    for name, changes in (("dec", {}), ("vade", {"objective__likelihood": "gaussian"})):
+        run = run_of(name, n_devices=1, training__n_pretrain_epochs=2, **changes)
+        state = run.create()
+        for epoch in range(2):
+            state, _ = run.run_epoch(state, epoch)
+        states.append(state)
+    plain, gaussian = states
+    more = set(gaussian.parameters) - set(plain.parameters)
+    assert more == {"log_variance/kernel", "log_variance/bias"}
+    for path, value in plain.parameters.items():
+        np.testing.assert_allclose(gaussian.parameters[path], value, rtol=1e-4, atol=1e-6)
+
+
 def test_cross_entropy_of_extreme_logits():
     logits = jnp.asarray([[200.0, -200.0], [200.0, -200.0]])
     x = jnp.asarray([[1.0, 0.0], [0.0, 1.0]])

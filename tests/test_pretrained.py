@@ -113,6 +113,12 @@ def test_vade_does_not_take_a_reconstruction_network(tmp_path):
     assert len(list(tmp_path.iterdir())) == 2
 
 
+def test_vade_of_gaussian_pixels_does(tmp_path):
+    pretrained.save(config_of("dec", tmp_path, network__name="variational"), DATA, FOUND)
+    gaussian = config_of("vade", tmp_path, objective__likelihood="gaussian")
+    assert pretrained.load(gaussian, DATA) is not None
+
+
 def test_an_objective_of_the_user_shares_with_itself_alone(tmp_path):
     def users(name):
         config = tiny.config(training__pretrained_folder=str(tmp_path), objective__name=name)

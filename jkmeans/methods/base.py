@@ -157,6 +157,10 @@ class Method(NamedTuple):
     fresh_optimizer: bool = True
 
 
+RECONSTRUCTION = "reconstruction"
+"""The pretraining of most methods: the squared error of an autoencoder."""
+
+
 class MethodSpec(NamedTuple):
     """A method as configs know it.
 
@@ -167,8 +171,8 @@ class MethodSpec(NamedTuple):
       source: the paper.
       settings: what a config of this method says, by full names: its own fields as in the paper,
         and what it cannot do without. See `jkmeans.methods.with_method`.
-      pretraining: what the network learns before there are clusters; methods of the same
-        pretraining can share a network.
+      pretraining: ``(config.objective) -> str``, what the network learns before there are clusters;
+        methods of the same pretraining can share a network.
     """
 
     make: Callable[[Any, AxisName], Method]
@@ -176,7 +180,7 @@ class MethodSpec(NamedTuple):
     check: Callable[[Mapping[str, Any]], None]
     source: str
     settings: Mapping[str, Any]
-    pretraining: str = "reconstruction"
+    pretraining: Callable[[Any], str] = lambda options: RECONSTRUCTION
 
 
 def check_pretraining(values: Mapping[str, Any]) -> None:

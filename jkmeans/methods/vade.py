@@ -7,13 +7,15 @@ negative evidence lower bound per pixel, with one sample z = μ̃ + σ̃ ε,
     (1/d) · { − log p(x|z)  +  ½ Σ_c γ_c Σ_j [ log σ²_cj + (σ̃²_j + (μ̃_j − μ_cj)²) / σ²_cj ]
               − Σ_c γ_c log(π_c / γ_c)  −  ½ Σ_j (1 + log σ̃²_j) },     γ_c = p(c|z) (eq. 16)
 
-Mixture and network learn by gradient. While pretraining, the
-objective is the cross-entropy alone, of the mean z = μ̃(x). The mixture begins as k-means on the
+or, with ``likelihood = "gaussian"``, p(x|z) = N(x; g(z), pixel_variance · I), as the paper has it
+for data that are not binary; its constant is left out. Mixture and network learn by gradient. While
+pretraining, the objective is − log p(x|z) alone, of the mean z = μ̃(x): the cross-entropy, or the
+squared error that other methods are pretrained by. The mixture begins as k-means on the
 pretrained embeddings, refined by ``em_iterations`` of expectation and maximisation for a diagonal
 mixture. The cluster of an example is the most probable at z = μ̃(x).
 
-The network must be ``variational`` (see `jkmeans.networks`): pixels are in 0 to 1 and decode(z)
-holds their logits.
+The network must be ``variational`` (see `jkmeans.networks`). With Bernoulli pixels these are in 0
+to 1, and decode(z) holds their logits.
 
 Source: Jiang, Zheng, Tan, Tang and Zhou 2017, "Variational deep embedding", eqs. 11 to 16.
 Deviations: the whole is divided by the number of pixels, so that learning rates compare with those
@@ -21,6 +23,7 @@ of the other methods (Adam does not feel it); weights are the softmax of logits 
 exponential of logarithms, where the authors clip; pretraining is end to end.
 """
 
+import functools
 import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -30,9 +33,10 @@ import jax.numpy as jnp
 
 from jkmeans import kmeans
 from jkmeans.errors import UserError
-from jkmeans.fields import integer
+from jkmeans.fields import choice, integer, number
 from jkmeans.kmeans.collectives import AxisName, all_sum
 from jkmeans.methods.base import (
+    RECONSTRUCTION,
     Batch,
     Method,
     MethodSpec,
@@ -41,6 +45,7 @@ from jkmeans.methods.base import (
     example_keys,
     first_kmeans,
     mean_terms,
+    reconstruction_error,
 )
 
 _LEAST_VARIANCE = 1e-6
@@ -102,20 +107,33 @@ def divergence(mean, log_variance, z, mixture: Mixture) -> jax.Array:
     return prior + choice - 0.5 * jnp.sum(1.0 + log_variance, axis=-1)
 
 
-def objective(network, mixture: Mixture, batch: Batch):
-    """The terms of the module's formula; the cross-entropy alone while pretraining."""
+def objective(network, mixture: Mixture, batch: Batch, pixel_variance: float | None = None):
+    """The terms of the module's formula; the reconstruction alone while pretraining.
+
+    Args:
+      network: with ``encode_distribution`` and ``decode``.
+      mixture: the prior.
+      batch: of a step.
+      pixel_variance: of Gaussian pixels; None for Bernoulli ones.
+    """
     noise_of = example_keys(batch.key, batch.index)
+
+    def reconstruction(z: jax.Array) -> jax.Array:
+        if pixel_variance is None:
+            return cross_entropy(network.decode(z), batch.x)
+        error = reconstruction_error(network, z, batch.x)
+        return error / (2.0 * pixel_variance) if batch.clustering else error
 
     def terms_of(seen, number: int):
         mean, log_variance = network.encode_distribution(seen)
         if not batch.clustering:
-            return mean, {"reconstruction": cross_entropy(network.decode(mean), batch.x)}
+            return mean, {"reconstruction": reconstruction(mean)}
         keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(noise_of, number)
         noise = jax.vmap(lambda key: jax.random.normal(key, mean.shape[1:]))(keys)
         z = mean + jnp.exp(0.5 * log_variance) * noise
         n_pixels = math.prod(batch.x.shape[1:])
         return mean, {
-            "reconstruction": cross_entropy(network.decode(z), batch.x),
+            "reconstruction": reconstruction(z),
             "divergence": divergence(mean, log_variance, z, mixture) / n_pixels,
         }
 
@@ -146,6 +164,8 @@ def vade(config, axis_name: AxisName) -> Method:
       axis_name: mesh axis of the examples.
     """
     first = first_kmeans(config, axis_name)
+    gaussian = config.objective.likelihood == "gaussian"
+    variance = config.objective.pixel_variance if gaussian else None
 
     def initialize(key, bank, weights, index):
         result = first(key, bank, weights, index)
@@ -167,7 +187,14 @@ def vade(config, axis_name: AxisName) -> Method:
         zeros = jnp.zeros((k, p), jnp.float32)
         return Mixture(zeros, zeros, jnp.zeros((k,), jnp.float32))
 
-    return Method(initialize, objective, update, blank, predict, learned=Mixture._fields)
+    return Method(
+        initialize,
+        functools.partial(objective, pixel_variance=variance),
+        update,
+        blank,
+        predict,
+        learned=Mixture._fields,
+    )
 
 
 def predict(mixture: Mixture, embeddings: jax.Array) -> kmeans.Assignment:
@@ -192,11 +219,26 @@ def _check(values: Mapping[str, Any]) -> None:
         )
 
 
+def _pretraining(options: Any) -> str:
+    gaussian = options.likelihood == "gaussian"
+    return RECONSTRUCTION if gaussian else "cross-entropy"
+
+
 SPEC = MethodSpec(
     vade,
-    {"em_iterations": integer(0, "of the diagonal mixture at the start")},
+    {
+        "em_iterations": integer(0, "of the diagonal mixture at the start"),
+        "likelihood": choice(("bernoulli", "gaussian"), "of a pixel"),
+        "pixel_variance": number("of a gaussian pixel", positive=True),
+    },
     _check,
     "Jiang et al. 2017, Variational deep embedding",
-    {"objective.em_iterations": 20, "network.name": "variational", "network.normalize": False},
-    pretraining="cross-entropy",
+    {
+        "objective.em_iterations": 20,
+        "objective.likelihood": "bernoulli",
+        "objective.pixel_variance": 0.1,
+        "network.name": "variational",
+        "network.normalize": False,
+    },
+    pretraining=_pretraining,
 )
