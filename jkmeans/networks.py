@@ -40,6 +40,8 @@ INITIALIZERS: dict[str, nnx.Initializer] = {
 The second is what PyTorch does, and what DEC-keras does on images. Biases begin at zero.
 """
 
+_FIRST_LOG_VARIANCE = -4.0
+
 
 def unit_norm(z: jax.Array) -> jax.Array:
     """Scales each row of ``z: [b, p]`` to length one; the zero vector stays zero."""
@@ -88,7 +90,9 @@ class VariationalAutoencoder(FullyConnectedAutoencoder):
     """The same with a second head: the log-variance of the embedding.
 
     ``encode`` gives the mean; ``decode`` gives logits where pixels are Bernoulli (Jiang et al.
-    2017).
+    2017). Pretraining does not reach the second head, which then still says the same of all
+    examples: a variance of e⁻⁴, less than that of any embedding. So clustering begins with the
+    embeddings that pretraining has made, and not with noise on them.
     """
 
     def __init__(
@@ -104,7 +108,11 @@ class VariationalAutoencoder(FullyConnectedAutoencoder):
             rngs=rngs,
         )
         self.log_variance = nnx.Linear(
-            widths[-1], embedding_dim, kernel_init=kernel_init, rngs=rngs
+            widths[-1],
+            embedding_dim,
+            kernel_init=nnx.initializers.zeros,
+            bias_init=nnx.initializers.constant(_FIRST_LOG_VARIANCE),
+            rngs=rngs,
         )
 
     def encode_distribution(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
