@@ -26,7 +26,7 @@ def get_config() -> Config:
     config.train_flags = (
         "--config.network.widths=(32,)",
         "--config.training.n_pretrain_epochs=3",
-        "--config.training.n_epochs=90",
+        "--config.training.n_epochs=300",
         "--config.centroids.n_init=1",
         "--config.centroids.final_max_iter=20",
         "--config.checkpoint.every=2",
