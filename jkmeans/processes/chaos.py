@@ -32,7 +32,7 @@ from jkmeans.configuration import Config, Field, convert_fields, integer, nest, 
 from jkmeans.errors import UserError
 from jkmeans.interruption import Interruption
 from jkmeans.processes.supervisor import EVENTS_FILE
-from jkmeans.recorder import read_metrics
+from jkmeans.recorder import METRICS_FILE, read_metrics
 from jkmeans.workdir import only_process_in, write_json, write_whole
 
 FAULTS_FILE, TABLE_FILE, REFERENCE_FILE = "faults.csv", "chaos.md", "reference.json"
@@ -386,6 +386,8 @@ class _SupervisedRun:
         self.folder = folder
         self.logs = folder / "processes"
         self._lines: list[tuple[float, str]] = []
+        self._records: list[dict[str, Any]] = []
+        self._version: tuple[int, int] | None = None
         train = ["-m", "experiments.train", f"--config={config.train_config}", *config.train_flags]
         self._command = [
             sys.executable, "-m", "experiments.launch",
@@ -435,8 +437,13 @@ class _SupervisedRun:
         return " / ".join(line for _, line in self._lines[-3:])
 
     def records(self) -> list[dict[str, Any]]:
+        """The metrics so far; read again only where there are more of them."""
         with contextlib.suppress(UserError, OSError):
-            return read_metrics(self.folder)
+            status = (self.folder / METRICS_FILE).stat()
+            now = (status.st_size, status.st_mtime_ns)
+            if now != self._version:
+                self._records, self._version = read_metrics(self.folder), now
+            return self._records
         return []
 
     def records_after(self, at: float) -> list[dict[str, Any]]:

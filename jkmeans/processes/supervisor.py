@@ -40,7 +40,7 @@ _QUICK_DEATHS = 3
 """So many generations in a row that died young are started without a pause."""
 _LONGEST_PAUSE_SECONDS = 30.0
 _LONGEST_START_SECONDS = 60.0
-"""Spares wait for so long that a generation says that it is at work."""
+"""How long spares wait until a generation says that it is at work."""
 # A process that ends so would end so again.
 FINAL_STATUSES = (2, 3)
 _ASKED = (128 + signal.SIGINT, 128 + signal.SIGTERM)
