@@ -175,6 +175,7 @@ class Image:
         return np.array(self._array, dtype=dtype)
 
 
+@pytest.mark.slow
 def test_images_of_bytes(tmp_path):
     images = np.random.default_rng(0).integers(0, 256, (64, 8, 8)).astype(np.uint8)
     options = {
@@ -307,6 +308,7 @@ def test_parameters(fitted):
 # Interruption
 
 
+@pytest.mark.slow
 def test_an_interrupted_fit_goes_on(blobs, tmp_path, monkeypatch, capfd):
     x, workdir = blobs[0], tmp_path / "run"
     epochs = []

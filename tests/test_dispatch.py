@@ -609,7 +609,10 @@ def test_images_are_read_as_they_are(tmp_path):
     assert not (tmp_path / "out2").exists()
 
 
-@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.uint8])
+@pytest.mark.parametrize(
+    "dtype",
+    [np.uint8, *(pytest.param(d, marks=pytest.mark.slow) for d in (np.float32, np.float64))],
+)
 def test_the_centroids_of_k_means_predict_too(tmp_path, dtype):
     from configs.cluster import get_config
 

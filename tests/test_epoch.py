@@ -1,5 +1,6 @@
 """The compiled epoch: against NumPy, against other device counts, against the host-fed path."""
 
+import itertools
 import re
 
 import jax
@@ -82,8 +83,15 @@ def numpy_gradients(parameters, x, centroids, weight):
     return gradients, z
 
 
-@pytest.mark.parametrize("n_devices", [1, 8])
-@pytest.mark.parametrize(("bank", "pretraining"), [("stored", "sgd"), ("refreshed", "adam")])
+@pytest.mark.parametrize(
+    ("n_devices", "bank", "pretraining"),
+    [
+        (8, "stored", "sgd"),
+        (1, "refreshed", "adam"),
+        pytest.param(1, "stored", "sgd", marks=pytest.mark.slow),
+        pytest.param(8, "refreshed", "adam", marks=pytest.mark.slow),
+    ],
+)
 def test_epoch_of_clustering_equals_numpy(n_devices, bank, pretraining):
     """Steps, gradients, momentum, bank, Lloyd and label changes, one clustering epoch by hand."""
     run = make_run(
@@ -170,7 +178,7 @@ def test_adam_and_pretraining_equal_numpy():
 
 
 def test_an_optimizer_of_its_own_for_clustering_leaves_pretraining_as_it_was():
-    plain = {"training__optimizer": "sgd", "training__learning_rate": 0.1}
+    plain = {"training__optimizer": "sgd", "training__learning_rate": 0.1, "n_devices": 1}
     _, descent, _ = run_epochs(2, **plain, training__clustering_optimizer="sgd")
     run, state, _ = run_epochs(2, **plain, training__clustering_optimizer="adam")
     for name, value in on_host(descent.parameters).items():
@@ -185,7 +193,7 @@ def test_an_optimizer_of_its_own_for_clustering_leaves_pretraining_as_it_was():
         np.testing.assert_array_equal(momentum_after.trace["network"][name], value)
 
 
-@pytest.mark.parametrize("n_devices", [2, 3, 8])
+@pytest.mark.parametrize("n_devices", [pytest.param(2, marks=pytest.mark.slow), 3, 8])
 def test_devices_agree_step_by_step(n_devices):
     """Fed one step at a time from the host, states on 1 and on n devices are the same."""
     runs = [make_run(n_devices=n, data__placement="host", data__n_shards=8) for n in (1, n_devices)]
@@ -214,12 +222,11 @@ def test_devices_agree_step_by_step(n_devices):
 @pytest.mark.parametrize(
     ("n_devices", "init"),
     [
-        (8, "sample"),
         (3, "k-means||"),
-        (8, "k-means++"),
         *(
             pytest.param(*case, marks=pytest.mark.slow)
-            for case in ((3, "sample"), (3, "k-means++"), (8, "k-means||"))
+            for case in itertools.product((3, 8), ("sample", "k-means++", "k-means||"))
+            if case != (3, "k-means||")
         ),
     ],
 )
@@ -234,8 +241,15 @@ def test_devices_agree_over_a_run(n_devices, init):
             assert theirs[name] == pytest.approx(value, rel=2e-3, abs=1e-5), name
 
 
-@pytest.mark.parametrize("bank", ["stored", "refreshed"])
-@pytest.mark.parametrize("n_devices", [1, 8])
+@pytest.mark.parametrize(
+    ("bank", "n_devices"),
+    [
+        ("stored", 8),
+        ("refreshed", 1),
+        pytest.param("stored", 1, marks=pytest.mark.slow),
+        pytest.param("refreshed", 8, marks=pytest.mark.slow),
+    ],
+)
 def test_host_fed_epochs_equal_resident_ones(bank, n_devices):
     changes = {"n_devices": n_devices, "centroids__bank": bank}
     run, resident, values = run_epochs(4, data__placement="device", **changes)

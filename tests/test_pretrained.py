@@ -216,7 +216,10 @@ def alone(folder, name, **changes):
 
 @pytest.mark.parametrize(
     ("first", "second"),
-    [pytest.param("dec", "dec", marks=pytest.mark.slow), ("idec", "dec"), ("dec", "dcn")],
+    [
+        ("idec", "dec"),
+        *(pytest.param("dec", other, marks=pytest.mark.slow) for other in ("dec", "dcn")),
+    ],
 )
 def test_a_run_that_takes_its_network_equals_one_that_pretrains(first, second, folder, capsys):
     networks = folder / f"networks-of-{first}"

@@ -87,6 +87,7 @@ def test_seeds_differ_and_are_summarised(tmp_path):
     np.testing.assert_allclose(means, np.mean(each, axis=0), rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, monkeypatch):
     whole = side_by_side(tmp_path / "whole", tiny.config())
 
@@ -120,6 +121,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, monkeypatch):
     assert again["inertia"] == parts["inertia"]
 
 
+@pytest.mark.slow
 def test_a_run_that_one_seed_left_can_go_on_alone(tmp_path):
     side_by_side(tmp_path, tiny.config())
     config = tiny.config()

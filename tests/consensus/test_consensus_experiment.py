@@ -108,6 +108,7 @@ def test_another_config_or_graph_is_refused(finished, tmp_path):
         run_experiment(small(consensus_kmeans), workdir)
 
 
+@pytest.mark.slow
 def test_kmeans_on_digits(tmp_path):
     config = small(consensus_kmeans)
     config.kmeans.n_clusters, config.kmeans.n_iter = 3, 30

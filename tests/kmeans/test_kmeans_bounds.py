@@ -83,7 +83,9 @@ def test_ties_go_to_the_lowest_index_as_without_bounds():
         centroids[moved] = centroids[rng.integers(K)]
 
 
-@pytest.mark.parametrize("k", [1, 2, 3, 12, 13, 40])
+@pytest.mark.parametrize(
+    "k", [1, 2, 13, *(pytest.param(k, marks=pytest.mark.slow) for k in (3, 12, 40))]
+)
 def test_groups_hold_every_centroid_once(k):
     centroids = np.random.default_rng(0).normal(size=(k, 3)).astype(np.float32)
     order = np.asarray(bounds.group_centroids(jnp.asarray(centroids)))

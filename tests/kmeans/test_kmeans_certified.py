@@ -270,7 +270,7 @@ def test_the_bound_holds_as_tensor_cores_add(kind, core):
     block, extra_bits = CORES[core]
     bits = 10 if "Float" in core else 7
     rng = np.random.default_rng(3)
-    for d in (1, 4, 17, 256, 1000):
+    for d in (17, 256):
         x, c = rng.normal(size=(2, 40, d))
         if kind == "positive":
             x, c = np.abs(x), np.abs(c)

@@ -13,6 +13,7 @@ ROWS, SAME = PartitionSpec("data"), PartitionSpec()
 RESULT_SPECS = KMeansResult(SAME, ROWS, ROWS, SAME, SAME, SAME, SAME, SAME)
 
 
+@pytest.mark.slow
 def test_many_restarts_find_what_scikit_learn_finds(blobs):
     result = jax.jit(lambda key: fit(key, blobs, 6, n_init=20))(jax.random.key(0))
     model = KMeans(6, n_init=20, tol=0, random_state=0).fit(blobs)
