@@ -91,8 +91,8 @@ class VariationalAutoencoder(FullyConnectedAutoencoder):
 
     ``encode`` gives the mean; ``decode`` gives logits where pixels are Bernoulli (Jiang et al.
     2017). Pretraining does not reach the second head, which then still says the same of all
-    examples: a variance of e⁻⁴, less than that of any embedding. So clustering begins with the
-    embeddings that pretraining has made, and not with noise on them.
+    examples: a variance of e⁻⁴, small beside that of embeddings that have learned something. So
+    clustering begins with the embeddings that pretraining has made, and not with noise on them.
     """
 
     def __init__(
