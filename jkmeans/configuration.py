@@ -21,6 +21,8 @@ Config = Any
 """An ``ml_collections.ConfigDict``: its fields have no types that a checker could know."""
 
 
+_OPTIMIZERS = ("adam", "adamw", "sgd")
+
 FIELDS: dict[str, Field] = {
     "seed": integer(0, "the root of all random keys"),
     "n_seeds": integer(1, "runs from seed on, side by side in one program"),
@@ -57,8 +59,8 @@ FIELDS: dict[str, Field] = {
     "training.n_pretrain_epochs": integer(0, "epochs of the autoencoder alone"),
     "training.pretrained_folder": text("where pretrained networks are kept and found, or ''"),
     "training.n_epochs": integer(0, "epochs of clustering"),
-    "training.optimizer": choice(("adam", "adamw", "sgd"), "of pretraining; sgd has momentum .9"),
-    "training.clustering_optimizer": choice(("adam", "adamw", "sgd"), "of clustering"),
+    "training.optimizer": choice(_OPTIMIZERS, "of pretraining; sgd has momentum .9"),
+    "training.clustering_optimizer": choice(_OPTIMIZERS, "of clustering"),
     "training.learning_rate": number("of pretraining", positive=True),
     "training.clustering_learning_rate": number("of clustering", positive=True),
     "training.schedule": choice(("constant", "cosine"), "of the rate, in each phase"),

@@ -129,7 +129,7 @@ def test_losing_another_is_no_death(tmp_path):
 
 def test_a_stopped_process_is_noticed_in_the_stated_time(tmp_path):
     body = """
-        from jkmeans.processes import heartbeat, spare
+        from jkmeans.processes import heartbeat
         heartbeat.start()
         if life == 0 and i == 0:
             time.sleep(1)
@@ -270,7 +270,7 @@ def test_a_parent_that_dies_ends_its_processes(tmp_path):
         import subprocess, sys, os
         text = '''
         import time
-        from jkmeans.processes import heartbeat, spare
+        from jkmeans.processes import heartbeat
         heartbeat.start()
         time.sleep(60)
         '''

@@ -257,14 +257,12 @@ class _Chaos:
                     # Room for the faults that follow.
                     first, last = run.last_epoch() + 1, run.n_epochs() - 2 * (len(kinds) - i)
                     target = choice.randint(first, max(first, min(first + 6, last)))
+                    # With spares ready: as after days of work, and not amid the start before.
                     self._await(
-                        lambda t=target: run.last_epoch() >= t or run.status() is not None,
-                        lambda: True,
-                        run,
-                    )
-                    # As after days of work, and not amid the start before.
-                    self._await(
-                        lambda: run.n_spares() >= config.spares or run.status() is not None,
+                        lambda t=target: (
+                            (run.last_epoch() >= t and run.n_spares() >= config.spares)
+                            or run.status() is not None
+                        ),
                         lambda: True,
                         run,
                     )

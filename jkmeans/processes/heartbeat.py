@@ -20,8 +20,6 @@ _AT_WORK = b"at work\n"
 
 _path: Path | None = None
 """Where this process beats; None where nobody listens."""
-_said = False
-"""Whether it has said that it is at work."""
 
 
 def start() -> None:
@@ -36,9 +34,7 @@ def start() -> None:
 
 def at_work() -> None:
     """Tells whoever listens that the start is over: everything is compiled, and work is done."""
-    global _said
-    if _path is not None and not _said:
-        _said = True
+    if _path is not None and not is_at_work(_path):
         with contextlib.suppress(OSError):  # A full disk is no reason to stop.
             _path.write_bytes(_AT_WORK)
 
@@ -64,20 +60,16 @@ def end() -> None:
         os._exit(0)
 
 
-def silence(path: Path | None) -> float | None:
+def silence(path: Path) -> float | None:
     """Seconds since the last sign of life; None before the first."""
-    if path is None:
-        return None
     try:
         return max(0.0, time.time() - path.stat().st_mtime)
     except OSError:
         return None
 
 
-def is_at_work(path: Path | None) -> bool:
+def is_at_work(path: Path) -> bool:
     """Whether a process has said so."""
-    if path is None:
-        return False
     try:
         return path.stat().st_size > 0
     except OSError:

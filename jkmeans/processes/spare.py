@@ -4,6 +4,7 @@ Importing JAX and the rest takes longer than anything else of a restart. A launc
 with the variable below does it at once, says that it is ready, and reads its place from stdin.
 """
 
+import contextlib
 import importlib
 import json
 import os
@@ -22,10 +23,9 @@ _MODULES = (
     "sklearn.datasets",
     "tensorboardX",
     "jax.experimental.multihost_utils",
-    "jaxlib.mlir.dialects.mhlo",
-    "sklearn.datasets.data",
-    "sklearn.datasets.descr",
 )
+_PARTS_OF_OTHERS = ("jaxlib.mlir.dialects.mhlo", "sklearn.datasets.data", "sklearn.datasets.descr")
+"""What JAX and scikit-learn load when they first need it; theirs to rename."""
 
 
 def wait_for_place() -> None:
@@ -34,6 +34,9 @@ def wait_for_place() -> None:
         return
     for name in _MODULES:
         importlib.import_module(name)
+    for name in _PARTS_OF_OTHERS:
+        with contextlib.suppress(ImportError):
+            importlib.import_module(name)
     print(READY, flush=True)
     line = sys.stdin.readline()
     if not line.endswith("\n"):

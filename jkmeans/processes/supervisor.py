@@ -81,7 +81,7 @@ class _Process:
         self.number = -1
         self.buffer = b""
         self.log: Any = None
-        self.beat: Path | None = None
+        self.beat = Path()
         self.status: int | None = None
         self.silent = False
         self.ended = False
@@ -252,7 +252,6 @@ class Supervisor:
             if process.popen.poll() is None and spare.give_place(process.popen.stdin, environment):
                 return process
             self._kill([process])
-            self._drain([process])
         return None
 
     def _watch(self, processes: list[_Process]) -> None:
@@ -290,7 +289,6 @@ class Supervisor:
         if self._stop or self._regroup or _all_asked(processes):
             self._ask_to_leave(processes)
         self._kill(processes)
-        self._drain(processes)
         final = [p for p in processes if p.status in FINAL_STATUSES]
         if final:
             number, status = final[0].number, final[0].status
@@ -337,6 +335,7 @@ class Supervisor:
                 break  # Once more: at once.
 
     def _kill(self, processes: list[_Process]) -> None:
+        """Ends what still runs, and hears what was said last."""
         for process in processes:
             process.status = process.popen.poll()
             process.ended = process.status is None
@@ -346,6 +345,7 @@ class Supervisor:
             if process.popen.stdin is not None:
                 with contextlib.suppress(OSError):
                     process.popen.stdin.close()
+        self._drain(processes)
 
     def _signal(self, processes: list[_Process], number: int) -> None:
         for process in processes:
@@ -414,7 +414,7 @@ class Supervisor:
             if process.log is not None:
                 with contextlib.suppress(OSError):
                     process.log.close()
-            if process.beat is not None:
+            if process.number >= 0:  # Spares do not beat.
                 process.beat.unlink(missing_ok=True)
 
     def _look_for_wishes(self) -> None:
@@ -486,7 +486,6 @@ class Supervisor:
 
     def _end_spares(self) -> None:
         self._kill(self._spares)
-        self._drain(self._spares)
 
 
 def _all_asked(processes: list[_Process]) -> bool:
