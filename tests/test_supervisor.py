@@ -175,7 +175,7 @@ spare.wait_for_place()
 beat = os.environ[heartbeat.VARIABLE]
 heartbeat.start()
 i, generation = int(os.environ["JKMEANS_PROCESS_ID"]), int(beat.split("-")[-2])
-time.sleep(0.7)
+time.sleep(2.5)
 print("start is over", time.time(), flush=True)
 heartbeat.at_work()
 if generation == 1 and i == 1:

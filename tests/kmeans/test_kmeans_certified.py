@@ -290,12 +290,14 @@ def test_the_bound_holds_as_tensor_cores_add(kind, core):
         assert np.all(np.abs(found - exact) <= 3 * d * 2.0**-24 * sizes)
 
         precision = "exact-tf32" if bits == 10 else "exact"
-        _, errors = certified.low_scores(jnp.asarray(x), jnp.asarray(c), precision)
-        wide_x, wide_c = x.astype(np.float64), c.astype(np.float64)
-        half_norms = np.float32(0.5 * np.sum(wide_c**2, axis=1))
-        scores = half_norms[:, None] - found.T.astype(np.float32)
-        true = 0.5 * np.sum(wide_c**2, axis=1)[:, None] - wide_c @ wide_x.T
-        assert np.all(np.abs(scores - true) <= np.asarray(errors))
+        # As they are, and as the format has them: E is then of the sums alone.
+        for rows, centroids in ((x, c), (low_x, low_c)):
+            _, errors = certified.low_scores(jnp.asarray(rows), jnp.asarray(centroids), precision)
+            wide_x, wide_c = rows.astype(np.float64), centroids.astype(np.float64)
+            half_norms = 0.5 * np.sum(wide_c**2, axis=1)[:, None]
+            scores = np.float32(half_norms) - found.T.astype(np.float32)
+            true = half_norms - wide_c @ wide_x.T
+            assert np.all(np.abs(scores - true) <= np.asarray(errors))
 
 
 def test_the_model_of_a_tensor_core_cuts_what_is_small():
