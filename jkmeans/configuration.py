@@ -16,6 +16,7 @@ from jkmeans.fields import Field, boolean, choice, integer, integers, number, te
 from jkmeans.kmeans import INITIALIZATIONS
 from jkmeans.methods import METHODS, method_spec
 from jkmeans.networks import INITIALIZERS, NETWORKS
+from jkmeans.precision import PRECISIONS
 
 Config = Any
 """An ``ml_collections.ConfigDict``: its fields have no types that a checker could know."""
@@ -46,6 +47,7 @@ FIELDS: dict[str, Field] = {
     "network.decoder": boolean("whether there is a reconstruction"),
     "network.normalize": boolean("whether embeddings have length one"),
     "network.initializer": choice(tuple(INITIALIZERS), "how kernels begin"),
+    "network.precision": choice(PRECISIONS, "of the products in its layers"),
     "objective.name": choice(tuple(METHODS), "the method", or_function=True),
     "centroids.init": choice(tuple(INITIALIZATIONS), "how the first centroids are chosen"),
     "centroids.n_init": integer(1, "restarts, of which the one of least inertia is kept"),
@@ -215,8 +217,18 @@ def to_json(config: Config) -> dict[str, Any]:
     return json.loads(json.dumps(config.to_dict()))
 
 
+_BEFORE = {
+    "network.initializer": "glorot_uniform",
+    "network.precision": "float32",
+    "training.clustering_optimizer": "optimizer",
+    "objective.likelihood": "bernoulli",
+    "objective.pixel_variance": 0.1,
+}
+"""What runs did before they had these fields: the value, or the field beside it that had it."""
+
+
 def from_json(values: dict[str, Any]) -> Config:
-    """The inverse of `to_json`, validated.
+    """The inverse of `to_json`, validated; fields that are younger than the values are added.
 
     Raises:
       UserError: as `validate`; or these are not the values of a config at all.
@@ -227,6 +239,12 @@ def from_json(values: dict[str, Any]) -> Config:
         config = ConfigDict(values)
     except ValueError as error:
         raise UserError(f"these are not the fields of a config: {error}") from error
+    known = fields_of(config)
+    for name, before in _BEFORE.items():
+        group, field = name.split(".")
+        beside = config.get(group)
+        if name in known and isinstance(beside, ConfigDict) and field not in beside:
+            beside[field] = beside.get(before, before)
     return validate(config)
 
 

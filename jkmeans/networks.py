@@ -30,6 +30,7 @@ from flax import nnx
 
 from jkmeans.errors import UserError
 from jkmeans.naming import resolve
+from jkmeans.precision import dot_general_of, promote_dtype_of
 
 INITIALIZERS: dict[str, nnx.Initializer] = {
     "glorot_uniform": nnx.initializers.glorot_uniform(),
@@ -65,13 +66,19 @@ class FullyConnectedAutoencoder(nnx.Module):
         decoder: bool,
         normalize: bool,
         kernel_init: nnx.Initializer,
+        precision: str,
         rngs: nnx.Rngs,
     ):
         self.example_shape = tuple(example_shape)
         self.normalize = normalize
         sizes = [math.prod(example_shape), *widths, embedding_dim]
-        self.encoder = _dense_layers(sizes, kernel_init, rngs)
-        self.decoder = _dense_layers(sizes[::-1], kernel_init, rngs) if decoder else None
+        dense = {
+            "kernel_init": kernel_init,
+            "dot_general": dot_general_of(precision),
+            "rngs": rngs,
+        }
+        self.encoder = _dense_layers(sizes, dense)
+        self.decoder = _dense_layers(sizes[::-1], dense) if decoder else None
         self.hidden_layers = tuple(f"encoder/{i}/" for i in range(len(widths)))
         self.decoder_layers = ("decoder/",)
 
@@ -95,23 +102,21 @@ class VariationalAutoencoder(FullyConnectedAutoencoder):
     clustering begins with the embeddings that pretraining has made, and not with noise on them.
     """
 
-    def __init__(
-        self, example_shape, *, embedding_dim, widths, decoder, normalize, kernel_init, rngs
-    ):
+    def __init__(self, example_shape, *, embedding_dim, widths, precision, rngs, **others):
         super().__init__(
             example_shape,
             embedding_dim=embedding_dim,
             widths=widths,
-            decoder=decoder,
-            normalize=normalize,
-            kernel_init=kernel_init,
+            precision=precision,
             rngs=rngs,
+            **others,
         )
         self.log_variance = nnx.Linear(
             widths[-1],
             embedding_dim,
             kernel_init=nnx.initializers.zeros,
             bias_init=nnx.initializers.constant(_FIRST_LOG_VARIANCE),
+            dot_general=dot_general_of(precision),
             rngs=rngs,
         )
 
@@ -123,10 +128,8 @@ class VariationalAutoencoder(FullyConnectedAutoencoder):
         return self.encoder[-1](x), self.log_variance(x)
 
 
-def _dense_layers(sizes: Sequence[int], kernel_init, rngs: nnx.Rngs) -> nnx.List:
-    return nnx.List(
-        [nnx.Linear(i, o, kernel_init=kernel_init, rngs=rngs) for i, o in itertools.pairwise(sizes)]
-    )
+def _dense_layers(sizes: Sequence[int], dense: dict[str, Any]) -> nnx.List:
+    return nnx.List([nnx.Linear(i, o, **dense) for i, o in itertools.pairwise(sizes)])
 
 
 def _apply_dense(layers: nnx.List, x: jax.Array) -> jax.Array:
@@ -153,6 +156,7 @@ class ConvolutionalAutoencoder(nnx.Module):
         decoder: bool,
         normalize: bool,
         kernel_init: nnx.Initializer,
+        precision: str,
         rngs: nnx.Rngs,
     ):
         if len(example_shape) not in (2, 3):
@@ -168,8 +172,10 @@ class ConvolutionalAutoencoder(nnx.Module):
         self.coarse_shape = (math.ceil(height / halvings), math.ceil(width / halvings), widths[-1])
         channels = [n_channels, *widths]
         pairs = list(itertools.pairwise(channels))
-        dense = {"kernel_init": kernel_init, "rngs": rngs}
-        strided = {"kernel_size": (3, 3), "strides": (2, 2), "padding": "SAME", **dense}
+        drawn = {"kernel_init": kernel_init, "rngs": rngs}
+        strided = {"kernel_size": (3, 3), "strides": (2, 2), "padding": "SAME", **drawn}
+        strided["promote_dtype"] = promote_dtype_of(precision)
+        dense = {"dot_general": dot_general_of(precision), **drawn}
         self.convolutions = nnx.List([nnx.Conv(i, o, **strided) for i, o in pairs])
         self.hidden_layers = ("convolutions/",)
         self.decoder_layers = ("from_embedding/", "decoder/")
@@ -215,6 +221,7 @@ def _from_options(network: Callable[..., nnx.Module]) -> Callable[..., nnx.Modul
             decoder=options.decoder,
             normalize=options.normalize,
             kernel_init=INITIALIZERS[options.initializer],
+            precision=options.precision,
             rngs=rngs,
         )
 

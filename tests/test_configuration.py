@@ -276,6 +276,24 @@ def test_json_that_is_no_config(values):
         from_json(values)
 
 
+def test_values_that_are_older_than_a_field():
+    old = to_json(with_method(tiny.config(training__optimizer="sgd"), "vade"))
+    for group, field in (
+        ("network", "initializer"), ("network", "precision"), ("training", "clustering_optimizer"),
+        ("objective", "likelihood"), ("objective", "pixel_variance"),
+    ):  # fmt: skip
+        del old[group][field]
+    found = from_json(old)
+    assert (found.network.initializer, found.network.precision) == ("glorot_uniform", "float32")
+    assert found.training.clustering_optimizer == "sgd"
+    assert (found.objective.likelihood, found.objective.pixel_variance) == ("bernoulli", 0.1)
+    joint = from_json(to_json(tiny.config()))
+    assert "likelihood" not in joint.objective
+    del old["network"]["widths"]
+    with pytest.raises(UserError, match="lacks the field 'network.widths'"):
+        from_json(old)
+
+
 # Contradictions.
 
 
@@ -357,6 +375,7 @@ def test_all_other_differences_count(name):
         "augmentation.zoom": 0.5,
         "network.name": "convolutional",
         "network.initializer": "fan_in_uniform",
+        "network.precision": "bfloat16",
         "network.widths": (3,),
         "objective.name": "mine:f",
         "objective.assignment": "stored",

@@ -193,10 +193,19 @@ def test_an_optimizer_of_its_own_for_clustering_leaves_pretraining_as_it_was():
         np.testing.assert_array_equal(momentum_after.trace["network"][name], value)
 
 
-@pytest.mark.parametrize("n_devices", [pytest.param(2, marks=pytest.mark.slow), 3, 8])
-def test_devices_agree_step_by_step(n_devices):
+@pytest.mark.parametrize(
+    ("n_devices", "precision"),
+    [
+        pytest.param(2, "float32", marks=pytest.mark.slow),
+        (3, "float32"),
+        (8, "float32"),
+        (8, "bfloat16"),
+    ],
+)
+def test_devices_agree_step_by_step(n_devices, precision):
     """Fed one step at a time from the host, states on 1 and on n devices are the same."""
-    runs = [make_run(n_devices=n, data__placement="host", data__n_shards=8) for n in (1, n_devices)]
+    changes = {"data__placement": "host", "data__n_shards": 8, "network__precision": precision}
+    runs = [make_run(n_devices=n, **changes) for n in (1, n_devices)]
     states = [run.create() for run in runs]
     orders = [
         np.asarray(run.programs.order(state)) for run, state in zip(runs, states, strict=True)

@@ -31,7 +31,8 @@ CASES = [
 
 def options(name, **changes):
     values = {"embedding_dim": 4, "widths": (6, 5), "decoder": True, "normalize": False}
-    return ConfigDict({"name": name, "initializer": "glorot_uniform"} | values | changes)
+    values |= {"initializer": "glorot_uniform", "precision": "float32"}
+    return ConfigDict({"name": name} | values | changes)
 
 
 @functools.cache
@@ -80,6 +81,43 @@ def test_shapes_and_gradients(name, shape):
     again = program(parameters, other)[1][0]
     np.testing.assert_allclose(again[0], z[0], rtol=1e-5, atol=1e-6)
     assert np.abs(again[1] - z[1]).max() > 1e-3
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_bfloat16_is_float32_but_for_rounding(name):
+    x = examples((8, 8))
+    plain, coarse = (
+        network_of(name, (8, 8), widths=(64, 64), precision=precision)
+        for precision in ("float32", "bfloat16")
+    )
+    exact, rounded = numpy_parameters(plain), numpy_parameters(coarse)
+    assert {path: value.dtype for path, value in rounded.items()} == dict.fromkeys(
+        exact, np.dtype(np.float32)
+    )
+    for path in exact:
+        np.testing.assert_array_equal(rounded[path], exact[path])
+
+    def outputs(network):
+        graphdef, parameters = split(network)
+
+        def loss(parameters):
+            network = merge(graphdef, parameters)
+            z = network.encode(x)
+            found = network.decode(z)
+            return jnp.mean((found - x) ** 2), (z, found)
+
+        gradients, (z, found) = jax.jit(jax.grad(loss, has_aux=True))(parameters)
+        assert z.dtype == found.dtype == jnp.float32
+        return {"z": z, "found": found} | gradients
+
+    exact, rounded = outputs(plain), outputs(coarse)
+    for path, value in exact.items():
+        assert rounded[path].dtype == jnp.float32
+        size = np.linalg.norm(value)
+        off = np.linalg.norm(rounded[path] - value)
+        # A gradient changes wholly where rounding turns a ReLU on or off.
+        assert off <= (0.01 if path in ("z", "found") else 0.25) * size, path
+        assert off > 1e-4 * size or size == 0, path  # It is not float32 after all.
 
 
 @pytest.mark.parametrize("name", NETWORKS)

@@ -57,6 +57,7 @@ OTHERS = {
     "embedding": {"network__embedding_dim": 5},
     "widths": {"network__widths": (17,)},
     "network": {"network__name": "variational"},
+    "precision": {"network__precision": "bfloat16"},
     "views": {"augmentation__shift": 1.0},
     "batch": {"training__batch_size": 33},
     "epochs": {"training__n_pretrain_epochs": 3},

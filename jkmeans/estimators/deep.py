@@ -61,6 +61,7 @@ BASE: dict[str, Any] = {
     "network.decoder": True,  # Whether there is a reconstruction.
     "network.normalize": False,  # Whether embeddings have length one.
     "network.initializer": "glorot_uniform",
+    "network.precision": "float32",  # "bfloat16": products of rounded operands, faster.
     # The first centroids: k-means on the pretrained embeddings.
     "centroids.init": "k-means++",
     "centroids.n_init": 20,  # Restarts, of which the best is kept.
