@@ -17,10 +17,11 @@ The work is not the same in one way. ClustPy makes the targets P of each batch f
 jkmeans makes them, as the paper does, from all examples: after the steps it embeds every image
 anew, counts the frequencies and assigns the clusters. "jkmeans, stored" does not embed anew
 (``centroids.bank = "stored"``): its targets are of all examples as the steps have embedded them.
-"bfloat16" rounds the operands of the products in layers (``network.precision``), which processors
-with AVX512-BF16 or AMX, and GPUs, multiply faster; for ClustPy it is the tuned loop within PyTorch's
-autocast, which is not an option of ClustPy's. Per step all encode a batch, go back through the encoder and change encoder and centroids; none
-touches the decoder. "embedding anew" is that part of jkmeans' epoch, measured by itself.
+"bfloat16" rounds the operands of the products in layers (``network.precision``), which GPUs and
+processors with AVX512-BF16 or AMX multiply faster; for ClustPy it is the tuned loop within
+PyTorch's autocast, which is not an option of ClustPy's. Per step all encode a batch, go back
+through the encoder and change encoder and centroids; none touches the decoder. "embedding anew" is
+that part of jkmeans' epoch, measured by itself.
 The divergence KL(P‖Q) of the first images before and after is computed for all in the same way.
 
 ClustPy is an extra: ``pip install -e .[benchmarks]``.

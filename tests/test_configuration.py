@@ -290,7 +290,7 @@ def test_values_that_are_older_than_a_field():
     joint = from_json(to_json(tiny.config()))
     assert "likelihood" not in joint.objective
     del old["network"]["widths"]
-    with pytest.raises(UserError, match="lacks the field 'network.widths'"):
+    with pytest.raises(UserError, match=r"lacks the field 'network\.widths'"):
         from_json(old)
 
 
