@@ -1,0 +1,165 @@
+"""Whether the number of processes moves a result by more than the seed does.
+
+    python -m benchmarks.process_counts --seeds 5 --workdir runs/process_counts
+
+Trains on the digits of scikit-learn from each seed: in 1, 2 and 4 processes; in 3 of which one is
+killed at a third of the epochs and the other two go on; and in 1 that is joined by two more there.
+Sums are taken in another order each time, so bits differ, and training makes something of that. The
+table has mean and standard deviation over seeds for each way, and how far runs of one seed lie
+from the run of the same seed in one process. Runs that are done are not run again.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+METRICS = ("acc", "nmi", "inertia")
+PATIENCE_SECONDS = 600.0
+
+
+class Way(NamedTuple):
+    """How a run is spread.
+
+    Attributes:
+      name: for the table.
+      flags: of experiments.launch.
+      disturb: called once, at a third of the epochs, with the folder of the supervisor's logs and
+        the processes' numbers; None for nothing.
+      n_after: processes that finish.
+    """
+
+    name: str
+    flags: tuple[str, ...]
+    disturb: Callable[[Path, list[int]], None] | None
+    n_after: int
+
+
+def _kill_one(logs: Path, pids: list[int]) -> None:
+    del logs
+    os.kill(pids[-1], signal.SIGKILL)
+
+
+def _grow_to_three(logs: Path, pids: list[int]) -> None:
+    del pids
+    (logs / "wanted").write_text("3")
+
+
+WAYS = (
+    Way("1", ("--processes=1",), None, 1),
+    Way("2", ("--processes=2",), None, 2),
+    Way("4", ("--processes=4",), None, 4),
+    Way("3, one killed, 2 go on", ("--processes=3", "--min_processes=2"), _kill_one, 2),
+    Way("1, joined by two more", ("--processes=1",), _grow_to_three, 3),
+)
+
+
+def train(way: Way, seed: int, options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """The results of one run, which may have been run before.
+
+    Raises:
+      RuntimeError: it failed, or went on with another number of processes than it should have.
+    """
+    found = folder / "found.json"
+    if found.exists():
+        return json.loads(found.read_text())
+    run = folder / "run"
+    command = [
+        *(sys.executable, "-m", "experiments.launch", *way.flags, "--"),
+        *(sys.executable, "-m", "experiments.train", "--config=configs/digits.py"),
+        *(f"--workdir={run}", f"--config.seed={seed}", "--config.report.pictures=False"),
+        f"--config.network.widths=({options.width},)",
+        f"--config.training.n_pretrain_epochs={options.epochs // 2}",
+        f"--config.training.n_epochs={options.epochs - options.epochs // 2}",
+        "--config.checkpoint.every=5",
+    ]
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "log", "w") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+        try:
+            if way.disturb is not None:
+                _await_epoch(run, options.epochs // 3, process)
+                way.disturb(run / "processes", _starts(run)[-1]["pids"])
+            status = process.wait(PATIENCE_SECONDS)
+        finally:
+            process.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(30)
+            process.kill()
+    if status != 0:
+        raise RuntimeError(f"exit status {status}; see {folder / 'log'}")
+    numbers = [event["n"] for event in _starts(run)]
+    if numbers[-1] != way.n_after or (way.disturb is not None) != (len(numbers) > 1):
+        raise RuntimeError(f"processes were {numbers}; see {folder / 'log'}")
+    results = json.loads((run / "results.json").read_text())
+    found.write_text(json.dumps({name: results[name] for name in METRICS}))
+    return json.loads(found.read_text())
+
+
+def _await_epoch(run: Path, epoch: int, process: subprocess.Popen) -> None:
+    until = time.monotonic() + PATIENCE_SECONDS
+    while time.monotonic() < until and process.poll() is None:
+        with contextlib.suppress(OSError):
+            if len((run / "metrics.jsonl").read_text().splitlines()) >= epoch:
+                return
+        time.sleep(0.05)
+    raise RuntimeError(f"{run} did not get to epoch {epoch}")
+
+
+def _starts(run: Path) -> list[dict[str, Any]]:
+    lines = (run / "processes" / "events.jsonl").read_text().splitlines()
+    return [event for event in map(json.loads, lines) if event["event"] == "start"]
+
+
+def table(found: dict[str, list[dict[str, Any]]]) -> str:
+    """In Markdown, a line for each way: ``found`` has the results of each seed by its name."""
+    alone = found[WAYS[0].name]
+    lines = ["| processes | seeds | ACC | NMI | inertia | ACC of the same seed, off by at most |"]
+    lines.append("| --- | --- | --- | --- | --- | --- |")
+    for name, results in found.items():
+        cells = [name, str(len(results))]
+        for metric, scale, form in (
+            ("acc", 100, ".1f"),
+            ("nmi", 100, ".1f"),
+            ("inertia", 1, ".2f"),
+        ):
+            values = [scale * result[metric] for result in results]
+            spread = statistics.stdev(values) if len(values) > 1 else 0.0
+            cells.append(f"{statistics.mean(values):{form}} ± {spread:{form}}")
+        off = max(abs(a["acc"] - b["acc"]) for a, b in zip(results, alone, strict=False))
+        cells.append(f"{100 * off:.1f}")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Runs what is missing and prints the table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--epochs", type=int, default=100, help="half of them of pretraining")
+    parser.add_argument("--width", type=int, default=128, help="of the hidden layer")
+    parser.add_argument("--workdir", type=Path, required=True)
+    options = parser.parse_args()
+    if options.seeds < 1 or options.epochs < 6 or options.width < 1:
+        parser.error("--seeds and --width accept 1 and more, --epochs 6 and more")
+    found: dict[str, list[dict[str, Any]]] = {way.name: [] for way in WAYS}
+    for seed in range(options.seeds):
+        for number, way in enumerate(WAYS):
+            folder = options.workdir / f"{number}-{seed}"
+            found[way.name].append(train(way, seed, options, folder))
+            print(f"seed {seed}, processes: {way.name}: {found[way.name][-1]}", flush=True)
+    print(table(found))
+
+
+if __name__ == "__main__":
+    main()
