@@ -15,6 +15,7 @@ import json
 import logging
 import os
 import shutil
+import time
 import warnings
 import zlib
 from collections.abc import Callable, Iterator
@@ -37,7 +38,33 @@ OBJECTIVE = "objective"
 _FULL_DISK = ("No space left", "ENOSPC", "RESOURCE_EXHAUSTED", "Disk quota exceeded")
 _LAST_SAVE_SECONDS = 60.0
 """How long a process that ends by an error waits for the others' part of the last save."""
+_POLL_SECONDS, _GRACE_SECONDS = 0.5, 3.0
 _fingerprint = jax.jit(fingerprint)
+
+
+class _Failures(logging.Handler):
+    """Errors that Orbax logs in this process while it writes.
+
+    Where one of several processes cannot write its part, Orbax does not raise: that process waits
+    for the others at one barrier, and they for its part at another, for ten minutes. What it has
+    logged says so at once.
+    """
+
+    def __init__(self):
+        super().__init__(logging.ERROR)
+        self.forget()
+
+    def forget(self) -> None:
+        self.error: BaseException | None = None
+        self.at = 0.0
+
+    def emit(self, record: logging.LogRecord) -> None:
+        error = record.exc_info[1] if record.exc_info else None
+        if self.error is None and error is not None and "orbax" in record.pathname:
+            self.error, self.at = error, time.monotonic()
+
+
+_failures = _Failures()
 
 
 class Restored(NamedTuple):
@@ -64,7 +91,10 @@ class Checkpoints:
 
     def __init__(self, folder: Path, *, keep: int = 1):
         # Orbax logs every save at length; what a user must know is raised.
-        logging.getLogger("absl").setLevel(logging.ERROR)
+        logger = logging.getLogger("absl")
+        logger.setLevel(logging.ERROR)
+        if _failures not in logger.handlers:
+            logger.addHandler(_failures)
         self.folder = Path(folder).absolute()
         policies = ocp.training.preservation_policies
         self._policy = policies.AnyPreservationPolicy(
@@ -144,6 +174,7 @@ class Checkpoints:
                     preservation_policy=self._policy,  # type: ignore[arg-type]
                     cleanup_tmp_directories=True,
                 )
+            _failures.forget()
             self._pending = self._open.save_checkpointables_async(
                 position,
                 trees,
@@ -185,7 +216,7 @@ class Checkpoints:
         pending, self._pending = self._pending, None
         if pending is not None:
             with _disk_errors(self.folder):
-                pending.result()
+                _finish(pending)
 
     def best(self) -> int | None:
         """Position of the checkpoint with the least objective; None where none has one.
@@ -264,6 +295,24 @@ class Checkpoints:
             self._open.close()
             self._open = None
         return target
+
+
+def _finish(pending: Any) -> None:
+    """Waits for a save, but not for others where the part of this process has failed."""
+    if processes.count() == 1:
+        pending.result()
+        return
+    while True:
+        began = time.monotonic()
+        try:
+            pending.result(timeout=_POLL_SECONDS)
+            return
+        except TimeoutError:
+            if time.monotonic() - began < _POLL_SECONDS / 2:
+                raise  # Not the end of our patience, but of Orbax's.
+        error = _failures.error
+        if error is not None and time.monotonic() - _failures.at > _GRACE_SECONDS:
+            raise error
 
 
 class DamagedError(Exception):

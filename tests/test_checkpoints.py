@@ -4,6 +4,7 @@ import gc
 import logging
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -479,6 +480,32 @@ def test_a_disk_that_fills_during_the_write(small_disk, monkeypatch):
     assert_same_bits(load(folder, 1).trees, host_trees(1))
     save(folder, 3)  # Room was made: the cut save is cleaned up.
     assert_same_bits(load(folder, 3).trees, host_trees(3))
+
+
+@pytest.mark.parametrize("failing", [pytest.param(0, marks=pytest.mark.slow), 1])
+def test_who_cannot_write_its_part_does_not_wait_for_the_others(failing, tmp_path):
+    """Orbax has all processes wait for each other for ten minutes."""
+    with socket.socket() as listener:
+        listener.bind(("localhost", 0))
+        port = listener.getsockname()[1]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-m", "tests.saving", *map(str, (i, 2, port, tmp_path, failing))],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for i in range(2)
+    ]
+    try:
+        out, errors = processes[failing].communicate(timeout=120)
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    assert processes[failing].returncode == 2, errors
+    assert "saved\nrefused: the disk of " in out, errors
+    assert sorted(p.name for p in tmp_path.iterdir() if p.name.isdigit()) == ["1"]
 
 
 def test_a_folder_that_cannot_be_made(tmp_path):
