@@ -502,7 +502,8 @@ def test_who_cannot_write_its_part_does_not_wait_for_the_others(failing, tmp_pat
     finally:
         for process in processes:
             process.kill()
-            process.wait()
+            with process:  # Closes its pipes.
+                pass
     assert processes[failing].returncode == 2, errors
     assert "saved\nrefused: the disk of " in out, errors
     assert sorted(p.name for p in tmp_path.iterdir() if p.name.isdigit()) == ["1"]
