@@ -1,6 +1,7 @@
 """One of several processes that fit k-means together: what `tests/test_processes.py` starts.
 
-Arguments: number of this process, number of processes, port, fake devices of each.
+Arguments: number of this process, number of processes, port, fake devices of each, more flags of
+XLA.
 """
 
 import json
@@ -9,8 +10,8 @@ import sys
 import zlib
 
 
-def main(number: int, n_processes: int, port: str, n_devices: int) -> None:
-    os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={n_devices}"
+def main(number: int, n_processes: int, port: str, n_devices: int, flags: str) -> None:
+    os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={n_devices} {flags}"
     os.environ |= {"NPROC": "16", "JAX_PLATFORMS": "cpu"}
     import jax
     import numpy as np
@@ -47,4 +48,4 @@ def main(number: int, n_processes: int, port: str, n_devices: int) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], int(sys.argv[4]))
+    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], int(sys.argv[4]), sys.argv[5])

@@ -105,6 +105,7 @@ def test_bad_values(name, value, tmp_path):
     assert not (tmp_path / "w").exists()
 
 
+@pytest.mark.slow
 def test_the_command(tmp_path):
     ended = run(
         "blobs", "--config=configs/blobs_1m.py", f"--workdir={tmp_path / 'w'}",
@@ -113,6 +114,9 @@ def test_the_command(tmp_path):
     assert ended.returncode == 0, ended.stderr
     assert "fit_seconds" in ended.stdout
     assert "scikit_learn_fit_seconds" in ended.stdout
+
+
+def test_the_command_answers_in_a_sentence(tmp_path):
     ended = run(
         "blobs", "--config=configs/blobs_1m.py", f"--workdir={tmp_path / 'v'}",
         "--config.blobs.n_samples=-5",

@@ -49,7 +49,8 @@ def workdir(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     np.save(folder / "x.npy", tiny.blobs()[0])
     training.train_and_evaluate(
-        tiny.config(data__path=str(folder / "x.npy"), training__n_epochs=1), folder / "work"
+        tiny.config(data__path=str(folder / "x.npy"), training__n_epochs=1, n_devices=1),
+        folder / "work",
     )
     return folder / "work"
 

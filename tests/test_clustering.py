@@ -134,6 +134,7 @@ def test_pictures(done):
         assert image[..., :3].std() > 0.02
 
 
+@pytest.mark.slow
 def test_devices_do_not_matter(done, files, tmp_path):
     workdir, _, _ = done
     # Neither 3 nor 8 divides the rows.
@@ -259,7 +260,7 @@ def test_streamed_data(large, tmp_path, capfd):
     assert cluster(config, tmp_path / "w") == summary
 
 
-@pytest.mark.parametrize("stage", ["iteration 2", "labels"])
+@pytest.mark.parametrize("stage", [pytest.param("iteration 2", marks=pytest.mark.slow), "labels"])
 def test_a_stopped_stream_goes_on(stage, large, tmp_path, monkeypatch):
     config = make_config(
         input=str(large[0]), n_clusters="7", n_devices=2, memory_mebibytes=8, max_iter=4,
@@ -286,6 +287,7 @@ def test_a_stopped_stream_goes_on(stage, large, tmp_path, monkeypatch):
         np.testing.assert_array_equal(here[name], there[name])
 
 
+@pytest.mark.slow
 def test_a_sweep_over_streamed_data(large, tmp_path):
     path, _ = large
     config = make_config(
@@ -344,7 +346,7 @@ def test_a_stopped_sweep_goes_on(files, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
 )
-@pytest.mark.parametrize("at", [(0, 4), (1, 2)])
+@pytest.mark.parametrize("at", [pytest.param((0, 4), marks=pytest.mark.slow), (1, 2)])
 def test_resumed_is_uninterrupted(number, at, files, tmp_path, monkeypatch):
     config = make_config(
         input=str(files / "cloud.npy"), n_clusters="12", n_init=2, iterations_per_program=4, tol=0
@@ -414,7 +416,9 @@ def test_other_data_is_refused(done, files, tmp_path, monkeypatch):
         cluster(config, tmp_path / "w")
 
 
-@pytest.mark.parametrize("name", ["state.npz", "summary.json", "config.json"])
+@pytest.mark.parametrize(
+    "name", ["state.npz", "summary.json", pytest.param("config.json", marks=pytest.mark.slow)]
+)
 def test_damaged_files_are_named(name, files, tmp_path):
     config = make_config(input=str(files / "x.npy"), n_clusters="4")
     cluster(config, tmp_path / "w")
@@ -529,6 +533,7 @@ def command(files, workdir, *more) -> tuple[str, ...]:
     )
 
 
+@pytest.mark.slow
 def test_the_command(files, blobs, tmp_path):
     arguments = command(files, tmp_path / "w", "--config.n_clusters=4")
     ended = run("cluster", *arguments)
@@ -545,12 +550,17 @@ def test_the_command(files, blobs, tmp_path):
 @pytest.mark.parametrize(
     ("more", "sentence"),
     [
-        (["--config.input=none.npy"], "none.npy does not exist"),
-        (["--config.n_clusters=2000"], "n_clusters is 2000, but"),
         (["--config.n_clutsers=3"], "n_clutsers"),
-        (["--config.n_clusters=ten"], "config.n_clusters is 'ten'; accepted: an integer"),
         (["--config.max_iter=many"], "max_iter"),
         (["--config.input={files}/nan.npy"], "NaN or infinity in 2 of 1,205 rows"),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (
+                (["--config.input=none.npy"], "none.npy does not exist"),
+                (["--config.n_clusters=2000"], "n_clusters is 2000, but"),
+                (["--config.n_clusters=ten"], "config.n_clusters is 'ten'; accepted: an integer"),
+            )
+        ),
     ],
 )
 def test_bad_command_lines(more, sentence, files, tmp_path):
@@ -563,9 +573,8 @@ def test_bad_command_lines(more, sentence, files, tmp_path):
     assert not (tmp_path / "w").exists()
 
 
-@pytest.mark.parametrize(
-    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_to_the_command(number, tmp_path):
     import subprocess
 

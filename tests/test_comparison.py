@@ -174,6 +174,24 @@ def test_a_second_call_trains_nothing(data, table, monkeypatch, capsys):
     assert "ACC" in capsys.readouterr().out
 
 
+def test_a_table_that_is_stopped_keeps_what_has_ended(data, tmp_path, trainings, monkeypatch):
+    train = training.train_and_evaluate
+
+    def stopped_in_the_third(config, folder):
+        if len(trainings) == 2:
+            raise Interrupted(signal.SIGTERM)
+        return train(config, folder)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "train_and_evaluate", stopped_in_the_third)
+        with pytest.raises(Interrupted):
+            compare(table_config(data), tmp_path)
+    assert [line[:2] for line in markdown_cells(tmp_path)[1:]] == [[name, "1"] for name in ROWS]
+    compare(table_config(data), tmp_path)
+    assert trainings == [f"{name}/seed_{seed}" for seed in range(2) for name in ROWS]
+
+
+@pytest.mark.slow
 def test_an_interrupted_table_goes_on(data, table, tmp_path, monkeypatch, capsys):
     with monkeypatch.context() as patch:
         record = training.Recorder.epoch
@@ -230,6 +248,7 @@ def test_a_changed_config_is_refused_before_anything_is_trained(data, tmp_path, 
     assert list(compare(config, tmp_path, ["dec"])) == ["dec"]
 
 
+@pytest.mark.slow
 def test_changed_data_go_through_the_check_of_the_run(tmp_path):
     examples, labels = tiny.blobs()
     np.save(tmp_path / "x.npy", examples)
@@ -452,7 +471,13 @@ def test_unknown_rows_are_refused(data, tmp_path):
     [
         ("--config.n_seeds=0", "config.n_seeds is 0; accepted: an integer of at least 1"),
         # Quotes keep a name with a comma together, so that the last one is the one not known.
-        ('--methods="dec, BRB",dek', "--methods names 'dek'; accepted: 'autoencoder', 'joint'"),
+        pytest.param(
+            *(
+                '--methods="dec, BRB",dek',
+                "--methods names 'dek'; accepted: 'autoencoder', 'joint'",
+            ),
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_the_command_answers_in_one_sentence(flag, sentence, tmp_path):

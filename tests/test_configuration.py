@@ -449,7 +449,7 @@ OWN = [(name, field) for name, spec in METHODS.items() for field in spec.fields]
 def config_of(name, **changes):
     """The tiny config as a method wants it."""
     if name == "n2d":
-        pytest.importorskip("umap")
+        tiny.skip_without_umap()
     return with_method(tiny.config(data__path="/blobs.npy"), name, **changes)
 
 

@@ -410,6 +410,7 @@ def test_bad_examples(fitted, blobs):
     np.testing.assert_array_equal(fitted.predict(jax.numpy.asarray(x)), fitted.labels_)
 
 
+@pytest.mark.slow
 def test_import_stays_light():
     program = (
         "import jkmeans, sys; getattr(jkmeans, sys.argv[1]) if len(sys.argv) > 1 else 0;"

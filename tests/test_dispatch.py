@@ -426,7 +426,8 @@ def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     np.save(folder / "x.npy", tiny.blobs()[0])
     training.train_and_evaluate(
-        tiny.config(data__path=str(folder / "x.npy"), training__n_epochs=1), folder / "work"
+        tiny.config(data__path=str(folder / "x.npy"), training__n_epochs=1, n_devices=1),
+        folder / "work",
     )
     return folder / "work"
 
@@ -598,7 +599,7 @@ def test_images_are_read_as_they_are(tmp_path):
     np.save(tmp_path / "x.npy", x)
     work = tmp_path / "work"
     training.train_and_evaluate(
-        tiny.config(data__path=str(tmp_path / "x.npy"), training__n_epochs=1), work
+        tiny.config(data__path=str(tmp_path / "x.npy"), training__n_epochs=1, n_devices=1), work
     )
     predict_files(work, str(tmp_path / "x.npy"), str(tmp_path / "out"), merge=True)
     wanted = by_hand(work, [x])
@@ -671,7 +672,9 @@ def test_the_folder_of_another_model_is_refused(run, many, tmp_path, monkeypatch
     predict_files(run, str(folder), str(out))
     before = (out / "plan.json").read_bytes()
     np.save(tmp_path / "x.npy", tiny.blobs()[0])
-    other = tiny.config(data__path=str(tmp_path / "x.npy"), training__n_epochs=1, seed=1)
+    other = tiny.config(
+        data__path=str(tmp_path / "x.npy"), training__n_epochs=1, n_devices=1, seed=1
+    )
     training.train_and_evaluate(other, tmp_path / "work")
     with pytest.raises(UserError, match=r"another model predicted: checkpoint .* with digest"):
         predict_files(tmp_path / "work", str(folder), str(out))

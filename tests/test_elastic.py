@@ -168,6 +168,7 @@ def test_kmeans_of_other_numbers_of_processes_has_the_same_bits(tmp_path):
     np.testing.assert_allclose(inertias[2], inertias[3], rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_deterministic_clustering_has_the_same_bits_on_any_devices(tmp_path):
     np.save(tmp_path / "x.npy", tiny.blobs(n=203)[0])
     found = []

@@ -1,6 +1,5 @@
 """The compiled epoch: against NumPy, against other device counts, against the host-fed path."""
 
-import itertools
 import re
 
 import jax
@@ -179,6 +178,7 @@ def test_adam_and_pretraining_equal_numpy():
 
 def test_an_optimizer_of_its_own_for_clustering_leaves_pretraining_as_it_was():
     plain = {"training__optimizer": "sgd", "training__learning_rate": 0.1, "n_devices": 1}
+    plain |= {"centroids__init": "sample", "centroids__empty": "keep"}  # What compiles fast.
     _, descent, _ = run_epochs(2, **plain, training__clustering_optimizer="sgd")
     run, state, _ = run_epochs(2, **plain, training__clustering_optimizer="adam")
     for name, value in on_host(descent.parameters).items():
@@ -196,9 +196,7 @@ def test_an_optimizer_of_its_own_for_clustering_leaves_pretraining_as_it_was():
 @pytest.mark.parametrize(
     ("n_devices", "precision"),
     [
-        pytest.param(2, "float32", marks=pytest.mark.slow),
-        (3, "float32"),
-        (8, "float32"),
+        *(pytest.param(n, "float32", marks=pytest.mark.slow) for n in (2, 3, 8)),
         (8, "bfloat16"),
     ],
 )
@@ -228,17 +226,9 @@ def test_devices_agree_step_by_step(n_devices, precision):
         np.testing.assert_allclose(*banks, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("n_devices", "init"),
-    [
-        (3, "k-means||"),
-        *(
-            pytest.param(*case, marks=pytest.mark.slow)
-            for case in itertools.product((3, 8), ("sample", "k-means++", "k-means||"))
-            if case != (3, "k-means||")
-        ),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("n_devices", [3, 8])
+@pytest.mark.parametrize("init", ["sample", "k-means++", "k-means||"])
 def test_devices_agree_over_a_run(n_devices, init):
     _, one, values = run_epochs(4, n_devices=1, centroids__init=init)
     _, many, others = run_epochs(4, n_devices=n_devices, centroids__init=init)
@@ -254,9 +244,10 @@ def test_devices_agree_over_a_run(n_devices, init):
     ("bank", "n_devices"),
     [
         ("stored", 8),
-        ("refreshed", 1),
-        pytest.param("stored", 1, marks=pytest.mark.slow),
-        pytest.param("refreshed", 8, marks=pytest.mark.slow),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (("refreshed", 1), ("stored", 1), ("refreshed", 8))
+        ),
     ],
 )
 def test_host_fed_epochs_equal_resident_ones(bank, n_devices):
@@ -275,6 +266,7 @@ def test_host_fed_epochs_equal_resident_ones(bank, n_devices):
         assert mine == pytest.approx(theirs, rel=1e-4, abs=1e-6)
 
 
+@pytest.mark.slow
 def test_every_re_computation_counts_each_example_once():
     run, state, _ = run_epochs(4, n_devices=8, centroids__n_iterations=1, data__n_shards=5)
     bank = gather_examples(state.bank, run.layout).astype(np.float64)
@@ -283,7 +275,7 @@ def test_every_re_computation_counts_each_example_once():
 
 
 def test_centroids_stay_between_re_computations():
-    run = make_run(centroids__every=2, training__n_epochs=4)
+    run = make_run(centroids__every=2, centroids__init="sample", training__n_epochs=4)
     state = run.create()
     seen = []
     for epoch in range(6):
@@ -315,6 +307,7 @@ def test_collectives_of_an_epoch():
     assert collectives(keep) == none | {"all-reduce": 4}
 
 
+@pytest.mark.slow
 def test_a_balance_term_costs_one_more_collective_a_step():
     # Its backward sum is of the weights alone, and travels with the forward one.
     changes = {"centroids__empty": "keep", "objective__balance_weight": 0.1}

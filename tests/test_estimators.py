@@ -42,7 +42,36 @@ STOCHASTIC = {
 }
 
 
-@parametrize_with_checks([KMeans()], expected_failed_checks=lambda _: STOCHASTIC)
+# Each fits rows of other shapes, which compiles anew.
+SLOW_CHECKS = {
+    "check_fit_score_takes_y", "check_estimators_overwrite_params",
+    "check_dont_overwrite_parameters", "check_estimators_fit_returns_self",
+    "check_readonly_memmap_input", "check_n_features_in_after_fitting",
+    "check_positive_only_tag_during_fit", "check_sample_weights_pandas_series",
+    "check_sample_weights_not_an_array", "check_sample_weights_list",
+    "check_sample_weights_not_overwritten", "check_dtype_object", "check_pipeline_consistency",
+    "check_array_api_input", "check_f_contiguous_array_estimator",
+    "check_transformer_data_not_an_array", "check_transformer_preserve_dtypes",
+    "check_transformer_n_iter", "check_clusterer_compute_labels_predict",
+    "check_methods_sample_order_invariance", "check_methods_subset_invariance",
+    "check_fit2d_1feature", "check_fit_check_is_fitted",
+}  # fmt: skip
+
+
+def checks_of(estimator):
+    """scikit-learn's checks as parameters, of which `SLOW_CHECKS` are slow tests."""
+    mark = parametrize_with_checks([estimator], expected_failed_checks=lambda _: STOCHASTIC)
+    names, found = mark.args
+    cases = []
+    for case in found:
+        values, marks = (case.values, case.marks) if hasattr(case, "marks") else (case, ())
+        if values[1].func.__name__ in SLOW_CHECKS:
+            marks = (*marks, pytest.mark.slow)
+        cases.append(pytest.param(*values, marks=marks))
+    return pytest.mark.parametrize(names, cases, **mark.kwargs)
+
+
+@checks_of(KMeans())
 @pytest.mark.filterwarnings("ignore")
 def test_scikit_learn_checks(estimator, check):
     check(estimator)
@@ -109,7 +138,7 @@ def test_kmeans_stopped_early_agrees_with_scikit_learn(blobs, max_iter):
     assert ours.n_iter_ == theirs.n_iter_ == max_iter
 
 
-@pytest.mark.parametrize("init", ["k-means++", "k-means||"])
+@pytest.mark.parametrize("init", ["k-means++", pytest.param("k-means||", marks=pytest.mark.slow)])
 def test_kmeans_reaches_what_scikit_learn_reaches(init):
     x, y = make_blobs(400, 8, centers=8, cluster_std=0.5, random_state=1)
     ours = KMeans(8, init=init, n_init=10, random_state=0).fit(x.astype(np.float32))
@@ -157,6 +186,7 @@ def test_fewer_distinct_rows_than_clusters():
     assert len(set(zip(model.labels_, x[:, 0], strict=True))) == 2
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=40)
 @given(st.data())
 def test_kmeans_on_degenerate_data(data):
@@ -180,6 +210,7 @@ def test_kmeans_on_degenerate_data(data):
         np.testing.assert_allclose(ours.inertia_, theirs.inertia_, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_weights_are_repetitions(blobs, mesh):
     weights = np.random.default_rng(0).integers(0, 4, 301)
     for where in (None, mesh):
@@ -250,7 +281,9 @@ def test_partial_fit_goes_on_after_fit_and_pickling(blobs, mesh):
     np.testing.assert_allclose(other.cluster_centers_, model.cluster_centers_, rtol=1e-5)
 
 
-@pytest.mark.parametrize("init", ["k-means++", "random", "callable"])
+@pytest.mark.parametrize(
+    "init", ["k-means++", pytest.param("random", marks=pytest.mark.slow), "callable"]
+)
 def test_minibatch_reaches_nearly_what_lloyd_reaches(init):
     x, _ = make_blobs(2000, 8, centers=4, cluster_std=2.0, random_state=1)
     full = sklearn.cluster.KMeans(4, n_init=10, random_state=0).fit(x)
@@ -294,8 +327,15 @@ def test_spherical_clusters_directions(blobs):
 # BisectingKMeans
 
 
-@pytest.mark.parametrize("strategy", ["biggest_inertia", "largest_cluster"])
-@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize(
+    ("strategy", "weighted"),
+    [
+        ("biggest_inertia", True),
+        ("largest_cluster", False),
+        pytest.param("biggest_inertia", False, marks=pytest.mark.slow),
+        pytest.param("largest_cluster", True, marks=pytest.mark.slow),
+    ],
+)
 def test_bisecting_agrees_with_scikit_learn(blobs, strategy, weighted):
     def init(X, n_clusters, random_state):
         return X[:n_clusters].copy()
@@ -354,6 +394,16 @@ def make(request):
     return make
 
 
+def slow_for(*kinds):
+    """Makes a test slow for some estimators, whose way there is shared or tested elsewhere too."""
+    cases = [
+        pytest.param(kind, marks=[pytest.mark.slow] if kind in kinds else [], id=kind.__name__)
+        for kind in ESTIMATORS
+    ]
+    return pytest.mark.parametrize("make", cases, indirect=True)
+
+
+@slow_for(MiniBatchKMeans, SphericalKMeans)
 def test_one_device_and_eight(make, blobs, mesh):
     one, eight = make().fit(blobs), make(mesh=mesh).fit(blobs)
     check_equal(eight, one)
@@ -396,6 +446,7 @@ def test_kinds_of_arrays(blobs):
         np.testing.assert_array_equal(model.predict(x), plain.labels_)
 
 
+@slow_for(*ESTIMATORS[1:])
 def test_arrays_of_jax(make, blobs, mesh):
     rows = blobs[:296]
     plain = make().fit(rows)
@@ -410,8 +461,9 @@ def test_arrays_of_jax(make, blobs, mesh):
 @pytest.mark.parametrize(
     ("kind", "dtype"),
     [
-        *((KMeans, dtype) for dtype in (np.float16, np.int8, np.uint8, np.int64)),
-        *((kind, jnp.bfloat16) for kind in ESTIMATORS),
+        *((KMeans, dtype) for dtype in (np.uint8, np.int64, jnp.bfloat16)),
+        *(pytest.param(KMeans, d, marks=pytest.mark.slow) for d in (np.float16, np.int8)),
+        *(pytest.param(kind, jnp.bfloat16, marks=pytest.mark.slow) for kind in ESTIMATORS[1:]),
     ],
 )
 def test_other_dtypes(kind, dtype):
@@ -425,6 +477,7 @@ def test_other_dtypes(kind, dtype):
     np.testing.assert_array_equal(model.predict(x), expected.labels_)
 
 
+@slow_for(MiniBatchKMeans, SphericalKMeans)
 def test_pickle_clone_copy(make, blobs, mesh):
     model = make(mesh=mesh).fit(blobs)
     assert clone(model).mesh == mesh
@@ -494,6 +547,7 @@ def test_kmeans_bad_centroids(blobs):
         KMeans(6, init=blobs[:6, :2]).fit(blobs)
 
 
+@slow_for(SphericalKMeans, BisectingKMeans, HierarchicalKMeans)
 def test_a_second_fit_compiles_nothing(make, blobs):
     events = []
     jax.monitoring.register_event_duration_secs_listener(

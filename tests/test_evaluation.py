@@ -23,12 +23,13 @@ def run(tmp_path_factory):
         data__path=str(folder / "x.npy"),
         data__labels_path=str(folder / "y.npy"),
         training__n_epochs=3,
+        n_devices=1,
     )
     results = training.train_and_evaluate(config, folder / "work")
     return folder, folder / "work", examples, labels, results
 
 
-@pytest.mark.parametrize("n_devices", [1, 3, 8])
+@pytest.mark.parametrize("n_devices", [1, pytest.param(3, marks=pytest.mark.slow), 8])
 def test_evaluation_repeats_the_results_of_the_run(run, n_devices):
     _, workdir, _, _, results = run
     again = evaluation.evaluate(workdir, n_devices=n_devices)

@@ -11,7 +11,7 @@ from jkmeans.sharding import make_mesh
 N = 2 * BLOCK_ROWS + 104  # 8 divides it; shards begin within blocks.
 
 
-@pytest.mark.parametrize("n_devices", [2, 8])
+@pytest.mark.parametrize("n_devices", [pytest.param(2, marks=pytest.mark.slow), 8])
 def test_the_same_bits_on_any_number_of_devices(n_devices):
     alone = make_blobs(3, N, 3, 4)
     mesh = make_mesh(n_devices)
@@ -85,7 +85,7 @@ def test_centers_lie_in_the_box_and_seeds_differ():
     np.testing.assert_array_equal(np.asarray(same.x), np.asarray(one.x))
 
 
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("dtype", [pytest.param("float16", marks=pytest.mark.slow), "bfloat16"])
 def test_small_types(dtype):
     blobs = make_blobs(0, 100, 2, 3, dtype=dtype)
     assert blobs.x.dtype == blobs.centers.dtype == dtype

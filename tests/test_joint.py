@@ -225,8 +225,15 @@ BALANCE_ALONE = SETTINGS | {
 }
 
 
-@pytest.mark.parametrize("settings", [SETTINGS, BALANCE_ALONE], ids=["all terms", "balance alone"])
-@pytest.mark.parametrize("n_padded", [0, 4])
+@pytest.mark.parametrize(
+    ("settings", "n_padded"),
+    [
+        pytest.param(SETTINGS, 4, id="all terms, padded"),
+        pytest.param(BALANCE_ALONE, 0, id="balance alone"),
+        pytest.param(SETTINGS, 0, id="all terms", marks=pytest.mark.slow),
+        pytest.param(BALANCE_ALONE, 4, id="balance alone, padded", marks=pytest.mark.slow),
+    ],
+)
 def test_gradient_on_eight_devices_is_that_of_one(settings, n_padded):
     weights = WEIGHTS.copy()
     weights[:n_padded] = 0  # Of eight devices with two rows each, the first two are all padding.
@@ -328,6 +335,7 @@ def test_a_users_objective_is_what_is_trained():
     assert "loss/balance" not in values
 
 
+@pytest.mark.slow
 def test_a_users_objective_while_pretraining():
     _, _, values, _ = users_epoch(False)
     assert values["loss/mine"] == pytest.approx(0.25)
@@ -335,6 +343,7 @@ def test_a_users_objective_while_pretraining():
     assert values.get("loss/centroid", 0) == 0
 
 
+@pytest.mark.slow
 def test_a_users_random_numbers_are_those_of_the_examples():
     _, _, eight, _ = users_epoch(True)
     _, _, one, _ = users_epoch(True, 1)

@@ -23,7 +23,7 @@ def x():
         pytest.param("sample", True, marks=pytest.mark.slow),
         ("k-means++", False),
         pytest.param("k-means++", True, marks=pytest.mark.slow),
-        ("k-means||", False),
+        pytest.param("k-means||", False, marks=pytest.mark.slow),
     ],
 )
 @pytest.mark.parametrize(
@@ -69,7 +69,9 @@ def test_a_number_of_devices_that_does_not_divide_the_blocks(x):
 
 
 @pytest.mark.parametrize("empty_start", [False, True])
-@pytest.mark.parametrize("shards", [(8, 2), (8, 8), (4, 4), (6, 2)])
+@pytest.mark.parametrize(
+    "shards", [(8, 8), (6, 2), *(pytest.param(s, marks=pytest.mark.slow) for s in ((8, 2), (4, 4)))]
+)
 def test_centroids_on_several_devices(x, shards, empty_start):
     mesh = sharding.make_mesh(*shards)
     start = x[:K].copy()

@@ -89,7 +89,16 @@ def test_input_is_left_alone_and_its_type_does_not_matter():
 
 
 @needs_umap
-@pytest.mark.parametrize("metric", ["cosine", "manhattan", "correlation", "chebyshev"])
+@pytest.mark.parametrize(
+    "metric",
+    [
+        "cosine",
+        *(
+            pytest.param(m, marks=pytest.mark.slow)
+            for m in ("manhattan", "correlation", "chebyshev")
+        ),
+    ],
+)
 def test_other_distances(metric):
     x, truth = blobs(30)
     labels, _ = manifold_clusters(x, 3, seed=0, metric=metric)
@@ -139,6 +148,7 @@ def test_more_starts_never_make_the_mixture_less_likely():
     assert max(gains) > 0
 
 
+@pytest.mark.slow
 @needs_umap
 def test_cosine_sees_directions_only():
     x, _ = blobs(30)
@@ -156,6 +166,7 @@ def test_as_few_rows_as_there_can_be(layout):
     np.testing.assert_array_equal(labels, 0)
 
 
+@pytest.mark.slow
 @needs_umap
 def test_equal_rows_are_no_obstacle():
     x, truth = blobs(30)

@@ -127,7 +127,7 @@ def _no_umap(monkeypatch):
 
 def config_of(name, **changes):
     if name == "n2d":
-        pytest.importorskip("umap")  # Its config is refused without.
+        tiny.skip_without_umap()
     return validate(with_method(tiny.config(), name, **changes))
 
 
@@ -225,8 +225,18 @@ def objective_of(name, method, clusters, batch, w=W):
     return method.objective(Linear(w, is_unit(name)), clusters, batch)
 
 
-@pytest.mark.parametrize("clustering", [False, True])
-@pytest.mark.parametrize("name", METHODS)
+# Which pretrain by reconstruction alone, as DEC does; what else they do is in the default run.
+AS_DEC = {"autoencoder", "idec", "dcn", "dkm", "n2d"}
+
+
+@pytest.mark.parametrize(
+    ("name", "clustering"),
+    [
+        *((name, True) for name in METHODS),
+        *((name, False) for name in METHODS if name not in AS_DEC),
+        *(pytest.param(name, False, marks=pytest.mark.slow) for name in METHODS if name in AS_DEC),
+    ],
+)
 def test_objective_of_a_method(name, clustering):
     method, clusters, _ = started(name)
     batch = batch_of(clustering=clustering)
@@ -323,16 +333,16 @@ def bits_of(run, state):
     return {k: v.tobytes() for k, v in found.items()}
 
 
-# The two whose steps sum over all examples, and over the batch of all devices; joint is in
+def all_but_slow(*names):
+    """The methods, of which all but these are slow tests."""
+    return [
+        name if name in names else pytest.param(name, marks=pytest.mark.slow) for name in METHODS
+    ]
+
+
+# DEC sums over all examples. Codes of SwAV, of the batch of all devices, are below, and joint is in
 # tests/test_epoch.py.
-SUMS_EVERYWHERE = {"dec", "swav"}
-SOME_SLOW = [
-    name if name in SUMS_EVERYWHERE else pytest.param(name, marks=pytest.mark.slow)
-    for name in METHODS
-]
-
-
-@pytest.mark.parametrize("name", SOME_SLOW)
+@pytest.mark.parametrize("name", all_but_slow("dec"))
 def test_one_device_agrees_with_eight(name):
     one_run, one, values = trained(name, 1)
     run, many, others = trained(name, 8)
@@ -358,7 +368,7 @@ def test_one_device_agrees_with_eight(name):
     assert losses[1] < losses[0]
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", all_but_slow("dec", "swav", "n2d"))
 def test_labels_of_the_data_change_no_bit(name):
     """Nor does a second run with the same seed."""
     run, state, values = trained(name, 1)
@@ -379,7 +389,9 @@ def test_labels_of_the_data_change_no_bit(name):
     assert values[-1]["acc"] != others[-1]["acc"]
 
 
-@pytest.mark.parametrize("name", ["dec", "dcn", "vade", "swav"])
+@pytest.mark.parametrize(
+    "name", ["dec", *(pytest.param(n, marks=pytest.mark.slow) for n in ("dcn", "vade", "swav"))]
+)
 def test_resumed_equals_uninterrupted(name, tmp_path):
     run, end, _ = trained(name, 8)
     state = run.create()
@@ -421,7 +433,9 @@ def test_fed_from_the_host_equals_resident(name):
 CLUSTERING = [name for name, spec in METHODS.items() if "training.n_epochs" not in spec.settings]
 
 
-@pytest.mark.parametrize("name", CLUSTERING)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow) if n == "idec" else n for n in CLUSTERING]
+)
 def test_what_clustering_does_not_use_rests(name):
     run, state, _ = trained(name, 1)
     start = run.create()
@@ -630,7 +644,13 @@ def test_idec_equals_numpy(invariance):
     np.testing.assert_allclose(terms["divergence"], expected, rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", [m for m in METHODS if m not in ("swav", "vade")])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("joint", "dec", "dcn", "deepcluster_v2"),
+        *(pytest.param(n, marks=pytest.mark.slow) for n in ("autoencoder", "idec", "dkm", "n2d")),
+    ],
+)
 def test_invariance_is_the_mean_over_examples_and_views(name):
     method, clusters, _ = started(name)
     z, both = objective_of(name, method, clusters, batch_of(invariance=True))
@@ -722,7 +742,14 @@ def test_inverse_temperatures_of_the_paper():
     np.testing.assert_array_equal(dkm.inverse_temperatures(1000.0, 1), [1000])
 
 
-@pytest.mark.parametrize(("n", "n_epochs"), [(1, 4), (40, 200), (3, 7), (5, 3), (10, 100)])
+@pytest.mark.parametrize(
+    ("n", "n_epochs"),
+    [
+        (40, 200),
+        (3, 7),
+        *(pytest.param(*c, marks=pytest.mark.slow) for c in ((1, 4), (5, 3), (10, 100))),
+    ],
+)
 def test_dkm_anneals_in_equal_parts(n, n_epochs):
     alphas = dkm.inverse_temperatures(0.5, n)
 
@@ -850,6 +877,7 @@ def test_vade_of_gaussian_pixels_equals_numpy():
     np.testing.assert_allclose(before["reconstruction"], squared, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_vade_of_gaussian_pixels_is_pretrained_as_other_methods_are():
     states = []
     for name, changes in (("dec", {}), ("vade", {"objective__likelihood": "gaussian"})):

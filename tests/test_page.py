@@ -12,7 +12,7 @@ import pytest
 from jkmeans import page
 from jkmeans.page import embeddable_json, failure_signs, flatten_config, write_page
 from jkmeans.report import MAP_EXAMPLES, NEAREST, ClusteredExamples
-from tests.test_report import DEGENERATE, history, run
+from tests.test_report import DEGENERATE, IN_PICTURES, history, run
 
 CHROMIUM = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
@@ -178,7 +178,11 @@ def test_script_writes_text_nodes_only():
     assert not re.search(r"innerHTML|outerHTML|insertAdjacent|document\.write|eval\(", script)
 
 
-@pytest.mark.parametrize("name", DEGENERATE)
+# The others are those of which tests/test_report.py draws pictures.
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=pytest.mark.slow) if n in IN_PICTURES else n for n in DEGENERATE],
+)
 def test_degenerate_runs(tmp_path, name):
     data = data_of(written(tmp_path, DEGENERATE[name]()))
     assert len(data["map"]["x"]) == len(data["map"]["cluster"])
@@ -213,6 +217,7 @@ def test_page_reads_only_the_examples_it_shows(tmp_path):
     assert Counted.read == MAP_EXAMPLES + 4 * (NEAREST + page.FARTHEST)
 
 
+@pytest.mark.slow
 def test_page_of_images_is_small(tmp_path):
     arguments = run(n=3000, k=10, p=2, shape=(96, 96, 3), dtype=np.uint8)  # noise: the worst case
     assert len(written(tmp_path, arguments)) < 10e6
@@ -438,7 +443,14 @@ def test_duplicate_centroids():
     assert sign("Duplicate centroids", centroids=close)[0] == "unknown"
 
 
-@pytest.mark.parametrize(("k", "p"), [(2, 1), (2, 30), (300, 1), (300, 2), (300, 30)])
+@pytest.mark.parametrize(
+    ("k", "p"),
+    [
+        (2, 1),
+        (300, 30),
+        *(pytest.param(*c, marks=pytest.mark.slow) for c in ((2, 30), (300, 1), (300, 2))),
+    ],
+)
 def test_many_centroids_in_few_dimensions_are_no_duplicates(k, p):
     from sklearn.cluster import KMeans
 

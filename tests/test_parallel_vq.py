@@ -232,6 +232,7 @@ def test_bad_input_is_answered_before_anything_is_made(tmp_path, field, value, a
     assert not (tmp_path / "vq").exists()
 
 
+@pytest.mark.slow
 def test_launcher_answers_in_a_sentence(tmp_path):
     done = subprocess.run(
         [

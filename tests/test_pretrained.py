@@ -238,6 +238,7 @@ def test_a_run_that_takes_its_network_equals_one_that_pretrains(first, second, f
     assert len(list(networks.iterdir())) == 1
 
 
+@pytest.mark.slow
 def test_a_baseline_takes_a_network_too(folder):
     networks = folder / "networks-of-dec"
     run_in(folder / "giver-dec", "dec", networks)  # Reported again, where it is there.
@@ -247,6 +248,7 @@ def test_a_baseline_takes_a_network_too(folder):
     assert (results, bits, phases) == (expected, expected_bits, ["pretrain"] * 2)
 
 
+@pytest.mark.slow
 def test_a_run_with_a_damaged_network_pretrains_anew(folder, capsys):
     networks = folder / "damaged"
     networks.mkdir()

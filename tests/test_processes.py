@@ -1,5 +1,6 @@
 """k-means over several processes: the same bits whatever the layout of processes and devices."""
 
+import functools
 import json
 import socket
 import subprocess
@@ -14,7 +15,7 @@ def free_port() -> str:
         return str(listener.getsockname()[1])
 
 
-def fits(n_processes: int, n_devices: int) -> list[dict]:
+def fits(n_processes: int, n_devices: int, flags: str) -> list[dict]:
     """What each process found."""
     port = free_port()
     processes = [
@@ -23,7 +24,7 @@ def fits(n_processes: int, n_devices: int) -> list[dict]:
                 sys.executable,
                 "-m",
                 "tests.processes",
-                *map(str, (number, n_processes, port, n_devices)),
+                *map(str, (number, n_processes, port, n_devices, flags)),
             ],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -43,12 +44,21 @@ def fits(n_processes: int, n_devices: int) -> list[dict]:
 
 @pytest.fixture(scope="module")
 def one_process():
-    return fits(1, 4)[0]
+    """What one process finds, by the flags of XLA."""
+    return functools.cache(lambda flags: fits(1, 4, flags)[0])
+
+
+FAST_TO_COMPILE, AS_USERS_RUN_IT = "--xla_backend_optimization_level=0", ""
 
 
 @pytest.mark.parametrize(
-    ("n_processes", "n_devices"), [(2, 2), pytest.param(4, 1, marks=pytest.mark.slow)]
+    ("n_processes", "n_devices", "flags"),
+    [
+        (2, 2, FAST_TO_COMPILE),
+        pytest.param(2, 2, AS_USERS_RUN_IT, marks=pytest.mark.slow),
+        pytest.param(4, 1, AS_USERS_RUN_IT, marks=pytest.mark.slow),
+    ],
 )
-def test_the_same_bits_on_any_layout_of_processes(one_process, n_processes, n_devices):
-    for found in fits(n_processes, n_devices):
-        assert found == one_process
+def test_the_same_bits_on_any_layout_of_processes(one_process, n_processes, n_devices, flags):
+    for found in fits(n_processes, n_devices, flags):
+        assert found == one_process(flags)

@@ -83,6 +83,7 @@ def test_vectors_without_truth(tmp_path):
     check_pictures(paths, tmp_path, ["curves", "map", "nearest", "sizes", "summary"])
 
 
+@pytest.mark.slow
 def test_500_clusters_of_colour_images(tmp_path):
     arguments = run(n=1000, k=500, p=2, shape=(4, 5, 3), dtype=np.uint8)
     paths = write_report(tmp_path, **arguments)
@@ -127,7 +128,14 @@ DEGENERATE = {
 }
 
 
-@pytest.mark.parametrize("name", DEGENERATE)
+IN_PICTURES = {"one example", "not finite", "empty clusters", "one dimension, scalars"}
+"""In the default run; the others are there in tests/test_page.py."""
+
+
+@pytest.mark.parametrize(
+    "name",
+    [n if n in IN_PICTURES else pytest.param(n, marks=pytest.mark.slow) for n in DEGENERATE],
+)
 def test_degenerate_runs(tmp_path, name):
     arguments = DEGENERATE[name]()
     paths = write_report(tmp_path, **arguments)

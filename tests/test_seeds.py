@@ -35,19 +35,31 @@ def records(workdir):
     ]
 
 
+def check_summary(workdir, summary):
+    values = summary["inertia"]["values"]
+    assert len(set(values)) == N_SEEDS
+    np.testing.assert_allclose(summary["inertia"]["mean"], np.mean(values))
+    np.testing.assert_allclose(summary["inertia"]["sd"], np.std(values, ddof=1))
+    assert json.loads((workdir / "seeds.json").read_text()) == summary
+
+
 # One method that re-clusters, one with learned clusters, one with steps of its own.
 @pytest.mark.parametrize(
     ("method", "n_devices"),
     [
-        ("dec", 2),
-        pytest.param("joint", 1, marks=pytest.mark.slow),
-        pytest.param("dcn", 1, marks=pytest.mark.slow),
-        pytest.param("dec", 3, marks=pytest.mark.slow),
+        ("joint", 8),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (("joint", 1), ("dcn", 1), ("dec", 2), ("dec", 3))
+        ),
     ],
 )
 def test_equal_to_runs_of_their_own(tmp_path, method, n_devices):
-    config = with_method(tiny.config(n_devices=n_devices), method)
+    config = tiny.config(n_devices=n_devices)  # Of joint training.
+    if method != "joint":
+        config = with_method(config, method)
     summary = side_by_side(tmp_path / "together", config)
+    check_summary(tmp_path / "together", summary)
     for i, seed in enumerate((3, 6)):
         one = alone(tmp_path / f"alone_{seed}", config, seed)
         folder = tmp_path / "together" / f"seed_{seed}"
@@ -72,13 +84,10 @@ def test_equal_to_runs_of_their_own(tmp_path, method, n_devices):
         assert evaluation.predict(model, x).labels.shape == (len(x),)
 
 
+@pytest.mark.slow
 def test_seeds_differ_and_are_summarised(tmp_path):
     summary = side_by_side(tmp_path, tiny.config())
-    values = summary["inertia"]["values"]
-    assert len(set(values)) == N_SEEDS
-    np.testing.assert_allclose(summary["inertia"]["mean"], np.mean(values))
-    np.testing.assert_allclose(summary["inertia"]["sd"], np.std(values, ddof=1))
-    assert json.loads((tmp_path / "seeds.json").read_text()) == summary
+    check_summary(tmp_path, summary)
     means = [record["loss"] for record in read_metrics(tmp_path)]
     each = [
         [record["loss"] for record in read_metrics(tmp_path / f"seed_{seed}")]

@@ -25,8 +25,14 @@ def grid_of_blobs(k: int, n: int = 600, std: float = 0.4, seed: int = 0) -> np.n
 # Silhouettes
 
 
-@pytest.mark.parametrize("n", [7, 500])
-@pytest.mark.parametrize("offset", [0.0, 100.0])
+@pytest.mark.parametrize(
+    ("n", "offset"),
+    [
+        (7, 0.0),
+        (500, 100.0),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in ((7, 100.0), (500, 0.0))),
+    ],
+)
 def test_silhouettes_are_those_of_scikit_learn(n, offset):
     generator = np.random.default_rng(n)
     x = (generator.normal(size=(n, D)) + offset).astype(np.float32)
@@ -84,6 +90,7 @@ def test_it_finds_the_blobs(swept):
     assert [c.shape for c in result.centroids] == [(k, D) for k in result.n_clusters]
 
 
+@pytest.mark.slow
 def test_other_numbers_of_blobs_in_the_same_programs():
     for k in (3, 4):
         assert sweep(
@@ -143,6 +150,7 @@ def test_the_same_key_gives_the_same_sweep_and_another_a_different_one(swept):
     assert (other.stability != result.stability).any()
 
 
+@pytest.mark.slow
 def test_float64_far_from_the_origin(swept):
     x, result = swept
     far = x.astype(np.float64) + 1e7

@@ -25,7 +25,7 @@ def mesh():
     return sharding.make_mesh(8)
 
 
-@pytest.fixture(scope="module", params=[None, 1, 8])
+@pytest.fixture(scope="module", params=[None, pytest.param(1, marks=pytest.mark.slow), 8])
 def any_mesh(request):
     return None if request.param is None else sharding.make_mesh(request.param)
 
@@ -76,7 +76,8 @@ def test_weights_with_padding(blobs, mesh):
 
 
 @pytest.mark.parametrize(
-    "init", ["k-means++", "sample", pytest.param("k-means||", marks=pytest.mark.slow)]
+    "init",
+    ["k-means++", *(pytest.param(i, marks=pytest.mark.slow) for i in ("sample", "k-means||"))],
 )
 def test_initialisation_does_not_depend_on_the_devices(blobs, mesh, init):
     one = sharded.fit(KEY, blobs, 6, init=init, n_init=2)
@@ -158,6 +159,7 @@ def compilations():
     return events
 
 
+@pytest.mark.slow
 def test_a_second_fit_compiles_nothing(blobs, mesh, compilations):
     def fit(x, start, tol, max_iter, mesh):
         result = sharded.fit(
@@ -174,6 +176,7 @@ def test_a_second_fit_compiles_nothing(blobs, mesh, compilations):
         assert not compilations
 
 
+@pytest.mark.slow
 def test_no_copy_of_the_rows_beside_the_core():
     x = jax.ShapeDtypeStruct((40_000, 64), np.float32)
     options = {"n_clusters": 8, "n_init": 1, "init": "k-means++"}
@@ -185,7 +188,14 @@ def test_no_copy_of_the_rows_beside_the_core():
     assert extra < 0.05 * 40_000 * 64 * 4
 
 
-@pytest.mark.parametrize("dtype", [np.float16, jnp.bfloat16, np.int8, np.uint8])
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        jnp.bfloat16,
+        np.uint8,
+        *(pytest.param(d, marks=pytest.mark.slow) for d in (np.float16, np.int8)),
+    ],
+)
 def test_small_types_stay_small_on_the_devices(dtype, mesh):
     x = np.random.default_rng(0).integers(0, 100, (61, 4)).astype(dtype)
     for where in (None, mesh):

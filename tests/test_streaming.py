@@ -56,7 +56,9 @@ def in_sklearn(x, centroids, weights=None, **options):
     return model.fit(x, sample_weight=weights)
 
 
-@pytest.mark.parametrize("chunk_rows", [1, 200, 256, 997, N, 4096])
+@pytest.mark.parametrize(
+    "chunk_rows", [1, 200, 4096, *(pytest.param(n, marks=pytest.mark.slow) for n in (256, 997, N))]
+)
 @pytest.mark.parametrize("n_devices", [1, 8])
 def test_lloyd_is_that_of_sklearn_whatever_the_chunks_and_devices(path, x, chunk_rows, n_devices):
     if chunk_rows == 1:
@@ -94,7 +96,7 @@ def test_tolerance_and_weights_are_those_of_sklearn(path, x, weights, weighted, 
     assert found.inertia == pytest.approx(expected.inertia_, rel=1e-5)
 
 
-@pytest.mark.parametrize("init", ["sample", "k-means||"])
+@pytest.mark.parametrize("init", [pytest.param("sample", marks=pytest.mark.slow), "k-means||"])
 @pytest.mark.parametrize("weighted", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_streamed_initialisation_chooses_the_rows_that_are_chosen_in_memory(
     path, x, weights, init, weighted
@@ -129,6 +131,7 @@ def test_kmeans_plus_plus_chooses_the_same_rows_whatever_the_chunks_and_devices(
     assert found[0].n_passes == 2 * 4
 
 
+@pytest.mark.slow
 def test_kmeans_plus_plus_finds_clusters_that_are_far_apart():
     # A draw by D² misses one of four tight clusters once in a million times.
     labels = np.random.default_rng(0).integers(0, 4, 400)
@@ -141,7 +144,7 @@ def test_kmeans_plus_plus_finds_clusters_that_are_far_apart():
         assert sorted(found.counts) == sorted(np.bincount(labels))
 
 
-@pytest.mark.parametrize("n_init", [1, 3])
+@pytest.mark.parametrize("n_init", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_data_that_fits_the_budget_gives_the_same(path, weights, n_init):
     options = {"init": "sample", "n_init": n_init, "tol": 1e-3, "weights": weights}
     resident = fit_stream(KEY, path, K, **options)
@@ -196,6 +199,7 @@ def test_empty_clusters_as_in_memory(path, x):
         assert found.n_relocated == reference.n_relocated
 
 
+@pytest.mark.slow
 def test_fewer_distinct_rows_than_clusters():
     x = np.repeat(np.eye(2, D, dtype=np.float32), 20, axis=0)
     for init in ("sample", "k-means++", "k-means||"):
@@ -205,7 +209,13 @@ def test_fewer_distinct_rows_than_clusters():
         assert found.n_empty == K - np.sum(found.counts > 0) >= K - 40
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float64", "int8", "uint8", "int64"])
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        *("bfloat16", "float64", "uint8"),
+        *(pytest.param(d, marks=pytest.mark.slow) for d in ("float16", "int8", "int64")),
+    ],
+)
 def test_dtypes(dtype, x, tmp_path):
     dtype = np.dtype(ml_dtypes.bfloat16) if dtype == "bfloat16" else np.dtype(dtype)
     y = (np.abs(x) * 4).astype(dtype)
@@ -503,7 +513,9 @@ def test_a_damaged_checkpoint_is_put_aside_and_the_one_before_used(path, tmp_pat
     assert (folder / f"damaged-{newest}").is_dir()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "number", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM]
+)
 def test_signals_save_and_leave(path, tmp_path, number):
     def interrupt(progress):
         if progress.stage == "iteration 2" and progress.rows > 300:
@@ -546,7 +558,7 @@ def test_a_fit_killed_in_the_middle_of_a_pass_goes_on_with_the_same_bits(path, t
 # Outputs ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("n_devices", [1, 8])
+@pytest.mark.parametrize("n_devices", [pytest.param(1, marks=pytest.mark.slow), 8])
 def test_predict_transform_and_score_are_those_of_sklearn(path, x, weights, n_devices, tmp_path):
     options = {"chunk_rows": CHUNK, "mesh": make_mesh(n_devices)}
     model = in_sklearn(x, x[:K])

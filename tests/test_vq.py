@@ -155,7 +155,9 @@ def test_scheme_c_without_delay_loses_nothing():
     assert np.any(np.asarray(state.pending) != 0)
 
 
-@pytest.mark.parametrize("scheme", ["averaging", "asynchronous"])
+@pytest.mark.parametrize(
+    "scheme", [pytest.param("averaging", marks=pytest.mark.slow), "asynchronous"]
+)
 def test_workers_over_devices_have_the_same_bits(scheme):
     one = run(setting(scheme), 1, FIRST, DATA)
     # One worker a device, and several.
@@ -184,6 +186,7 @@ def test_dealing_gives_every_sample_to_one_worker():
         np.testing.assert_array_equal(shares.samples[i, : shares.counts[i]], DATA[i::M])
 
 
+@pytest.mark.slow
 def test_speed_of_displacements_and_of_averages():
     """What the paper is about, on a small mixture: B is M times as fast, A is not."""
     x = spline_mixture(0, 4000, 12, 8, 20)

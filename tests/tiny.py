@@ -1,8 +1,10 @@
 """A run small enough for tests: 203 examples of 3 blobs in 12 dimensions, 4 × 2 epochs."""
 
 import importlib
+import importlib.util
 
 import numpy as np
+import pytest
 
 from jkmeans import datasets
 
@@ -46,3 +48,9 @@ def config(**changes):
             node = node[group]
         node[leaf] = value
     return values
+
+
+def skip_without_umap() -> None:
+    """Where a config of N2D is refused; umap itself takes 10 seconds to import."""
+    if importlib.util.find_spec("umap") is None:
+        pytest.skip("umap-learn is not installed")

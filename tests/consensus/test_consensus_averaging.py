@@ -49,7 +49,14 @@ def random_values(n_nodes, dtype=np.float32):
     return np.random.default_rng(0).normal(3, 1, (n_nodes, 3)).astype(dtype)
 
 
-@pytest.mark.parametrize("name", TOPOLOGIES)
+# The far, the near, and all through one node; the others are slow tests.
+SOME_SLOW = [
+    name if name in ("ring", "exponential", "star") else pytest.param(name, marks=pytest.mark.slow)
+    for name in TOPOLOGIES
+]
+
+
+@pytest.mark.parametrize("name", SOME_SLOW)
 def test_the_spectral_gap_predicts_the_rounds(name):
     n_nodes = 9 if name == "torus" else 8
     graph = make_topology(name, n_nodes)
@@ -80,7 +87,11 @@ def test_nodes_that_agree_stay_to_the_bit():
 
 @pytest.mark.parametrize(
     ("name", "loss", "kind"),
-    [("star", 0.0, "symmetric"), ("ring", 0.3, "symmetric"), ("exponential", 0.3, "push_sum")],
+    [
+        pytest.param("star", 0.0, "symmetric", marks=pytest.mark.slow),
+        ("ring", 0.3, "symmetric"),
+        ("exponential", 0.3, "push_sum"),
+    ],
 )
 def test_a_mesh_axis_and_a_vmap_axis_agree(name, loss, kind):
     graph, values = make_topology(name, 8), random_values(8)
@@ -140,6 +151,7 @@ def test_no_mass_is_lost_whatever_is_lost():
         )
 
 
+@pytest.mark.slow
 def test_long_sums_in_float32_cost_resolution_but_no_mass():
     links, values = LocalLinks(make_topology("ring", 8)), 100 * random_values(8)
     averaging = push_sum(links, jax.random.key(5), 0.2)
@@ -151,7 +163,7 @@ def test_long_sums_in_float32_cost_resolution_but_no_mass():
     np.testing.assert_allclose(found, np.tile(values.mean(axis=0), (8, 1)), rtol=5000 * 2**-23)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [pytest.param("symmetric", marks=pytest.mark.slow), "push_sum"])
 def test_the_average_follows_changes(kind):
     graph = make_topology("hypercube", 8)
     with jax.enable_x64(True):
@@ -168,7 +180,7 @@ def test_the_average_follows_changes(kind):
     np.testing.assert_allclose(found, np.tile(wanted, (8, 1)), rtol=1e-9)
 
 
-@pytest.mark.parametrize("stays", [True, False])
+@pytest.mark.parametrize("stays", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_node_that_leaves_hands_over_or_takes_along(stays):
     graph = make_topology("torus", 9)
     with jax.enable_x64(True):
@@ -196,8 +208,15 @@ def test_nobody_leaves_who_holds_the_graph_together():
     assert weights.tolist() == [1] * 5
 
 
-@pytest.mark.parametrize(("kind", "numbers"), [("symmetric", 3), ("push_sum", 4)])
-@pytest.mark.parametrize("name", ["star", "ring"])
+@pytest.mark.parametrize(
+    ("name", "kind", "numbers"),
+    [
+        ("star", "symmetric", 3),
+        ("ring", "push_sum", 4),
+        pytest.param("star", "push_sum", 4, marks=pytest.mark.slow),
+        pytest.param("ring", "symmetric", 3, marks=pytest.mark.slow),
+    ],
+)
 def test_bytes_by_formula_and_in_the_compiled_program(name, kind, numbers):
     graph = make_topology(name, 8)
     values = random_values(8)

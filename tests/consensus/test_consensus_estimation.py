@@ -26,6 +26,9 @@ from jkmeans.sharding import REPLICATED, SHARDED, make_mesh
 
 MATRIX = np.array([[5.0, 1.0], [1.0, 4.0]])
 EXACT = ("gradient_tracking", "extra")
+EXACT_FIRST = [
+    name if name in EXACT else pytest.param(name, marks=pytest.mark.slow) for name in METHODS
+]
 
 
 def run(graph, problem, name, n_rounds, step=None, loss=0.0, mesh=None, start=None):
@@ -78,7 +81,15 @@ def test_the_closed_form_is_numpys():
         closed_form(LeastSquares(problem.matrix[:3], problem.measured[:3]))
 
 
-@pytest.mark.parametrize("name", TOPOLOGIES)
+@pytest.mark.parametrize(
+    "name",
+    [
+        name
+        if name in ("ring", "exponential", "star")
+        else pytest.param(name, marks=pytest.mark.slow)
+        for name in TOPOLOGIES
+    ],
+)
 def test_exact_methods_reach_the_closed_form(name):
     graph = make_topology(name, 9 if name == "torus" else 8)
     for method in EXACT:
@@ -112,7 +123,7 @@ def test_all_reducing_is_gradient_descent():
     assert np.linalg.norm(x - wanted) > 1e-6
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", EXACT_FIRST)
 def test_steps_below_the_bound_are_stable_and_those_beyond_it_are_not(name):
     # All rows of one direction and length: there the bounds are tight.
     graph = make_topology("ring", 8)
@@ -130,7 +141,9 @@ def test_steps_below_the_bound_are_stable_and_those_beyond_it_are_not(name):
     assert sizes[1] > 1e3 or name == "extra"
 
 
-@pytest.mark.parametrize("name", ["ring", "star", "exponential"])
+@pytest.mark.parametrize(
+    "name", [*(pytest.param(n, marks=pytest.mark.slow) for n in ("ring", "star")), "exponential"]
+)
 def test_uneven_nodes_are_stable_below_the_bound_too(name):
     graph = make_topology(name, 8)
     problem, _ = sensors(graph, 3, 0.5, seed=4)
@@ -160,7 +173,7 @@ def test_tracking_stands_links_that_fail():
         run(graph, of_exercise(graph), "extra", 10, loss=0.2)
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", EXACT_FIRST)
 def test_a_mesh_axis_and_a_vmap_axis_agree(name):
     graph = make_topology("star", 8)
     problem = of_exercise(graph)

@@ -213,6 +213,7 @@ def test_tables():
     assert comma.splitlines() == ["a,b,c", "x,1234,", "y,,1e-09"]
 
 
+@pytest.mark.slow
 def test_launcher_answers_in_a_sentence(tmp_path):
     done = subprocess.run(
         [

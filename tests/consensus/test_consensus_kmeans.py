@@ -63,7 +63,7 @@ def _lloyd(points, first, n_iter):
     return kmeans.lloyd(points, first, max_iter=n_iter, tol=-1.0, empty="keep")
 
 
-@pytest.mark.parametrize("order", ["shuffled", "sorted"])
+@pytest.mark.parametrize("order", [pytest.param("shuffled", marks=pytest.mark.slow), "sorted"])
 def test_with_enough_rounds_it_is_lloyd(points, order):
     graph, first = make_topology("ring", 8), points[:K]
     wanted = lloyd(points, first, 6)
@@ -78,6 +78,7 @@ def test_with_enough_rounds_it_is_lloyd(points, order):
         assert trace.inertia[n_iter] == pytest.approx(before, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_one_round_on_a_complete_graph_is_lloyd(points):
     found, trace = cluster(points, make_topology("complete", 8), points[:K], 8, 1)
     wanted = lloyd(points, points[:K], 8)
@@ -114,7 +115,8 @@ def test_an_empty_cluster_keeps_its_centroid(points):
     assert np.isfinite(found).all()
 
 
-@pytest.mark.parametrize("loss", [pytest.param(None, marks=pytest.mark.slow), 0.2])
+@pytest.mark.slow
+@pytest.mark.parametrize("loss", [None, 0.2])
 def test_a_mesh_axis_and_a_vmap_axis_agree(points, loss):
     graph = make_topology("ring", 8)
     here, trace = cluster(points, graph, points[:K], 6, 5, loss=loss)
@@ -213,6 +215,7 @@ def test_training_on_a_complete_graph_is_all_reduce_training(digits):
         np.testing.assert_allclose(one, other, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_gossip_helps_nodes_that_saw_few_classes(digits):
     graph = make_topology("torus", 9)
     _, together = trained(digits, graph, "gossip", 150, "sorted")

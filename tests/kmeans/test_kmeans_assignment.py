@@ -21,10 +21,10 @@ def brute_force(x, centroids):
         (1, 1, 1, 256),
         (7, 3, 2, 4),
         (600, 5, 7, 256),
-        (257, 1, 3, 256),
-        (512, 2, 4, 256),
         (16, 4, 16, 5),
-        (23, 2, 10, 1),
+        pytest.param(257, 1, 3, 256, marks=pytest.mark.slow),
+        pytest.param(512, 2, 4, 256, marks=pytest.mark.slow),
+        pytest.param(23, 2, 10, 1, marks=pytest.mark.slow),
     ],
 )
 def test_agrees_with_brute_force(n, d, k, block_size):

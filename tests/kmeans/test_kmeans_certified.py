@@ -104,6 +104,7 @@ def test_what_is_certified_is_nearest_in_exact_arithmetic(problem, precision):
     check(x, centroids, _program(x, centroids, precision=precision))
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=40)
 @given(
     hnp.arrays(np.int32, (13, 2), elements=st.integers(-300, 300)),
@@ -116,6 +117,7 @@ def test_ties_go_to_the_lowest_index(x, centroids, precision):
     np.testing.assert_array_equal(found.labels, squared_distances(x, centroids).argmin(axis=1))
 
 
+@pytest.mark.slow
 def test_low_precision_alone_is_wrong_here_and_the_bound_mends_it():
     rng = np.random.default_rng(0)
     centroids = rng.normal(size=(50, 20)).astype(np.float32)
@@ -187,7 +189,7 @@ def test_a_centroid_that_is_nan_certifies_nothing():
     assert (found.levels == RECOMPUTED).all()
 
 
-@pytest.mark.parametrize("dtype", [np.uint8, jnp.bfloat16])
+@pytest.mark.parametrize("dtype", [pytest.param(np.uint8, marks=pytest.mark.slow), jnp.bfloat16])
 def test_rows_that_the_format_holds_are_certified_more_often(dtype):
     # Centroids at multiples of 1/2: nothing is rounded but sums.
     rng = np.random.default_rng(4)
@@ -222,7 +224,7 @@ def test_float64_is_the_arithmetic_of_float64():
             np.testing.assert_array_equal(found.labels, expected)
 
 
-@pytest.mark.parametrize("precision", EXACT)
+@pytest.mark.parametrize("precision", ["exact", pytest.param("exact-tf32", marks=pytest.mark.slow)])
 def test_the_bound_holds_for_every_pair_and_is_not_idle(precision):
     """Also of numbers between 10⁻⁴ and 10⁴, and of sums that cancel."""
     assert 0.05 < bound_use(precision, 40) < 1
@@ -263,7 +265,13 @@ def tensor_core(x: np.ndarray, c: np.ndarray, *, block: int, extra_bits: int) ->
 CORES = {"A100": (8, 1), "H100": (16, 2), "H100, TensorFloat-32": (8, 2), "coarsest": (4, 0)}
 
 
-@pytest.mark.parametrize("core", CORES)
+@pytest.mark.parametrize(
+    "core",
+    [
+        *(pytest.param(core, marks=pytest.mark.slow) for core in ("A100", "H100")),
+        *("H100, TensorFloat-32", "coarsest"),
+    ],
+)
 @pytest.mark.parametrize("kind", ["normal", "positive", "large first", "cancelling", "spread"])
 def test_the_bound_holds_as_tensor_cores_add(kind, core):
     """The premise of step 2 in the module's docstring, and E with it."""
@@ -369,6 +377,7 @@ def test_an_unknown_precision_is_an_error():
 _lloyd = jax.jit(lloyd, static_argnames=("precision", "algorithm"))
 
 
+@pytest.mark.slow
 def test_lloyd_takes_the_same_steps_and_tells_what_it_recomputed(blobs, on_eight_devices):
     weights = np.random.default_rng(0).integers(0, 3, len(blobs)).astype(np.float32)
     expected = _lloyd(blobs, blobs[:6], weights=weights, algorithm="lloyd")
@@ -397,6 +406,7 @@ def test_lloyd_takes_the_same_steps_and_tells_what_it_recomputed(blobs, on_eight
     assert sharded.recomputed == pytest.approx(float(result.recomputed), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_lloyd_differentiates_and_only_assigns(blobs):
     def inertia(x, precision):
         return lloyd(x, blobs[:6], precision=precision, max_iter=3, algorithm="lloyd").inertia

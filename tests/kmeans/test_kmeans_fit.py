@@ -29,6 +29,7 @@ def test_many_restarts_find_what_scikit_learn_finds(blobs):
 _one, _five = (jax.jit(lambda key, x, n=n: fit(key, x, 6, init="sample", n_init=n)) for n in (1, 5))
 
 
+@pytest.mark.slow
 def test_the_best_restart_is_kept(blobs):
     gains = []
     for seed in range(8):
@@ -58,6 +59,7 @@ def test_nan_rows_give_nan_inertia_and_valid_labels(blobs):
     assert result.n_iter > 0
 
 
+@pytest.mark.slow
 def test_vmap_over_keys(blobs):
     results = jax.jit(jax.vmap(lambda key: fit(key, blobs, 6)))(
         jax.random.split(jax.random.key(0), 3)
@@ -70,6 +72,7 @@ def test_vmap_over_keys(blobs):
         np.testing.assert_allclose(results.inertia[i], model.inertia_, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_one_device_equals_eight_on_two_axes(blobs):
     names = ("data", "more")
     mesh = jax.make_mesh((4, 2), names, axis_types=(AxisType.Auto,) * 2)

@@ -27,8 +27,15 @@ def loss(x, weights, start, algorithm="lloyd"):
     return far + 0.1 * result.inertia + jnp.sum(jnp.cos(result.distances)) + result.counts[0] ** 2
 
 
-@pytest.mark.parametrize("algorithm", ["lloyd", "bounds"])
-@pytest.mark.parametrize("mode", ["forward", "backward"])
+@pytest.mark.parametrize(
+    ("mode", "algorithm"),
+    [
+        ("forward", "lloyd"),
+        ("backward", "bounds"),
+        pytest.param("forward", "bounds", marks=pytest.mark.slow),
+        pytest.param("backward", "lloyd", marks=pytest.mark.slow),
+    ],
+)
 def test_agrees_with_finite_differences(problem, mode, algorithm):
     with jax.enable_x64(True):
         x, weights, start = (jnp.asarray(array, jnp.float64) for array in problem)
@@ -87,6 +94,7 @@ def test_eight_devices_have_the_same_gradient(problem, on_eight_devices):
     np.testing.assert_allclose(sharded, jax.grad(f)(x), rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_batches_of_problems_have_gradients(problem):
     x = jnp.asarray(problem[0], jnp.float32)
     start = jnp.asarray(problem[2], jnp.float32)

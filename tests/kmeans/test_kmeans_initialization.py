@@ -93,6 +93,7 @@ def test_rows_keep_their_noise_wherever_they_are(name, initialize, x, weights):
     np.testing.assert_array_equal(moved, initialize(key, x, weights))
 
 
+@pytest.mark.slow
 def test_eight_devices_choose_the_same_rows_of_many_features(on_eight_devices, weights):
     """Distances as matrix products."""
     x = np.random.default_rng(5).normal(size=(N, 20)).astype(np.float32) + 50
@@ -179,7 +180,10 @@ def test_sample_is_uniform_whatever_the_weights():
     check_frequencies(got, expected)
 
 
-@pytest.mark.parametrize("weights", [[1.0, 1.0, 1.0, 1.0], [1.0, 2.0, 0.0, 0.5]])
+@pytest.mark.parametrize(
+    "weights",
+    [pytest.param([1.0, 1.0, 1.0, 1.0], marks=pytest.mark.slow), [1.0, 2.0, 0.0, 0.5]],
+)
 def test_plain_kmeans_plus_plus_draws_by_squared_distance(weights):
     x = np.array([[0.0], [1.0], [3.0], [7.0]], np.float32)
     weights = np.array(weights, np.float32)
@@ -204,6 +208,7 @@ _ten_times = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("initialize", [kmeans_plus_plus, kmeans_parallel])
 def test_better_than_a_sample(initialize):
     x, _ = make_blobs(128, 8, centers=8, cluster_std=1.0, random_state=0)

@@ -16,6 +16,11 @@ from jkmeans.kmeans import KMeansResult, bounds, lloyd, relocation
 ROWS, SAME = PartitionSpec("data"), PartitionSpec()
 RESULT_SPECS = KMeansResult(SAME, ROWS, ROWS, SAME, SAME, SAME, SAME, SAME)
 
+# For tests whose point is not the algorithm, and which compile a program of their own for each.
+_one_is_slow = pytest.mark.parametrize(
+    "algorithm", ["lloyd", pytest.param("bounds", marks=pytest.mark.slow)], indirect=True
+)
+
 _program = jax.jit(lloyd, static_argnames=("algorithm", "empty", "block_size"))
 _algorithm = "lloyd"
 
@@ -185,6 +190,7 @@ def test_several_empty_clusters_take_different_rows_farthest_first():
     )
 
 
+@_one_is_slow
 def test_more_clusters_than_moves_in_an_iteration(monkeypatch):
     monkeypatch.setattr(relocation, "MAX_RELOCATIONS", 1)
     x = np.array([[0.0], [0.5], [5.0], [9.0]], np.float32)
@@ -194,6 +200,7 @@ def test_more_clusters_than_moves_in_an_iteration(monkeypatch):
     assert result.n_relocated == 3
 
 
+@_one_is_slow
 @pytest.mark.parametrize("empty", ["keep", "farthest"])
 def test_fewer_different_rows_than_clusters(empty):
     x = np.full((10, 2), 3.0, np.float32)
@@ -206,6 +213,7 @@ def test_fewer_different_rows_than_clusters(empty):
     assert result.n_iter == 1
 
 
+@_one_is_slow
 def test_as_many_clusters_as_rows(blobs):
     result = run(blobs[:16], blobs[:16])
     np.testing.assert_array_equal(result.labels, np.arange(16))
@@ -247,6 +255,7 @@ def test_permuting_rows_and_centroids_permutes_the_result(blobs):
     assert permuted.n_iter == plain.n_iter
 
 
+@_one_is_slow
 def test_vmap_over_restarts(blobs):
     starts = np.stack([blobs[6 * i : 6 * i + 6] for i in range(4)])
     results = jax.jit(jax.vmap(lambda start: lloyd(blobs, start)))(starts)
@@ -256,12 +265,14 @@ def test_vmap_over_restarts(blobs):
         )
 
 
+@_one_is_slow
 def test_bytes_are_clustered_in_float32():
     x = np.random.default_rng(0).integers(0, 256, (60, 3)).astype(np.uint8)
     result = run(x, x[:4])
     check_equal(result, scikit_learn(x.astype(np.float32), x[:4].astype(np.float32)))
 
 
+@_one_is_slow
 def test_first_centroids_far_from_the_data():
     rng = np.random.default_rng(0)
     x = (1e5 + rng.normal(size=(300, 4))).astype(np.float32)
@@ -272,6 +283,7 @@ def test_first_centroids_far_from_the_data():
     np.testing.assert_allclose(result.inertia, model.inertia_, rtol=0.1)
 
 
+@_one_is_slow
 def test_rows_in_float32_and_centroids_in_float64(blobs):
     with jax.enable_x64(True):
         result = run(blobs, blobs[:6].astype(np.float64))
@@ -287,17 +299,19 @@ def test_a_row_whose_square_overflows(blobs):
     np.testing.assert_array_equal(np.delete(labels, 5), np.delete(others, 5))
 
 
+@_one_is_slow
 def test_unknown_algorithm():
     with pytest.raises(ValueError, match=r"algorithm='fast': expected one of auto, bounds, lloyd"):
         lloyd(jnp.zeros((3, 1)), jnp.zeros((2, 1)), algorithm="fast")
 
 
+@_one_is_slow
 def test_unknown_policy():
     with pytest.raises(ValueError, match=r"empty='drop': expected one of farthest, keep"):
         lloyd(jnp.zeros((3, 1)), jnp.zeros((2, 1)), empty="drop")
 
 
-@pytest.mark.parametrize("empty", ["keep", "farthest"])
+@pytest.mark.parametrize("empty", [pytest.param("keep", marks=pytest.mark.slow), "farthest"])
 def test_eight_devices_agree_with_scikit_learn(on_eight_devices, blobs, empty):
     # 317 rows and three of padding; padding holds zeros and weight 0.
     x, weights = blobs.copy(), np.ones(len(blobs), np.float32)

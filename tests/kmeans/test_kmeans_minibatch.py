@@ -92,7 +92,7 @@ def test_reaches_nearly_the_inertia_of_lloyd(blobs):
     [
         ({"max_no_improvement": None}, 40),
         ({"max_no_improvement": 0}, 2),
-        ({"max_no_improvement": None, "tol": 1e6}, 2),
+        pytest.param({"max_no_improvement": None, "tol": 1e6}, 2, marks=pytest.mark.slow),
     ],
 )
 def test_when_it_stops(blobs, options, n_steps):
@@ -112,7 +112,7 @@ def test_rows_are_drawn_by_weight():
     np.testing.assert_allclose(np.bincount(rows) / 7000, np.full(7, 1 / 7), atol=0.02)
 
 
-@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("weighted", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_eight_devices_draw_the_same_batches(on_eight_devices, blobs, weighted):
     # 320 rows, 3 of them padding; a batch of 60 is not divided by eight devices either.
     rng = np.random.default_rng(0)

@@ -55,7 +55,7 @@ def test_agrees_with_numpy(path, data, weighted):
     np.testing.assert_allclose(got.inertia, inertia, rtol=1e-5)
 
 
-@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("weighted", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_derivatives_of_the_sums(path, data, weighted):
     # d/dx Σ_k ‖s_k‖² = 2 w_i s_label(i), and forward along x itself: 2 Σ_k ‖s_k‖².
     x, labels, weights, _ = data
