@@ -533,7 +533,6 @@ def command(files, workdir, *more) -> tuple[str, ...]:
     )
 
 
-@pytest.mark.slow
 def test_the_command(files, blobs, tmp_path):
     arguments = command(files, tmp_path / "w", "--config.n_clusters=4")
     ended = run("cluster", *arguments)
