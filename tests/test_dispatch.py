@@ -771,3 +771,59 @@ def test_a_killed_worker_and_a_killed_master_change_no_bit(run, tmp_path):
     names = [path.name for path in (tmp_path / "ray" / "parts").iterdir()]
     assert len(names) == 4 * 7 - 1
     assert not [name for name in names if name.startswith(".")]
+
+
+_NODES = """
+import json, sys
+import ray
+from ray.cluster_utils import Cluster
+from jkmeans.dispatch import predict_files
+from jkmeans.dispatch.engine import Options
+
+workdir, folder, out = sys.argv[1:]
+cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+ray.init(address=cluster.address, log_to_driver=False)
+workers, lost = {}, []
+
+def watch(status):
+    node = workers.get("node")
+    workers.setdefault("most before", 0)
+    if node is None:
+        workers["most before"] = max(workers["most before"], len(status.workers))
+        if status.shards_done >= 2:
+            workers["node"] = cluster.add_node(num_cpus=2)
+    elif not lost:
+        workers["most after"] = max(workers.get("most after", 0), len(status.workers))
+        if workers["most after"] == 3 and not status.ended:
+            cluster.remove_node(node, allow_graceful=False)
+            lost.append(status.shards_done)
+
+predict_files(workdir, folder, out, embeddings=True, merge=True, engine_name="ray",
+              options=Options("auto", 0, -1, 60), shard_rows=1024, watch=watch)
+print(json.dumps({k: workers.get(k) for k in ("most before", "most after")} | {"lost": lost}))
+"""
+
+
+@needs_ray
+@pytest.mark.slow
+def test_a_cluster_that_grows_and_loses_a_node_changes_no_bit(run, tmp_path):
+    """Two nodes of a Ray cluster, on one machine: one comes while work goes on, and dies."""
+    folder = tmp_path / "many"
+    folder.mkdir()
+    for i in range(8):
+        np.save(folder / f"{i}.npy", tiny.blobs(n=20 * MOST_ROWS + 100 * i, seed=i)[0])
+    environment = os.environ | {"XLA_FLAGS": ""}
+    done = subprocess.run(
+        [sys.executable, "-c", _NODES, str(run), str(folder), str(tmp_path / "ray")],
+        env=environment, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    said = json.loads(done.stdout.splitlines()[-1])
+    assert (said["most before"], said["most after"], len(said["lost"])) == (1, 3, 1), said
+    alone = [
+        sys.executable, "-m", "experiments.predict", "--embeddings", "--merge",
+        f"--workdir={run}", f"--input={folder}", f"--output={tmp_path / 'alone'}",
+    ]  # fmt: skip
+    subprocess.run(alone, env=environment, check=True, capture_output=True, timeout=300)
+    for name in ("labels.npy", "distances.npy", "embeddings.npy"):
+        assert (tmp_path / "ray" / name).read_bytes() == (tmp_path / "alone" / name).read_bytes()
