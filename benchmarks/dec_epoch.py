@@ -49,13 +49,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from benchmarks.autoencoder_epoch import (
+from benchmarks.epochs import (
     N_CLUSTERS,
     PRECISIONS,
     Contestant,
+    Parser,
     Problem,
-    _at_least,
-    _Parser,
+    at_least,
     cores,
     hardware,
     load_images,
@@ -460,19 +460,19 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     Args:
       argv: flags; those of the command line if None.
     """
-    parser = _Parser(
+    parser = Parser(
         prog="dec_epoch",
         description="Time of an epoch of deep embedded clustering in jkmeans and in ClustPy.",
         allow_abbrev=False,
     )
-    parser.add_argument("--repeats", type=_at_least(1), default=5, help="epochs on the clock")
-    parser.add_argument("--threads", type=_at_least(0), default=0, help="CPU cores; 0 for all")
+    parser.add_argument("--repeats", type=at_least(1), default=5, help="epochs on the clock")
+    parser.add_argument("--threads", type=at_least(0), default=0, help="CPU cores; 0 for all")
     parser.add_argument(
         "--data", choices=("auto", "mnist", "random"), default="auto", help="the images"
     )
-    parser.add_argument("--examples", type=_at_least(0), default=0, help="how many; 0 for 70,000")
-    parser.add_argument("--batch-size", type=_at_least(1), default=256, help="examples of a step")
-    parser.add_argument("--seed", type=_at_least(0), default=0, help="of parameters and order")
+    parser.add_argument("--examples", type=at_least(0), default=0, help="how many; 0 for 70,000")
+    parser.add_argument("--batch-size", type=at_least(1), default=256, help="examples of a step")
+    parser.add_argument("--seed", type=at_least(0), default=0, help="of parameters and order")
     parser.add_argument(
         "--precision", choices=tuple(PRECISIONS), default="tf32", help="of products on a GPU"
     )

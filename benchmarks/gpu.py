@@ -44,7 +44,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from benchmarks.autoencoder_epoch import _at_least, _Parser
+from benchmarks.epochs import Parser, at_least
 from benchmarks.exactness import squared_distances
 
 
@@ -498,13 +498,13 @@ def _file(text: str) -> Path:
 def main(argv: list[str] | None = None) -> int:
     """Runs what the command line asks for, prints the table and returns the status."""
     names = [line.name for line in LINES]
-    parser = _Parser(prog="gpu", description=(__doc__ or "").splitlines()[0], allow_abbrev=False)
+    parser = Parser(prog="gpu", description=(__doc__ or "").splitlines()[0], allow_abbrev=False)
     parser.add_argument("--lines", nargs="+", choices=names, default=names)
     parser.add_argument("--systems", nargs="+", choices=[*SYSTEMS], default=[*SYSTEMS])
     parser.add_argument("--data", choices=("mixture", "normal"), default="mixture")
-    parser.add_argument("--iterations", type=_at_least(1), default=10, help="on the clock")
-    parser.add_argument("--repeats", type=_at_least(1), default=5, help="turns on the clock")
-    parser.add_argument("--rows", type=_at_least(1), default=1024, help="rows that are checked")
+    parser.add_argument("--iterations", type=at_least(1), default=10, help="on the clock")
+    parser.add_argument("--repeats", type=at_least(1), default=5, help="turns on the clock")
+    parser.add_argument("--rows", type=at_least(1), default=1024, help="rows that are checked")
     parser.add_argument("--markdown", type=_file, metavar="FILE", help="where to write the table")
     parser.add_argument("--json", type=_file, metavar="FILE", help="where to write measurements")
     parser.add_argument(

@@ -3,7 +3,7 @@
     python -m benchmarks.process_counts --seeds 5 --workdir runs/process_counts
 
 Trains on the digits of scikit-learn from each seed: in 1, 2 and 4 processes; in 3 of which one is
-killed at a third of the epochs and the other two go on; and in 1 that is joined by two more there.
+killed at a sixth of the epochs and the other two go on; and in 1 that is joined by two more there.
 Sums are taken in another order each time, so bits differ, and training makes something of that. The
 table has mean and standard deviation over seeds for each way, and how far runs of one seed lie
 from the run of the same seed in one process. Runs that are done are not run again.
@@ -32,7 +32,7 @@ class Way(NamedTuple):
     Attributes:
       name: for the table.
       flags: of experiments.launch.
-      disturb: called once, at a third of the epochs, with the folder of the supervisor's logs and
+      disturb: called once, at a sixth of the epochs, with the folder of the supervisor's logs and
         the processes' numbers; None for nothing.
       n_after: processes that finish.
     """
@@ -86,7 +86,7 @@ def train(way: Way, seed: int, options: argparse.Namespace, folder: Path) -> dic
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
         try:
             if way.disturb is not None:
-                _await_epoch(run, options.epochs // 3, process)
+                _await_epoch(run, options.epochs // 6, process)
                 way.disturb(run / "processes", _starts(run)[-1]["pids"])
             status = process.wait(PATIENCE_SECONDS)
         finally:
@@ -146,7 +146,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--epochs", type=int, default=100, help="half of them of pretraining")
+    parser.add_argument("--epochs", type=int, default=200, help="half of them of pretraining")
     parser.add_argument("--width", type=int, default=128, help="of the hidden layer")
     parser.add_argument("--workdir", type=Path, required=True)
     options = parser.parse_args()
