@@ -811,7 +811,7 @@ def test_a_cluster_that_grows_and_loses_a_node_changes_no_bit(run, tmp_path):
     folder = tmp_path / "many"
     folder.mkdir()
     for i in range(8):
-        np.save(folder / f"{i}.npy", tiny.blobs(n=20 * MOST_ROWS + 100 * i, seed=i)[0])
+        np.save(folder / f"{i}.npy", tiny.blobs(n=400 * MOST_ROWS + 100 * i, seed=i)[0])
     environment = os.environ | {"XLA_FLAGS": ""}
     done = subprocess.run(
         [sys.executable, "-c", _NODES, str(run), str(folder), str(tmp_path / "ray")],
