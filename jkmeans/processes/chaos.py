@@ -386,6 +386,7 @@ class _SupervisedRun:
         self._lines: list[tuple[float, str]] = []
         self._records: list[dict[str, Any]] = []
         self._version: tuple[int, int] | None = None
+        self._started = False
         train = ["-m", "experiments.train", f"--config={config.train_config}", *config.train_flags]
         self._command = [
             sys.executable, "-m", "experiments.launch",
@@ -407,10 +408,19 @@ class _SupervisedRun:
                     self.supervisor.wait(10)
             self.supervisor.kill()
         self.supervisor.wait()
+        self._close()
+
+    def _close(self) -> None:
+        """Hears a supervisor that has ended to its end."""
         self._reader.join(5)
+        assert self.supervisor.stdout is not None
+        self.supervisor.stdout.close()
 
     def start(self) -> None:
-        """Starts the command, for the first time or once more."""
+        """Starts the command, for the first time or, where it has ended, once more."""
+        if self._started:
+            self._close()
+        self._started = True
         # As the supervisor has it where nobody else has said anything.
         environment = os.environ | {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
         self.supervisor = subprocess.Popen(
