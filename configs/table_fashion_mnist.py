@@ -28,7 +28,6 @@ def get_config() -> Config:
     config.n_seeds = 3
     config.runs = ConfigDict(sort_keys=False)  # The order of the rows.
     config.runs.update(after_gradient_descent(plain))
-    longer = {"training__n_pretrain_epochs": 60, "training__schedule": "cosine"}
-    config.runs["n2d"] = with_method(by_adam, "n2d", objective__starts=10, **longer)
+    config.runs["n2d"] = with_method(by_adam, "n2d", objective__starts=10)
     config.runs["joint"] = for_a_table(joint)
     return config
