@@ -237,7 +237,8 @@ def test_bad_chaos(changes, sentence):
 def test_a_round_of_chaos(tmp_path, monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")
     monkeypatch.chdir(ROOT)
-    config = chaos_config(n_faults=9, spares=0)
+    flags = [flag.replace("n_epochs=300", "n_epochs=120") for flag in chaos_config().train_flags]
+    config = chaos_config(n_faults=9, spares=0, train_flags=tuple(flags))
     faults = chaos.run_chaos(config, tmp_path)
     assert len(faults) == 9
     assert all(fault.survived and fault.equal for fault in faults)
