@@ -202,12 +202,9 @@ def jkmeans_contestants(
     others = [
         contestant(name, detail, changed(bank, precision), copied(state))
         for name, bank, precision, detail in (
-            (
-                *("jkmeans, stored", "stored", "float32"),
-                "the same with targets of all examples as the steps have embedded them",
-            ),
-            ("jkmeans, bfloat16", "refreshed", "bfloat16", "the first with rounded operands"),
-            ("jkmeans, stored, bfloat16", "stored", "bfloat16", "both"),
+            ("jkmeans, stored", "stored", "float32", "targets as the steps have embedded them"),
+            ("jkmeans, bfloat16", "refreshed", "bfloat16", "rounded operands"),
+            ("jkmeans, stored, bfloat16", "stored", "bfloat16", "such targets, such operands"),
         )
     ]
 

@@ -14,6 +14,7 @@ import argparse
 import contextlib
 import json
 import os
+import shutil
 import signal
 import statistics
 import subprocess
@@ -21,6 +22,8 @@ import sys
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from benchmarks.epochs import Parser, at_least
 
 METRICS = ("acc", "nmi", "inertia")
 PATIENCE_SECONDS = 600.0
@@ -72,6 +75,7 @@ def train(way: Way, seed: int, options: argparse.Namespace, folder: Path) -> dic
         f"--config.training.n_epochs={options.epochs - options.epochs // 2}",
         "--config.checkpoint.every=5",
     ]
+    shutil.rmtree(run, ignore_errors=True)  # Of an attempt that was cut.
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "log", "w") as log:
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
@@ -137,20 +141,22 @@ def table(found: dict[str, list[dict[str, Any]]]) -> str:
 
 def main() -> None:
     """Runs what is missing and prints the table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = Parser(
+        prog="process_counts",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--epochs", type=int, default=60, help="half of them of pretraining")
-    parser.add_argument("--width", type=int, default=128, help="of the hidden layer")
+    parser.add_argument("--seeds", type=at_least(1), default=3)
+    parser.add_argument(
+        "--epochs", type=at_least(6), default=60, help="half of them of pretraining"
+    )
+    parser.add_argument("--width", type=at_least(1), default=128, help="of the hidden layer")
     parser.add_argument("--workdir", type=Path, required=True)
     options = parser.parse_args()
-    if options.seeds < 1 or options.epochs < 6 or options.width < 1:
-        parser.error("--seeds and --width accept 1 and more, --epochs 6 and more")
     found: dict[str, list[dict[str, Any]]] = {way.name: [] for way in WAYS}
     for seed in range(options.seeds):
         for number, way in enumerate(WAYS):
-            folder = options.workdir / f"{number}-{seed}"
+            folder = options.workdir / f"{number}-{seed}-{options.epochs}-{options.width}"
             found[way.name].append(train(way, seed, options, folder))
             print(f"seed {seed}, processes: {way.name}: {found[way.name][-1]}", flush=True)
     print(table(found))

@@ -45,7 +45,7 @@ def get_config() -> Config:
     config.network.decoder = True
     config.network.normalize = False
     config.network.initializer = "glorot_uniform"
-    config.network.precision = "float32"
+    config.network.precision = "float32"  # Or "bfloat16", of the products in layers.
 
     config.objective = ConfigDict()
     config.objective.name = "joint"

@@ -28,7 +28,7 @@ from absl import flags
 from orbax.checkpoint import v1 as ocp
 
 from jkmeans import processes
-from jkmeans.errors import CollapseError, UserError
+from jkmeans.errors import CollapseError, LostError, UserError
 from jkmeans.interruption import Interrupted
 from jkmeans.sharding import fingerprint
 
@@ -38,7 +38,11 @@ OBJECTIVE = "objective"
 _FULL_DISK = ("No space left", "ENOSPC", "RESOURCE_EXHAUSTED", "Disk quota exceeded")
 _LAST_SAVE_SECONDS = 60.0
 """How long a process that ends by an error waits for the others' part of the last save."""
-_POLL_SECONDS, _GRACE_SECONDS = 0.5, 3.0
+_POLL_SECONDS = 0.5
+_GRACE_SECONDS = 3.0
+"""After a part of a save has failed, in which Orbax may raise by itself, as one process does."""
+_OF_A_SAVE = ("async_checkpointer.py", "future.py")
+"""Files of Orbax whose errors end a save; it goes on after others, such as one of a removal."""
 _fingerprint = jax.jit(fingerprint)
 
 
@@ -60,8 +64,9 @@ class _Failures(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         error = record.exc_info[1] if record.exc_info else None
-        if self.error is None and error is not None and "orbax" in record.pathname:
-            self.error, self.at = error, time.monotonic()
+        if self.error is None and error is not None and record.filename in _OF_A_SAVE:
+            self.at = time.monotonic()
+            self.error = error
 
 
 _failures = _Failures()
@@ -124,7 +129,8 @@ class Checkpoints:
         else:
             # Others may be dead, or never come to write their part.
             pending, self._pending, self._open = self._pending, None, None
-            if pending is not None and isinstance(error, (CollapseError, Interrupted, UserError)):
+            wanted = isinstance(error, (CollapseError, Interrupted, UserError))
+            if pending is not None and wanted and _failures.error is None:
                 with contextlib.suppress(Exception):
                     pending.result(timeout=_LAST_SAVE_SECONDS)
         if self._open is not None:
@@ -399,6 +405,9 @@ def _disk_errors(folder: Path) -> Iterator[None]:
                 f"the disk of {folder} is full, so the checkpoint was not written; the ones "
                 "before it are whole: make room and start the same command again"
             ) from error
+        if isinstance(error, TimeoutError) and processes.count() > 1:
+            # Of Orbax, which waited for the others.
+            raise LostError(processes.loss_sentence(error)) from error
         if isinstance(error, OSError):
             raise UserError(f"cannot write checkpoints to {folder}: {error}") from error
         raise

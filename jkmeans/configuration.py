@@ -220,15 +220,14 @@ def to_json(config: Config) -> dict[str, Any]:
 _BEFORE = {
     "network.initializer": "glorot_uniform",
     "network.precision": "float32",
-    "training.clustering_optimizer": "optimizer",
     "objective.likelihood": "bernoulli",
     "objective.pixel_variance": 0.1,
 }
-"""What runs did before they had these fields: the value, or the field beside it that had it."""
+"""What runs did before they had these fields, all younger than 2026-11-24."""
 
 
 def from_json(values: dict[str, Any]) -> Config:
-    """The inverse of `to_json`, validated; fields that are younger than the values are added.
+    """The inverse of `to_json`, validated; where they are missing, those of `_BEFORE` are added.
 
     Raises:
       UserError: as `validate`; or these are not the values of a config at all.
@@ -244,7 +243,11 @@ def from_json(values: dict[str, Any]) -> Config:
         group, field = name.split(".")
         beside = config.get(group)
         if name in known and isinstance(beside, ConfigDict) and field not in beside:
-            beside[field] = beside.get(before, before)
+            beside[field] = before
+    training: Config = config.get("training")
+    fields = training if isinstance(training, ConfigDict) else {}
+    if "optimizer" in fields and "clustering_optimizer" not in fields:
+        training.clustering_optimizer = training.optimizer  # There was one for both phases.
     return validate(config)
 
 

@@ -6,6 +6,7 @@ A network is made by a factory ``factory(example_shape, options, rngs) -> nnx.Mo
 * where there is a decoder, ``decode(z: [b, embedding_dim]) -> [b, *example_shape]``,
 * for soft resets, ``hidden_layers``, a tuple of the starts of the names of the parameters that they
   mix with fresh ones: the layers of the encoder before the embedding,
+* where ``options.precision`` is to have an effect, layers as `jkmeans.precision` says,
 * to save work, ``decoder_layers``, the same for the parameters that only ``decode`` uses.
 
 `make_network` takes one of the names in `NETWORKS` or the user's own ``module:function``. A factory

@@ -26,12 +26,12 @@ PRECISIONS = ("float32", "bfloat16")
 
 def dot_general_of(precision: str) -> Callable[..., jax.Array]:
     """What ``nnx.Linear`` is to multiply with, one of `PRECISIONS`."""
-    return rounded_dot_general if precision == "bfloat16" else lax.dot_general
+    return {"float32": lax.dot_general, "bfloat16": rounded_dot_general}[precision]
 
 
 def promote_dtype_of(precision: str) -> Callable[..., tuple]:
     """What ``nnx.Conv`` and ``nnx.ConvTranspose`` are to make of their operands and the bias."""
-    return _rounded_operands if precision == "bfloat16" else dtypes.promote_dtype
+    return {"float32": dtypes.promote_dtype, "bfloat16": _rounded_operands}[precision]
 
 
 def _rounded_operands(arrays, **_: Any) -> tuple:
@@ -51,7 +51,8 @@ def rounded_dot_general(
       precision: not looked at.
 
     Returns:
-      [..., o] float32. Its derivatives are such products, too.
+      [..., o] float32. Its derivatives are such products, too; inside ``shard_map`` a replicated
+      kernel must be marked as varying before they are taken (`jkmeans.sharding.to_varying`).
 
     Raises:
       ValueError: other dimension numbers.

@@ -60,11 +60,14 @@ def description(config, data_record: dict[str, Any]) -> dict[str, Any]:
     """All that pretraining depends on, as plain JSON types."""
     name = config.objective.name
     augmentation = config.augmentation
+    network = config.network.to_dict()
+    if network["precision"] == "float32":
+        del network["precision"]  # Networks of before there was a choice are found again.
     return {
         "data": data_record,
         "n_shards": config.data.n_shards,
         "seed": config.seed,
-        "network": config.network.to_dict(),
+        "network": network,
         "views": [augmentation.shift, augmentation.rotation, augmentation.zoom],
         "training": {field: config.training[field] for field in _TRAINING},
         "objective": method_spec(name).pretraining(config.objective) if name in METHODS else name,

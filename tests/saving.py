@@ -15,7 +15,7 @@ def main(number: int, n_processes: int, port: str, folder: str, failing: int) ->
 
     from absl import flags
 
-    flags.FLAGS(sys.argv[:1])
+    flags.FLAGS(sys.argv[:1])  # As launchers do: Orbax's own barrier depends on it.
     import jax
     import numpy as np
 

@@ -413,8 +413,9 @@ class _SupervisedRun:
     def _close(self) -> None:
         """Hears a supervisor that has ended to its end."""
         self._reader.join(5)
-        assert self.supervisor.stdout is not None
-        self.supervisor.stdout.close()
+        if not self._reader.is_alive():  # Closing would wait for it.
+            assert self.supervisor.stdout is not None
+            self.supervisor.stdout.close()
 
     def start(self) -> None:
         """Starts the command, for the first time or, where it has ended, once more."""
