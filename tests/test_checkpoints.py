@@ -4,7 +4,6 @@ import gc
 import logging
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -20,6 +19,7 @@ from jkmeans.checkpoints import Checkpoints, DamagedError
 from jkmeans.errors import UserError
 from jkmeans.methods import Clusters
 from jkmeans.sharding import REPLICATED, SHARDED, make_mesh, place
+from tests.test_processes import free_port
 
 
 @pytest.fixture(autouse=True)
@@ -494,9 +494,7 @@ def test_a_disk_that_fills_during_the_write(small_disk, monkeypatch):
 @pytest.mark.parametrize("failing", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_who_cannot_write_its_part_does_not_wait_for_the_others(failing, tmp_path):
     """Orbax has all processes wait for each other for ten minutes."""
-    with socket.socket() as listener:
-        listener.bind(("localhost", 0))
-        port = listener.getsockname()[1]
+    port = free_port()
     processes = [
         subprocess.Popen(
             [sys.executable, "-m", "tests.saving", *map(str, (i, 2, port, tmp_path, failing))],

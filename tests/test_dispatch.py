@@ -708,6 +708,33 @@ def test_without_ray_the_extra_is_named(run, many, tmp_path, monkeypatch):
         predict_files(run, str(many[0]), str(tmp_path / "out"), engine_name="ray", options=RAY)
 
 
+def bits_beside_one_process(program, run, tmp_path, *, n_files, n_blocks):
+    """Runs a program that predicts on Ray; what it wrote has the bits of one process.
+
+    Returns:
+      What it said in the end, and all that it said to stderr.
+    """
+    folder = tmp_path / "many"
+    folder.mkdir()
+    for i in range(n_files):
+        np.save(folder / f"{i}.npy", tiny.blobs(n=n_blocks * MOST_ROWS + 100 * i, seed=i)[0])
+    # Not as in these tests, whose compiler does not optimise: as users run it.
+    environment = os.environ | {"XLA_FLAGS": ""}
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(run), str(folder), str(tmp_path / "ray")],
+        env=environment, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    alone = [
+        sys.executable, "-m", "experiments.predict", "--embeddings", "--merge",
+        f"--workdir={run}", f"--input={folder}", f"--output={tmp_path / 'alone'}",
+    ]  # fmt: skip
+    subprocess.run(alone, env=environment, check=True, capture_output=True, timeout=300)
+    for name in ("labels.npy", "distances.npy", "embeddings.npy"):
+        assert (tmp_path / "ray" / name).read_bytes() == (tmp_path / "alone" / name).read_bytes()
+    return json.loads(done.stdout.splitlines()[-1]), done.stderr
+
+
 # The program of the test below: it kills a worker and then the master, and says what it saw.
 _KILLS = """
 import json, os, signal, sys
@@ -744,30 +771,12 @@ print(json.dumps({"killed": killed, "life": end.life, "workers": len(seen)}))
 @needs_ray
 @pytest.mark.slow
 def test_a_killed_worker_and_a_killed_master_change_no_bit(run, tmp_path):
-    folder = tmp_path / "many"
-    folder.mkdir()
-    for i in range(4):
-        np.save(folder / f"{i}.npy", tiny.blobs(n=6 * MOST_ROWS + 100 * i, seed=i)[0])
-    # Not as in these tests, whose compiler does not optimise: as users run it.
-    environment = os.environ | {"XLA_FLAGS": ""}
-    done = subprocess.run(
-        [sys.executable, "-c", _KILLS, str(run), str(folder), str(tmp_path / "ray")],
-        env=environment, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    said = json.loads(done.stdout.splitlines()[-1])
+    said, errors = bits_beside_one_process(_KILLS, run, tmp_path, n_files=4, n_blocks=6)
     assert said["killed"][1] == "master"
     assert said["life"] == 2
     assert said["workers"] >= 2  # The one that takes a place may begin when all is done.
-    assert "its shard goes to the others" in done.stderr
-    assert "the master died and has come back from its journal" in done.stderr
-    alone = [
-        sys.executable, "-m", "experiments.predict", "--embeddings", "--merge",
-        f"--workdir={run}", f"--input={folder}", f"--output={tmp_path / 'alone'}",
-    ]  # fmt: skip
-    subprocess.run(alone, env=environment, check=True, capture_output=True, timeout=300)
-    for name in ("labels.npy", "distances.npy", "embeddings.npy"):
-        assert (tmp_path / "ray" / name).read_bytes() == (tmp_path / "alone" / name).read_bytes()
+    assert "its shard goes to the others" in errors
+    assert "the master died and has come back from its journal" in errors
     names = [path.name for path in (tmp_path / "ray" / "parts").iterdir()]
     assert len(names) == 4 * 7 - 1
     assert not [name for name in names if name.startswith(".")]
@@ -808,22 +817,5 @@ print(json.dumps({k: workers.get(k) for k in ("most before", "most after")} | {"
 @pytest.mark.slow
 def test_a_cluster_that_grows_and_loses_a_node_changes_no_bit(run, tmp_path):
     """Two nodes of a Ray cluster, on one machine: one comes while work goes on, and dies."""
-    folder = tmp_path / "many"
-    folder.mkdir()
-    for i in range(8):
-        np.save(folder / f"{i}.npy", tiny.blobs(n=400 * MOST_ROWS + 100 * i, seed=i)[0])
-    environment = os.environ | {"XLA_FLAGS": ""}
-    done = subprocess.run(
-        [sys.executable, "-c", _NODES, str(run), str(folder), str(tmp_path / "ray")],
-        env=environment, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    said = json.loads(done.stdout.splitlines()[-1])
+    said, _ = bits_beside_one_process(_NODES, run, tmp_path, n_files=8, n_blocks=400)
     assert (said["most before"], said["most after"], len(said["lost"])) == (1, 3, 1), said
-    alone = [
-        sys.executable, "-m", "experiments.predict", "--embeddings", "--merge",
-        f"--workdir={run}", f"--input={folder}", f"--output={tmp_path / 'alone'}",
-    ]  # fmt: skip
-    subprocess.run(alone, env=environment, check=True, capture_output=True, timeout=300)
-    for name in ("labels.npy", "distances.npy", "embeddings.npy"):
-        assert (tmp_path / "ray" / name).read_bytes() == (tmp_path / "alone" / name).read_bytes()

@@ -333,14 +333,9 @@ def bits_of(run, state):
     return {k: v.tobytes() for k, v in found.items()}
 
 
-def all_but_slow(*names, among=METHODS):
-    """The methods, of which all but these are slow tests."""
-    return [name if name in names else pytest.param(name, marks=pytest.mark.slow) for name in among]
-
-
 # DEC sums over all examples. Codes of SwAV, of the batch of all devices, are below, and joint is in
 # tests/test_epoch.py.
-@pytest.mark.parametrize("name", all_but_slow("dec"))
+@pytest.mark.parametrize("name", tiny.all_but_slow(METHODS, "dec"))
 def test_one_device_agrees_with_eight(name):
     one_run, one, values = trained(name, 1)
     run, many, others = trained(name, 8)
@@ -366,7 +361,7 @@ def test_one_device_agrees_with_eight(name):
     assert losses[1] < losses[0]
 
 
-@pytest.mark.parametrize("name", all_but_slow("dec", "n2d"))
+@pytest.mark.parametrize("name", tiny.all_but_slow(METHODS, "dec", "n2d"))
 def test_labels_of_the_data_change_no_bit(name):
     """Nor does a second run with the same seed."""
     run, state, values = trained(name, 1)
@@ -431,7 +426,7 @@ def test_fed_from_the_host_equals_resident(name):
 CLUSTERING = [name for name, spec in METHODS.items() if "training.n_epochs" not in spec.settings]
 
 
-@pytest.mark.parametrize("name", all_but_slow("dec", "dcn", "vade", among=CLUSTERING))
+@pytest.mark.parametrize("name", tiny.all_but_slow(CLUSTERING, "dec", "dcn", "vade"))
 def test_what_clustering_does_not_use_rests(name):
     run, state, _ = trained(name, 1)
     start = run.create()

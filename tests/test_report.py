@@ -8,6 +8,7 @@ from matplotlib.image import imread
 
 from jkmeans import drawing, report
 from jkmeans.report import MAP_EXAMPLES, PICTURES, write_report
+from tests import tiny
 
 
 def history(truth=True):
@@ -132,10 +133,7 @@ IN_PICTURES = {"one example", "not finite", "empty clusters", "one dimension, sc
 """In the default run; the others are there in tests/test_page.py."""
 
 
-@pytest.mark.parametrize(
-    "name",
-    [n if n in IN_PICTURES else pytest.param(n, marks=pytest.mark.slow) for n in DEGENERATE],
-)
+@pytest.mark.parametrize("name", tiny.all_but_slow(DEGENERATE, *IN_PICTURES))
 def test_degenerate_runs(tmp_path, name):
     arguments = DEGENERATE[name]()
     paths = write_report(tmp_path, **arguments)

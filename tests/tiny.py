@@ -50,6 +50,11 @@ def config(**changes):
     return values
 
 
+def all_but_slow(among, *names) -> list:
+    """For ``parametrize``: all of ``among``, of which those that are not named are slow tests."""
+    return [name if name in names else pytest.param(name, marks=pytest.mark.slow) for name in among]
+
+
 def skip_without_umap() -> None:
     """Where a config of N2D is refused; umap itself takes 10 seconds to import."""
     if importlib.util.find_spec("umap") is None:

@@ -20,6 +20,7 @@ from jkmeans.consensus.mixing import metropolis, spectrum
 from jkmeans.consensus.traffic import all_reduce_bytes, bytes_per_round, measured_bytes
 from jkmeans.errors import UserError
 from jkmeans.sharding import REPLICATED, SHARDED, make_mesh
+from tests import tiny
 
 KINDS = {
     "symmetric": lambda links, key, loss: symmetric(links, metropolis(links.graph), key, loss),
@@ -50,10 +51,7 @@ def random_values(n_nodes, dtype=np.float32):
 
 
 # The far, the near, and all through one node; the others are slow tests.
-SOME_SLOW = [
-    name if name in ("ring", "exponential", "star") else pytest.param(name, marks=pytest.mark.slow)
-    for name in TOPOLOGIES
-]
+SOME_SLOW = tiny.all_but_slow(TOPOLOGIES, "ring", "exponential", "star")
 
 
 @pytest.mark.parametrize("name", SOME_SLOW)

@@ -23,12 +23,11 @@ from jkmeans.consensus.links import Nodes
 from jkmeans.consensus.mixing import metropolis
 from jkmeans.errors import UserError
 from jkmeans.sharding import REPLICATED, SHARDED, make_mesh
+from tests import tiny
 
 MATRIX = np.array([[5.0, 1.0], [1.0, 4.0]])
 EXACT = ("gradient_tracking", "extra")
-EXACT_FIRST = [
-    name if name in EXACT else pytest.param(name, marks=pytest.mark.slow) for name in METHODS
-]
+EXACT_FIRST = tiny.all_but_slow(METHODS, *EXACT)
 
 
 def run(graph, problem, name, n_rounds, step=None, loss=0.0, mesh=None, start=None):
@@ -81,15 +80,7 @@ def test_the_closed_form_is_numpys():
         closed_form(LeastSquares(problem.matrix[:3], problem.measured[:3]))
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        name
-        if name in ("ring", "exponential", "star")
-        else pytest.param(name, marks=pytest.mark.slow)
-        for name in TOPOLOGIES
-    ],
-)
+@pytest.mark.parametrize("name", tiny.all_but_slow(TOPOLOGIES, "ring", "exponential", "star"))
 def test_exact_methods_reach_the_closed_form(name):
     graph = make_topology(name, 9 if name == "torus" else 8)
     for method in EXACT:
