@@ -24,6 +24,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks.epochs import Parser, at_least
+from jkmeans.errors import UserError
+from jkmeans.processes.supervisor import EVENTS_FILE, WANTED_FILE
+from jkmeans.recorder import read_metrics
 
 METRICS = ("acc", "nmi", "inertia")
 PATIENCE_SECONDS = 600.0
@@ -85,7 +88,7 @@ def train(way: Way, seed: int, options: argparse.Namespace, folder: Path) -> dic
                 os.kill(_starts(run)[-1]["pids"][-1], signal.SIGKILL)
             if way.asks:
                 _await_epoch(run, options.epochs // 2, process)
-                (run / "processes" / "wanted").write_text(str(way.asks))
+                (run / "processes" / WANTED_FILE).write_text(str(way.asks))
             status = process.wait(PATIENCE_SECONDS)
         finally:
             process.terminate()
@@ -105,16 +108,15 @@ def train(way: Way, seed: int, options: argparse.Namespace, folder: Path) -> dic
 def _await_epoch(run: Path, epoch: int, process: subprocess.Popen) -> None:
     until = time.monotonic() + PATIENCE_SECONDS
     while time.monotonic() < until and process.poll() is None:
-        with contextlib.suppress(OSError, ValueError):  # Not there yet, or half a line.
-            records = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
-            if max((record["epoch"] for record in records), default=0) >= epoch:
+        with contextlib.suppress(OSError, UserError):  # Not there yet.
+            if max((record["epoch"] for record in read_metrics(run)), default=0) >= epoch:
                 return
         time.sleep(0.05)
     raise RuntimeError(f"{run} did not get to epoch {epoch}")
 
 
 def _starts(run: Path) -> list[dict[str, Any]]:
-    lines = (run / "processes" / "events.jsonl").read_text().splitlines()
+    lines = (run / "processes" / EVENTS_FILE).read_text().splitlines()
     return [event for event in map(json.loads, lines) if event["event"] == "start"]
 
 
