@@ -167,10 +167,12 @@ def test_growing_again_when_asked(tmp_path, how):
 
 def test_spares_are_started_when_all_are_at_work_and_take_the_place_of_the_dead(tmp_path):
     # Without the prelude, which reads its place at once: a spare has none yet.
-    text = """
-import os, signal, sys, time
+    # One dies when both spares have said that they are ready, however long that takes.
+    text = f"""
+import os, pathlib, signal, sys, time
 from jkmeans.processes import heartbeat, spare
 spare._MODULES = ()
+events = pathlib.Path({str(tmp_path / "logs" / EVENTS_FILE)!r})
 spare.wait_for_place()
 beat = os.environ[heartbeat.VARIABLE]
 heartbeat.start()
@@ -179,7 +181,7 @@ time.sleep(2.5)
 print("start is over", time.time(), flush=True)
 heartbeat.at_work()
 if generation == 1 and i == 1:
-    time.sleep(3)
+    while events.read_text().count('"event": "spare"') < 2: time.sleep(0.1)
     os.kill(os.getpid(), signal.SIGKILL)
 if generation == 1: time.sleep(60)
 """
