@@ -77,9 +77,22 @@ def _forward(x: jax.Array, kernel: jax.Array):
 def _backward(rounded: tuple[jax.Array, jax.Array], cotangent: jax.Array):
     x, kernel = rounded
     cotangent = cotangent.astype(jnp.bfloat16)
-    rows = tuple(range(x.ndim - 1))
     of_x = _sum_products(cotangent, kernel, (x.ndim - 1,), (1,))
-    return of_x, _sum_products(x, cotangent, rows, rows)
+    x, cotangent = x.reshape(-1, x.shape[-1]), cotangent.reshape(-1, cotangent.shape[-1])
+    return of_x, lax.platform_dependent(x, cotangent, cpu=_of_kernel_on_cpu, default=_of_kernel)
+
+
+def _of_kernel(x: jax.Array, cotangent: jax.Array) -> jax.Array:
+    return _sum_products(x, cotangent, (0,), (0,))
+
+
+def _of_kernel_on_cpu(x: jax.Array, cotangent: jax.Array) -> jax.Array:
+    # XLA's CPU library takes no bfloat16 product over first axes, and a transpose that XLA sees in
+    # front of a product becomes such a product: operands would be widened to float32 again, and the
+    # product be half as fast. Behind a reshape it stays a transpose.
+    rows, i = x.shape
+    transposed = lax.optimization_barrier(x.T.reshape(-1)).reshape(i, rows)
+    return _sum_products(transposed, cotangent, (1,), (0,))
 
 
 def _sum_products(a: jax.Array, b: jax.Array, of_a, of_b) -> jax.Array:
