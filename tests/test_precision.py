@@ -57,6 +57,10 @@ def test_batches_of_any_rank_and_vmap():
         return jax.grad(lambda kernel: jnp.sum(product(x, kernel)))(kernel)
 
     np.testing.assert_allclose(gradient(x.reshape(2, 3, -1)), gradient(x), rtol=1e-5, atol=1e-5)
+    both = jax.jit(jax.vmap(gradient))(jnp.stack([x, 2 * x]))  # As seeds side by side are trained.
+    np.testing.assert_allclose(
+        both, jnp.stack([gradient(x), gradient(2 * x)]), rtol=1e-5, atol=1e-5
+    )
 
 
 def test_other_dimensions_are_refused():
