@@ -18,36 +18,15 @@ included. PyTorch is an extra: ``pip install -e .[benchmarks]``.
 # pyright: reportMissingImports=none
 
 import argparse
-import contextlib
-import datetime
-import importlib.metadata
-import importlib.util
-import json
-import math
 import os
-import platform
 import statistics
 import time
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
-from benchmarks.epochs import (
-    N_CLUSTERS,
-    PRECISIONS,
-    Contestant,
-    Parser,
-    Problem,
-    at_least,
-    cores,
-    hardware,
-    load_images,
-    on_gpu,
-    summarize,
-    use_cores,
-)
+from benchmarks.epochs import N_CLUSTERS, Benchmark, Contestant, Problem, main
 
 TRIAL_STEPS = 20
 
@@ -264,172 +243,30 @@ def torch_contestants(
     return contestants, notes
 
 
-def measure(contestants: Sequence[Contestant], repeats: int) -> None:
-    """Runs one epoch of each in turn, once to warm up and ``repeats`` times on the clock."""
-    for repeat in range(repeats + 1):
-        for contestant in contestants:
-            started = time.perf_counter()
-            loss = contestant.epoch()
-            seconds = time.perf_counter() - started
-            contestant.losses.append(loss)
-            if repeat > 0:
-                contestant.seconds.append(seconds)
+def make_contestants(
+    problem: Problem, options: argparse.Namespace
+) -> tuple[list[Contestant], list[str]]:
+    """All, and what is to be said about them."""
+    (pretraining, clustering), initial = jkmeans_contestants(problem)
+    theirs, notes = torch_contestants(problem, initial, compiled=options.compile)
+    return [pretraining, *theirs, clustering], notes
 
 
-def table(rows: Sequence[dict[str, Any]]) -> str:
-    """Aligned text with a line for each row of `summarize`."""
-    header = (
-        *("", "s/epoch", "min–max", "examples/s"),
-        *("time / jkmeans", "min–max", "compile s", "steps", "last loss"),
-    )
-    lines = [header] + [
-        (
-            row["name"],
-            f"{row['median_seconds']:.3f}",
-            f"{row['min_seconds']:.3f}–{row['max_seconds']:.3f}",
-            f"{row['examples_per_second']:,.0f}",
-            f"{row['ratio']:.2f}",
-            f"{row['ratio_min']:.2f}–{row['ratio_max']:.2f}",
-            f"{row['compile_seconds']:.1f}",
-            str(row["n_steps"]),
-            f"{row['losses'][-1]:.5f}",
-        )
-        for row in rows
-    ]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if i == 0 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in lines
-    )
-
-
-def run(options: argparse.Namespace) -> dict[str, Any]:
-    """Measures, prints the table, writes the file, and returns what is in it.
-
-    Raises:
-      UserError: PyTorch is not installed, or an option cannot be used here.
-    """
-    from jkmeans.errors import UserError
-
-    if importlib.util.find_spec("torch") is None:
-        raise UserError("PyTorch is not installed; pip install -e .[benchmarks] installs it")
-    threads = options.threads or len(cores())
-    use_cores(threads)
-    if options.json and not Path(options.json).absolute().parent.is_dir():
-        raise UserError(f"--json is {options.json!r}; accepted: a file in a folder that exists")
-    import jax
-    import torch
-
-    gpu = on_gpu()
-    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
-    images, source = load_images(options.data, options.examples, options.seed)
-    # Spread evenly over the steps, as jkmeans does: for 70,000 images 256 stays 256.
-    n_steps = math.ceil(len(images) / options.batch_size)
-    batch_size = math.ceil(len(images) / n_steps)
-    problem = Problem(images, source, 1 / 255, batch_size, threads, gpu, options.seed)
-    if len(images) < N_CLUSTERS:
-        raise UserError(f"--examples is {len(images)}; accepted: 0 (all) or at least {N_CLUSTERS}")
-    torch.backends.cuda.matmul.allow_tf32 = gpu and options.precision == "tf32"
-    precision = options.precision if gpu else "float32"
-    with jax.default_matmul_precision(PRECISIONS[precision]) if gpu else contextlib.nullcontext():
-        ours, initial = jkmeans_contestants(problem)
-        theirs, notes = torch_contestants(problem, initial, compiled=options.compile)
-        contestants = [ours[0], *theirs, ours[1]]
-        measure(contestants, options.repeats)
-    if load is not None and load > 0.5 * len(cores()):
-        notes.append(
-            f"warning: the load average was {load:.1f} at the start; threads that wait for each "
-            "other, PyTorch's above all, suffer from other programs, so measure on a quiet machine"
-        )
-    rows = [summarize(contestant, ours[0], len(images)) for contestant in contestants]
-    packages = ("jkmeans", "jax", "jaxlib", "flax", "optax", "torch", "numpy")
-    result = {
-        "benchmark": "autoencoder_epoch",
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "hardware": hardware(threads, gpu) | {"load_before": load},
-        "versions": {
-            "python": platform.python_version(),
-            **{name: importlib.metadata.version(name) for name in packages},
-        },
-        "settings": {
-            "data": source,
-            "n_examples": len(images),
-            "batch_size": batch_size,
-            "repeats": options.repeats,
-            "seed": options.seed,
-            "matmul_precision": precision,
-            "xla_flags": os.environ.get("XLA_FLAGS", ""),
-        },
-        "notes": notes,
-        "rows": rows,
-    }
-    show(result)
-    if options.json:
-        Path(options.json).write_text(json.dumps(result, indent=2) + "\n")
-    return result
-
-
-def show(result: dict[str, Any]) -> None:
-    """Prints what `run` returns."""
-    where, settings = result["hardware"], result["settings"]
-    print(
-        f"784-500-500-2000-10 autoencoder, {settings['n_examples']:,} images ({settings['data']}), "
-        f"batches of {settings['batch_size']}, {settings['matmul_precision']} products, "
-        f"medians of {settings['repeats']} epochs"
-    )
-    print(
-        f"{where['gpu'] or 'no GPU'}; {where['cpu']}, {where['threads']} threads; {result['date']}"
-    )
-    print(", ".join(f"{name} {version}" for name, version in result["versions"].items()))
-    print()
-    print(table(result["rows"]))
-    print()
-    for row in result["rows"]:
-        print(f"{row['name']}: {row['detail']}")
-    for note in result["notes"]:
-        print(note)
-
-
-def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    """Parses flags and calls `run`; exits with 2 where something given cannot be used.
-
-    Args:
-      argv: flags; those of the command line if None.
-    """
-    parser = Parser(
-        prog="autoencoder_epoch",
-        description="Time of an epoch of an autoencoder in jkmeans and in PyTorch.",
-        allow_abbrev=False,
-    )
-    parser.add_argument("--repeats", type=at_least(1), default=5, help="epochs on the clock")
-    parser.add_argument("--threads", type=at_least(0), default=0, help="CPU cores; 0 for all")
-    parser.add_argument(
-        "--data", choices=("auto", "mnist", "random"), default="auto", help="the images"
-    )
-    parser.add_argument("--examples", type=at_least(0), default=0, help="how many; 0 for 70,000")
-    parser.add_argument("--batch-size", type=at_least(1), default=256, help="examples of a step")
-    parser.add_argument("--seed", type=at_least(0), default=0, help="of parameters and order")
-    parser.add_argument(
-        "--precision", choices=tuple(PRECISIONS), default="tf32", help="of products on a GPU"
-    )
-    parser.add_argument(
-        "--compile",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="whether to try torch.compile as well",
-    )
-    parser.add_argument("--json", default="", metavar="FILE", help="also write the result here")
-    options = parser.parse_args(argv)
-    from jkmeans.errors import UserError
-
-    try:
-        return run(options)
-    except UserError as error:
-        parser.error(str(error))
-
+BENCHMARK = Benchmark(
+    name="autoencoder_epoch",
+    description="Time of an epoch of an autoencoder in jkmeans and in PyTorch.",
+    title="784-500-500-2000-10 autoencoder",
+    extras={"torch": "PyTorch"},
+    make_contestants=make_contestants,
+    columns={"last loss": lambda row: f"{row['losses'][-1]:.5f}"},
+    flags={
+        "--compile": {
+            "action": argparse.BooleanOptionalAction,
+            "default": True,
+            "help": "whether to try torch.compile as well",
+        }
+    },
+)
 
 if __name__ == "__main__":
-    main()
+    main(BENCHMARK)

@@ -32,37 +32,16 @@ ClustPy is an extra: ``pip install -e .[benchmarks]``.
 
 import argparse
 import contextlib
-import dataclasses
-import datetime
 import functools
-import importlib.metadata
-import importlib.util
 import io
-import json
 import math
-import os
-import platform
 import time
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from benchmarks.epochs import (
-    N_CLUSTERS,
-    PRECISIONS,
-    Contestant,
-    Parser,
-    Problem,
-    at_least,
-    cores,
-    hardware,
-    load_images,
-    on_gpu,
-    summarize,
-    use_cores,
-)
+from benchmarks.epochs import N_CLUSTERS, Benchmark, Contestant, Problem, main
 
 LEARNING_RATE = 1e-4
 """ClustPy's default of the clustering phase."""
@@ -83,17 +62,6 @@ class Model(NamedTuple):
     centroids: np.ndarray
 
 
-@dataclasses.dataclass(kw_only=True)
-class Clusterer(Contestant):
-    """A contestant that says what it has learned.
-
-    Attributes:
-      model: what it is now.
-    """
-
-    model: Callable[[], Model]
-
-
 def divergence(model: Model, x: np.ndarray) -> float:
     """Mean KL(P‖Q) of images x [n, d] float32, P made of all of them, in nats.
 
@@ -112,9 +80,14 @@ def divergence(model: Model, x: np.ndarray) -> float:
 
 
 def jkmeans_contestants(
-    problem: Problem,
-) -> tuple[list[Clusterer], dict[str, np.ndarray], np.ndarray]:
-    """Ours, and what all start from: parameters by path, centroids [k, p]."""
+    problem: Problem, judged: np.ndarray
+) -> tuple[list[Contestant], dict[str, np.ndarray], np.ndarray]:
+    """Ours, and what all start from: parameters by path, centroids [k, p].
+
+    Args:
+      problem: what to train on.
+      judged: [m, d] float32, the images whose divergence is computed.
+    """
     import jax
     import jax.numpy as jnp
     from ml_collections import ConfigDict
@@ -178,7 +151,7 @@ def jkmeans_contestants(
     initial = {name: np.array(value) for name, value in state.parameters.items()}
     centroids = np.array(state.clusters.centroids)
 
-    def contestant(name: str, detail: str, config, state) -> Clusterer:
+    def contestant(name: str, detail: str, config, state) -> Contestant:
         plan = blueprint(config.network, shape)
         programs = make_programs(config, plan, method, layout, mesh, shape, problem.scale)
         started = time.perf_counter()
@@ -191,11 +164,12 @@ def jkmeans_contestants(
             jax.block_until_ready((state, metrics))
             return float(metrics["loss"])
 
-        def model() -> Model:
+        def judge() -> float:
             now = {name: np.array(value) for name, value in state.parameters.items()}
-            return Model(encoder_layers(now), np.array(state.clusters.centroids))
+            model = Model(encoder_layers(now), np.array(state.clusters.centroids))
+            return divergence(model, judged)
 
-        return Clusterer(name, detail, layout.n_steps, seconds, epoch, model=model)
+        return Contestant(name, detail, layout.n_steps, seconds, epoch, judge)
 
     detail = "one compiled program; targets of all examples embedded anew, clusters assigned"
     whole = contestant("jkmeans", detail, config, copied(state))
@@ -214,7 +188,7 @@ def jkmeans_contestants(
         return math.nan  # Learns nothing.
 
     detail = "a part of jkmeans' epoch that ClustPy's does not have, by itself"
-    part = Clusterer("embedding anew", detail, 0, 0.0, refresh, model=whole.model)
+    part = Contestant("embedding anew", detail, 0, 0.0, refresh, whole.judge)
     return [whole, part, *others], initial, centroids
 
 
@@ -246,8 +220,8 @@ class BatchLoader:
 
 
 def clustpy_contestants(
-    problem: Problem, initial: dict[str, np.ndarray], centroids: np.ndarray
-) -> list[Clusterer]:
+    problem: Problem, judged: np.ndarray, initial: dict[str, np.ndarray], centroids: np.ndarray
+) -> list[Contestant]:
     """ClustPy as it comes, and with the options that make it fastest."""
     import torch
     from clustpy.deep._data_utils import get_dataloader
@@ -264,7 +238,7 @@ def clustpy_contestants(
 
     def contestant(
         name: str, detail: str, loader: Any, optimizer_class: Callable, autocast: bool = False
-    ) -> Clusterer:
+    ) -> Contestant:
         network = FeedforwardAutoencoder(sizes, activation_fn=torch.nn.ReLU)
         for part, block in (("encoder", network.encoder), ("decoder", network.decoder)):
             linears = [layer for layer in block.block if isinstance(layer, torch.nn.Linear)]
@@ -286,16 +260,16 @@ def clustpy_contestants(
                 torch.cuda.synchronize()
             return math.nan  # Its loss, of P of each batch, is shown in its progress bar only.
 
-        def model() -> Model:
+        def judge() -> float:
             now = [
                 (layer.weight.detach().cpu().numpy().T.copy(), layer.bias.detach().cpu().numpy())
                 for layer in network.encoder.block
                 if isinstance(layer, torch.nn.Linear)
             ]
-            return Model(now, clusters.centers.detach().cpu().numpy())
+            return divergence(Model(now, clusters.centers.detach().cpu().numpy()), judged)
 
         n_steps = math.ceil(n / problem.batch_size)
-        return Clusterer(name, detail, n_steps, 0.0, epoch, model=model)
+        return Contestant(name, detail, n_steps, 0.0, epoch, judge)
 
     return [
         contestant(
@@ -320,168 +294,25 @@ def clustpy_contestants(
     ]
 
 
-def measure(contestants: Sequence[Clusterer], repeats: int, judged: np.ndarray) -> None:
-    """Runs one epoch of each in turn, once to warm up and ``repeats`` times on the clock.
-
-    What a contestant keeps as its losses are divergences of ``judged`` [m, d]: the first one from
-    before the first epoch, the others from after each.
-    """
-    for contestant in contestants:
-        contestant.losses.append(divergence(contestant.model(), judged))
-    for repeat in range(repeats + 1):
-        for contestant in contestants:
-            started = time.perf_counter()
-            contestant.epoch()
-            seconds = time.perf_counter() - started
-            contestant.losses.append(divergence(contestant.model(), judged))
-            if repeat > 0:
-                contestant.seconds.append(seconds)
+def make_contestants(problem: Problem, _: argparse.Namespace) -> tuple[list[Contestant], list[str]]:
+    """All, judged by the divergence of the first images; nothing is to be said about them."""
+    first = problem.images[:N_JUDGED]
+    judged = first.reshape(len(first), -1).astype(np.float32) / 255
+    ours, initial, centroids = jkmeans_contestants(problem, judged)
+    return [*ours, *clustpy_contestants(problem, judged, initial, centroids)], []
 
 
-def table(rows: Sequence[dict[str, Any]]) -> str:
-    """A Markdown table with a line for each row of `summarize`."""
-    header = (
-        *("", "s/epoch", "min–max", "examples/s", "time / jkmeans", "min–max"),
-        *("compile s", "steps", "KL before", "KL after"),
-    )
-    lines = [header, ("---",) + ("---:",) * (len(header) - 1)]
-    lines += [
-        (
-            row["name"],
-            f"{row['median_seconds']:.3f}",
-            f"{row['min_seconds']:.3f}–{row['max_seconds']:.3f}",
-            f"{row['examples_per_second']:,.0f}",
-            f"{row['ratio']:.2f}",
-            f"{row['ratio_min']:.2f}–{row['ratio_max']:.2f}",
-            f"{row['compile_seconds']:.1f}",
-            str(row["n_steps"]),
-            f"{row['losses'][0]:.4f}",
-            f"{row['losses'][-1]:.4f}",
-        )
-        for row in rows
-    ]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def run(options: argparse.Namespace) -> dict[str, Any]:
-    """Measures, prints the table, writes the file, and returns what is in it.
-
-    Raises:
-      UserError: PyTorch or ClustPy is not installed, or an option cannot be used here.
-    """
-    from jkmeans.errors import UserError
-
-    for package, title in (("torch", "PyTorch"), ("clustpy", "ClustPy")):
-        if importlib.util.find_spec(package) is None:
-            raise UserError(f"{title} is not installed; pip install -e .[benchmarks] installs it")
-    threads = options.threads or len(cores())
-    use_cores(threads)
-    if options.json and not Path(options.json).absolute().parent.is_dir():
-        raise UserError(f"--json is {options.json!r}; accepted: a file in a folder that exists")
-    import jax
-    import torch
-
-    gpu = on_gpu()
-    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
-    images, source = load_images(options.data, options.examples, options.seed)
-    if len(images) < N_CLUSTERS:
-        raise UserError(f"--examples is {len(images)}; accepted: 0 (all) or at least {N_CLUSTERS}")
-    # Spread evenly over the steps, as jkmeans does: for 70,000 images 256 stays 256.
-    n_steps = math.ceil(len(images) / options.batch_size)
-    batch_size = math.ceil(len(images) / n_steps)
-    problem = Problem(images, source, 1 / 255, batch_size, threads, gpu, options.seed)
-    torch.backends.cuda.matmul.allow_tf32 = gpu and options.precision == "tf32"
-    precision = options.precision if gpu else "float32"
-    judged = images[:N_JUDGED].reshape(len(images[:N_JUDGED]), -1).astype(np.float32) / 255
-    with jax.default_matmul_precision(PRECISIONS[precision]) if gpu else contextlib.nullcontext():
-        ours, initial, centroids = jkmeans_contestants(problem)
-        contestants = [*ours, *clustpy_contestants(problem, initial, centroids)]
-        measure(contestants, options.repeats, judged)
-    notes = []
-    if load is not None and load > 0.5 * len(cores()):
-        notes.append(
-            f"warning: the load average was {load:.1f} at the start; threads that wait for each "
-            "other, PyTorch's above all, suffer from other programs, so measure on a quiet machine"
-        )
-    packages = ("jkmeans", "jax", "jaxlib", "flax", "optax", "clustpy", "torch", "numpy")
-    result = {
-        "benchmark": "dec_epoch",
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "hardware": hardware(threads, gpu) | {"load_before": load},
-        "versions": {
-            "python": platform.python_version(),
-            **{name: importlib.metadata.version(name) for name in packages},
-        },
-        "settings": {
-            "data": source,
-            "n_examples": len(images),
-            "batch_size": batch_size,
-            "repeats": options.repeats,
-            "seed": options.seed,
-            "matmul_precision": precision,
-            "xla_flags": os.environ.get("XLA_FLAGS", ""),
-        },
-        "notes": notes,
-        "rows": [summarize(contestant, ours[0], len(images)) for contestant in contestants],
-    }
-    show(result)
-    if options.json:
-        Path(options.json).write_text(json.dumps(result, indent=2) + "\n")
-    return result
-
-
-def show(result: dict[str, Any]) -> None:
-    """Prints what `run` returns."""
-    where, settings = result["hardware"], result["settings"]
-    print(
-        f"DEC on {settings['n_examples']:,} images ({settings['data']}), 784-500-500-2000-10, "
-        f"batches of {settings['batch_size']}, {settings['matmul_precision']} products, "
-        f"medians of {settings['repeats']} epochs"
-    )
-    print(
-        f"{where['gpu'] or 'no GPU'}; {where['cpu']}, {where['threads']} threads; {result['date']}"
-    )
-    print(", ".join(f"{name} {version}" for name, version in result["versions"].items()))
-    print()
-    print(table(result["rows"]))
-    print()
-    for row in result["rows"]:
-        print(f"{row['name']}: {row['detail']}")
-    for note in result["notes"]:
-        print(note)
-
-
-def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
-    """Parses flags and calls `run`; exits with 2 where something given cannot be used.
-
-    Args:
-      argv: flags; those of the command line if None.
-    """
-    parser = Parser(
-        prog="dec_epoch",
-        description="Time of an epoch of deep embedded clustering in jkmeans and in ClustPy.",
-        allow_abbrev=False,
-    )
-    parser.add_argument("--repeats", type=at_least(1), default=5, help="epochs on the clock")
-    parser.add_argument("--threads", type=at_least(0), default=0, help="CPU cores; 0 for all")
-    parser.add_argument(
-        "--data", choices=("auto", "mnist", "random"), default="auto", help="the images"
-    )
-    parser.add_argument("--examples", type=at_least(0), default=0, help="how many; 0 for 70,000")
-    parser.add_argument("--batch-size", type=at_least(1), default=256, help="examples of a step")
-    parser.add_argument("--seed", type=at_least(0), default=0, help="of parameters and order")
-    parser.add_argument(
-        "--precision", choices=tuple(PRECISIONS), default="tf32", help="of products on a GPU"
-    )
-    parser.add_argument("--json", default="", metavar="FILE", help="also write the result here")
-    options = parser.parse_args(argv)
-    from jkmeans.errors import UserError
-
-    try:
-        return run(options)
-    except UserError as error:
-        parser.error(str(error))
-
+BENCHMARK = Benchmark(
+    name="dec_epoch",
+    description="Time of an epoch of deep embedded clustering in jkmeans and in ClustPy.",
+    title="DEC, 784-500-500-2000-10",
+    extras={"torch": "PyTorch", "clustpy": "ClustPy"},
+    make_contestants=make_contestants,
+    columns={
+        "KL before": lambda row: f"{row['losses'][0]:.4f}",
+        "KL after": lambda row: f"{row['losses'][-1]:.4f}",
+    },
+)
 
 if __name__ == "__main__":
-    main()
+    main(BENCHMARK)

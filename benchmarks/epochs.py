@@ -1,4 +1,4 @@
-"""What benchmarks of an epoch share: the problem, contestants, cores, flags."""
+"""What benchmarks of an epoch share: the problem, contestants, the clock, the table, flags."""
 
 # PyTorch is an extra, and not there where types are checked.
 # pyright: reportMissingImports=none
@@ -6,11 +6,17 @@
 import argparse
 import contextlib
 import dataclasses
+import datetime
+import importlib.metadata
+import importlib.util
+import json
+import math
 import os
 import platform
 import statistics
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -53,8 +59,9 @@ class Contestant:
       n_steps: steps of an epoch.
       compile_seconds: spent before the first epoch; 0 where nothing is compiled.
       epoch: trains for an epoch, waits for its end and returns its mean loss.
+      judge: says outside the clock what has been learned, in place of the loss of `epoch`.
       seconds: of the epochs that count.
-      losses: of all epochs, the one that warms up included.
+      losses: of all epochs, the one that warms up included; a judge's start before them all.
     """
 
     name: str
@@ -62,8 +69,48 @@ class Contestant:
     n_steps: int
     compile_seconds: float
     epoch: Callable[[], float]
+    judge: Callable[[], float] | None = None
     seconds: list[float] = dataclasses.field(default_factory=list)
     losses: list[float] = dataclasses.field(default_factory=list)
+
+
+@dataclasses.dataclass(frozen=True)
+class Benchmark:
+    """An epoch in jkmeans and in other systems.
+
+    Attributes:
+      name: of the module.
+      description: what is measured, in a sentence.
+      title: what is trained, in words.
+      extras: the packages that it needs beyond those of jkmeans, and what people call them.
+      make_contestants: from the problem and the flags; returns them, the one that ratios are to
+        first, and what is to be said about them.
+      columns: the last ones of the table: what is above, and the cell of a row of `summarize`.
+      flags: its own ones, as `argparse` takes them.
+    """
+
+    name: str
+    description: str
+    title: str
+    extras: Mapping[str, str]
+    make_contestants: Callable[[Problem, argparse.Namespace], tuple[list[Contestant], list[str]]]
+    columns: Mapping[str, Callable[[dict[str, Any]], str]]
+    flags: Mapping[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
+
+
+def measure(contestants: Sequence[Contestant], repeats: int) -> None:
+    """Runs one epoch of each in turn, once to warm up and ``repeats`` times on the clock."""
+    for contestant in contestants:
+        if contestant.judge:
+            contestant.losses.append(contestant.judge())
+    for repeat in range(repeats + 1):
+        for contestant in contestants:
+            started = time.perf_counter()
+            loss = contestant.epoch()
+            seconds = time.perf_counter() - started
+            contestant.losses.append(contestant.judge() if contestant.judge else loss)
+            if repeat > 0:
+                contestant.seconds.append(seconds)
 
 
 def summarize(contestant: Contestant, first: Contestant, n_examples: int) -> dict[str, Any]:
@@ -192,3 +239,143 @@ def at_least(least: int) -> Callable[[str], int]:
         return value
 
     return convert
+
+
+def table(benchmark: Benchmark, rows: Sequence[dict[str, Any]]) -> str:
+    """A Markdown table with a line for each row of `summarize`."""
+    header = (
+        *("", "s/epoch", "min–max", "examples/s", "time / jkmeans", "min–max"),
+        *("compile s", "steps", *benchmark.columns),
+    )
+    lines = [header, ("---",) + ("---:",) * (len(header) - 1)]
+    lines += [
+        (
+            row["name"],
+            f"{row['median_seconds']:.3f}",
+            f"{row['min_seconds']:.3f}–{row['max_seconds']:.3f}",
+            f"{row['examples_per_second']:,.0f}",
+            f"{row['ratio']:.2f}",
+            f"{row['ratio_min']:.2f}–{row['ratio_max']:.2f}",
+            f"{row['compile_seconds']:.1f}",
+            str(row["n_steps"]),
+            *(cell(row) for cell in benchmark.columns.values()),
+        )
+        for row in rows
+    ]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def run(benchmark: Benchmark, options: argparse.Namespace) -> dict[str, Any]:
+    """Measures, prints the table, writes the file, and returns what is in it.
+
+    Raises:
+      UserError: an extra is not installed, or an option cannot be used here.
+    """
+    from jkmeans.errors import UserError
+
+    for package, title in benchmark.extras.items():
+        if importlib.util.find_spec(package) is None:
+            raise UserError(f"{title} is not installed; pip install -e .[benchmarks] installs it")
+    threads = options.threads or len(cores())
+    use_cores(threads)
+    if options.json and not Path(options.json).absolute().parent.is_dir():
+        raise UserError(f"--json is {options.json!r}; accepted: a file in a folder that exists")
+    import jax
+    import torch
+
+    gpu = on_gpu()
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+    images, source = load_images(options.data, options.examples, options.seed)
+    if len(images) < N_CLUSTERS:
+        raise UserError(f"--examples is {len(images)}; accepted: 0 (all) or at least {N_CLUSTERS}")
+    # Spread evenly over the steps, as jkmeans does: for 70,000 images 256 stays 256.
+    n_steps = math.ceil(len(images) / options.batch_size)
+    batch_size = math.ceil(len(images) / n_steps)
+    problem = Problem(images, source, 1 / 255, batch_size, threads, gpu, options.seed)
+    torch.backends.cuda.matmul.allow_tf32 = gpu and options.precision == "tf32"
+    precision = options.precision if gpu else "float32"
+    with jax.default_matmul_precision(PRECISIONS[precision]) if gpu else contextlib.nullcontext():
+        contestants, notes = benchmark.make_contestants(problem, options)
+        measure(contestants, options.repeats)
+    if load is not None and load > 0.5 * len(cores()):
+        notes.append(
+            f"warning: the load average was {load:.1f} at the start; threads that wait for each "
+            "other, PyTorch's above all, suffer from other programs, so measure on a quiet machine"
+        )
+    packages = ("jkmeans", "jax", "jaxlib", "flax", "optax", *benchmark.extras, "numpy")
+    result = {
+        "benchmark": benchmark.name,
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "hardware": hardware(threads, gpu) | {"load_before": load},
+        "versions": {
+            "python": platform.python_version(),
+            **{name: importlib.metadata.version(name) for name in packages},
+        },
+        "settings": {
+            "data": source,
+            "n_examples": len(images),
+            "batch_size": batch_size,
+            "repeats": options.repeats,
+            "seed": options.seed,
+            "matmul_precision": precision,
+            "xla_flags": os.environ.get("XLA_FLAGS", ""),
+        },
+        "notes": notes,
+        "rows": [summarize(contestant, contestants[0], len(images)) for contestant in contestants],
+    }
+    show(benchmark, result)
+    if options.json:
+        Path(options.json).write_text(json.dumps(result, indent=2) + "\n")
+    return result
+
+
+def show(benchmark: Benchmark, result: dict[str, Any]) -> None:
+    """Prints what `run` returns."""
+    where, settings = result["hardware"], result["settings"]
+    print(
+        f"{benchmark.title}, {settings['n_examples']:,} images ({settings['data']}), "
+        f"batches of {settings['batch_size']}, {settings['matmul_precision']} products, "
+        f"medians of {settings['repeats']} epochs"
+    )
+    print(
+        f"{where['gpu'] or 'no GPU'}; {where['cpu']}, {where['threads']} threads; {result['date']}"
+    )
+    print(", ".join(f"{name} {version}" for name, version in result["versions"].items()))
+    print()
+    print(table(benchmark, result["rows"]))
+    print()
+    for row in result["rows"]:
+        print(f"{row['name']}: {row['detail']}")
+    for note in result["notes"]:
+        print(note)
+
+
+def main(benchmark: Benchmark, argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """Parses flags and calls `run`; exits with 2 where something given cannot be used.
+
+    Args:
+      benchmark: what to run.
+      argv: flags; those of the command line if None.
+    """
+    parser = Parser(prog=benchmark.name, description=benchmark.description, allow_abbrev=False)
+    parser.add_argument("--repeats", type=at_least(1), default=5, help="epochs on the clock")
+    parser.add_argument("--threads", type=at_least(0), default=0, help="CPU cores; 0 for all")
+    parser.add_argument(
+        "--data", choices=("auto", "mnist", "random"), default="auto", help="the images"
+    )
+    parser.add_argument("--examples", type=at_least(0), default=0, help="how many; 0 for 70,000")
+    parser.add_argument("--batch-size", type=at_least(1), default=256, help="examples of a step")
+    parser.add_argument("--seed", type=at_least(0), default=0, help="of parameters and order")
+    parser.add_argument(
+        "--precision", choices=tuple(PRECISIONS), default="tf32", help="of products on a GPU"
+    )
+    for flag, settings in benchmark.flags.items():
+        parser.add_argument(flag, **settings)
+    parser.add_argument("--json", default="", metavar="FILE", help="also write the result here")
+    options = parser.parse_args(argv)
+    from jkmeans.errors import UserError
+
+    try:
+        return run(benchmark, options)
+    except UserError as error:
+        parser.error(str(error))

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from benchmarks import autoencoder_epoch as benchmark
+from benchmarks import autoencoder_epoch, epochs
 
 
 def test_torch_and_jax_are_not_imported_with_the_module():
@@ -20,12 +20,12 @@ def test_torch_and_jax_are_not_imported_with_the_module():
 @pytest.mark.slow
 def test_contestants_do_the_same_work(tmp_path, capsys, monkeypatch):
     pytest.importorskip("torch")
-    monkeypatch.setattr(benchmark, "TRIAL_STEPS", 3)
+    monkeypatch.setattr(autoencoder_epoch, "TRIAL_STEPS", 3)
     # One thread: OpenMP's threads wait actively, which takes minutes beside other tests.
-    monkeypatch.setattr(benchmark, "cores", lambda: [0])
+    monkeypatch.setattr(epochs, "cores", lambda: [0])
     path = tmp_path / "result.json"
     flags = "--data random --examples 256 --batch-size 256 --repeats 2 --no-compile --json"
-    result = benchmark.main([*flags.split(), str(path)])
+    result = epochs.main(autoencoder_epoch.BENCHMARK, [*flags.split(), str(path)])
     assert json.loads(path.read_text()) == result
     assert result["settings"]["n_examples"] == 256
     assert result["settings"]["data"] == "random uint8"
@@ -61,7 +61,7 @@ def test_contestants_do_the_same_work(tmp_path, capsys, monkeypatch):
 def test_what_cannot_be_used_is_a_sentence(flags, sentence, capsys, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     with pytest.raises(SystemExit) as caught:
-        benchmark.main(flags)
+        epochs.main(autoencoder_epoch.BENCHMARK, flags)
     assert caught.value.code == 2
     printed = capsys.readouterr().err
     assert sentence in printed
@@ -71,6 +71,6 @@ def test_what_cannot_be_used_is_a_sentence(flags, sentence, capsys, monkeypatch)
 def test_missing_torch_names_the_extra(capsys, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(SystemExit) as caught:
-        benchmark.main([])
+        epochs.main(autoencoder_epoch.BENCHMARK, [])
     assert caught.value.code == 2
     assert "pip install -e .[benchmarks]" in capsys.readouterr().err
