@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 
+from jkmeans import processes
 from jkmeans.checkpoints import Checkpoints, DamagedError
-from jkmeans.errors import UserError
+from jkmeans.errors import LostError, UserError
 from jkmeans.methods import Clusters
 from jkmeans.sharding import REPLICATED, SHARDED, make_mesh, place
 from tests.test_processes import free_port
@@ -495,7 +496,7 @@ def test_a_disk_that_fills_during_the_write(small_disk, monkeypatch):
 def test_who_cannot_write_its_part_does_not_wait_for_the_others(failing, tmp_path):
     """Orbax has all processes wait for each other for ten minutes."""
     port = free_port()
-    processes = [
+    started = [
         subprocess.Popen(
             [sys.executable, "-m", "tests.saving", *map(str, (i, 2, port, tmp_path, failing))],
             stdout=subprocess.PIPE,
@@ -505,13 +506,13 @@ def test_who_cannot_write_its_part_does_not_wait_for_the_others(failing, tmp_pat
         for i in range(2)
     ]
     try:
-        out, errors = processes[failing].communicate(timeout=120)
+        out, errors = started[failing].communicate(timeout=120)
     finally:
-        for process in processes:
+        for process in started:
             process.kill()
             with process:  # Closes its pipes.
                 pass
-    assert processes[failing].returncode == 2, errors
+    assert started[failing].returncode == 2, errors
     assert "saved\nrefused: the disk of " in out, errors
     assert sorted(p.name for p in tmp_path.iterdir() if p.name.isdigit()) == ["1"]
 
@@ -523,6 +524,24 @@ def test_a_folder_that_cannot_be_made(tmp_path):
         pytest.raises(UserError, match="cannot write checkpoints to"),
     ):
         writer.save(1, on_mesh(host_trees()), {}, None)
+
+
+@pytest.mark.parametrize(("n_processes", "kind"), [(2, LostError), (1, UserError)])
+def test_a_save_that_times_out_is_a_loss_where_there_are_others(
+    tmp_path, monkeypatch, n_processes, kind
+):
+    class OutOfPatience:
+        """A save at whose barrier Orbax has waited in vain."""
+
+        def result(self, timeout=None):
+            raise TimeoutError("Barrier timed out")
+
+    monkeypatch.setattr(processes, "count", lambda: n_processes)
+    writer = Checkpoints(tmp_path)
+    writer._pending = OutOfPatience()
+    with pytest.raises(Exception, match=r"Barrier timed out|cannot write") as caught:
+        writer.wait()
+    assert type(caught.value) is kind
 
 
 def test_other_errors_are_not_called_a_full_disk(tmp_path):
