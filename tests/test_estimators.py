@@ -403,7 +403,7 @@ def slow_for(*kinds):
     return pytest.mark.parametrize("make", cases, indirect=True)
 
 
-@slow_for(MiniBatchKMeans, SphericalKMeans)
+@slow_for(MiniBatchKMeans, SphericalKMeans, BisectingKMeans, HierarchicalKMeans)
 def test_one_device_and_eight(make, blobs, mesh):
     one, eight = make().fit(blobs), make(mesh=mesh).fit(blobs)
     check_equal(eight, one)

@@ -426,7 +426,7 @@ def test_fed_from_the_host_equals_resident(name):
 CLUSTERING = [name for name, spec in METHODS.items() if "training.n_epochs" not in spec.settings]
 
 
-@pytest.mark.parametrize("name", tiny.all_but_slow(CLUSTERING, "dec", "dcn", "vade"))
+@pytest.mark.parametrize("name", tiny.all_but_slow(CLUSTERING, "dec"))
 def test_what_clustering_does_not_use_rests(name):
     run, state, _ = trained(name, 1)
     start = run.create()

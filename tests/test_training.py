@@ -340,7 +340,11 @@ def small_flags(files, workdir) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    "number", [signal.SIGKILL, signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
+    "number",
+    [
+        signal.SIGKILL,
+        *(pytest.param(n, marks=pytest.mark.slow) for n in (signal.SIGTERM, signal.SIGINT)),
+    ],
 )
 def test_a_signal_from_outside_loses_at_most_the_work_since_a_checkpoint(tmp_path, files, number):
     workdir = tmp_path / "run"
