@@ -18,7 +18,7 @@ from jkmeans.errors import UserError
 _KNOCK_SECONDS = 2.0
 _JOIN_SECONDS = 7.0
 
-WORKER_ENVIRONMENT = {"XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false"}
+_ONE_CORE = {"XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false"}
 """Each worker has one core; fake devices of tests are for the process that started them."""
 
 _RAY_ENVIRONMENT = {
@@ -44,6 +44,24 @@ def import_ray() -> Any:
             'Ray is not installed, which this needs; accepted: pip install "jkmeans[ray]"'
         ) from error
     return ray
+
+
+def options_of_worker(n_gpus: float) -> dict[str, Any]:
+    """What Ray is told of an actor with one core and so many GPUs, or a part of one."""
+    platform = {"JAX_PLATFORMS": "" if n_gpus else "cpu"}
+    if 0 < n_gpus < 1:
+        platform["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # It shares the GPU.
+    environment = {"env_vars": _ONE_CORE | platform}
+    return {"num_cpus": 1, "num_gpus": n_gpus, "runtime_env": environment}
+
+
+def options_of_keeper(ray: Any) -> dict[str, Any]:
+    """What Ray is told of the actor that keeps the state in files: it stays on this machine."""
+    here = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(
+        ray.get_runtime_context().get_node_id(), soft=False
+    )
+    environment = {"env_vars": _ONE_CORE | {"JAX_PLATFORMS": "cpu"}}
+    return {"num_cpus": 0, "scheduling_strategy": here, "runtime_env": environment}
 
 
 @contextlib.contextmanager

@@ -225,29 +225,18 @@ class _Run:
         (folder / _JOB_FILE).write_bytes(ray.cloudpickle.dumps(job))
         self._job = ray.put(job)
         lives = {"max_restarts": options.max_restarts, "max_task_retries": -1}
-        here = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(
-            ray.get_runtime_context().get_node_id(), soft=False
-        )
         self._server = (
             ray.remote(ServerActor)
             .options(
                 **lives,
-                num_cpus=0,
+                **ray_session.options_of_keeper(ray),
                 # In a synchronous round every worker waits inside a call.
                 max_concurrency=job.n_workers + 2,
-                scheduling_strategy=here,  # The folder is on this machine.
-                runtime_env={"env_vars": ray_session.WORKER_ENVIRONMENT | {"JAX_PLATFORMS": "cpu"}},
             )
             .remote(folder, options.checkpoint_exchanges)
         )
-        platform = {"JAX_PLATFORMS": "" if options.gpus_per_worker else "cpu"}
-        if 0 < options.gpus_per_worker < 1:
-            platform["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
         worker = ray.remote(WorkerActor).options(
-            **lives,
-            num_cpus=1,
-            num_gpus=options.gpus_per_worker,
-            runtime_env={"env_vars": ray_session.WORKER_ENVIRONMENT | platform},
+            **lives, **ray_session.options_of_worker(options.gpus_per_worker)
         )
         self._workers = [worker.remote() for _ in range(job.n_workers)]
         self._running: dict[Any, int] = {}

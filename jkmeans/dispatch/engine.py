@@ -235,29 +235,13 @@ class _Crew:
                 f"{resources.get('GPU', 0):g} GPUs, and no worker of one CPU and {self._gpus:g} "
                 "GPUs has room in it; accepted: other --gpus_per_worker, or another --address"
             )
-        here = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(
-            ray.get_runtime_context().get_node_id(), soft=False
-        )
         self._job = ray.put(job)
         self._master = (
             ray.remote(MasterActor)
-            .options(
-                max_restarts=-1,
-                max_task_retries=-1,
-                num_cpus=0,
-                scheduling_strategy=here,  # The journal's lock is of this machine.
-                runtime_env={"env_vars": {"JAX_PLATFORMS": "cpu"}},
-            )
+            .options(max_restarts=-1, max_task_retries=-1, **ray_session.options_of_keeper(ray))
             .remote(job)
         )
-        platform = {"JAX_PLATFORMS": "" if self._gpus else "cpu"}
-        if 0 < self._gpus < 1:
-            platform["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
-        self._kind = ray.remote(WorkerActor).options(
-            num_cpus=1,
-            num_gpus=self._gpus,
-            runtime_env={"env_vars": ray_session.WORKER_ENVIRONMENT | platform},
-        )
+        self._kind = ray.remote(WorkerActor).options(**ray_session.options_of_worker(self._gpus))
         self._actors: dict[Any, tuple[str, Any]] = {}  # by the reference of the call that runs
         self._started = 0
         self._counted_at = float("-inf")
