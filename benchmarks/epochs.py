@@ -61,7 +61,8 @@ class Contestant:
       epoch: trains for an epoch, waits for its end and returns its mean loss.
       judge: says outside the clock what has been learned, in place of the loss of `epoch`.
       seconds: of the epochs that count.
-      losses: of all epochs, the one that warms up included; a judge's start before them all.
+      losses: of all epochs, the one that warms up included; with a judge, what it says before the
+        first and after each.
     """
 
     name: str

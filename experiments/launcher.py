@@ -10,6 +10,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from typing import Any
 
 # Several fake CPU devices in one process need more threads than cores, before JAX is imported;
 # see docs/architecture.md, "Fake devices".
@@ -98,6 +99,24 @@ def launch(
             joining.end_at_once(1)
         raise
     sys.exit(0)
+
+
+def config_of_a_run() -> Any:
+    """``FLAGS.config``, complete for the method that ``--config.objective.name`` asks for.
+
+    A method has fields and settings of its own, so another one than the file's is more than another
+    name. A field that the command line names stays as it is named there.
+    """
+    from ml_collections import config_flags
+
+    from jkmeans.methods import METHODS, with_method
+
+    config = FLAGS.config
+    named = dict(config_flags.get_override_values(FLAGS["config"]))
+    name = named.pop("objective.name", None)
+    if name not in METHODS or set(config.objective) == {"name", *METHODS[name].fields}:
+        return config
+    return with_method(config, name, **named)
 
 
 def _define_process_flags() -> None:

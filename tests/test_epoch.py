@@ -291,8 +291,8 @@ def collectives(text: str) -> dict[str, int]:
     return {kind: len(re.findall(rf" {kind}(?:-start)?\(", text)) for kind in kinds}
 
 
-def compiled_epoch(clustering: bool, **changes) -> str:
-    run = make_run(n_devices=8, **changes)
+def compiled_epoch(clustering: bool, n_devices: int = 8, **changes) -> str:
+    run = make_run(n_devices=n_devices, **changes)
     lowered = run.programs.epoch.lower(run.create(), run.rows, clustering=clustering)
     return lowered.compile().as_text()
 
@@ -305,6 +305,8 @@ def test_collectives_of_an_epoch():
     # too, which XLA combines with that of the mean of the bank.
     keep = compiled_epoch(True, centroids__empty="keep")
     assert collectives(keep) == none | {"all-reduce": 4}
+    # On one device the gradients would be copied for it.
+    assert collectives(compiled_epoch(False, n_devices=1)) == none | {"all-reduce": 0}
 
 
 @pytest.mark.slow

@@ -95,6 +95,15 @@ BAD = {
         ["--config=configs/digits.py", "--workdir=w", "--config.n_clusters=ten"],
         "n_clusters",
     ),
+    "another method, which keeps what is named": (
+        [
+            "--config=configs/digits.py",
+            "--workdir=w",
+            "--config.objective.name=n2d",
+            "--config.training.n_epochs=3",
+        ],
+        "config.training.n_epochs is 3, but the network of n2d is only pretrained",
+    ),
     "bad value": (
         ["--config=configs/digits.py", "--workdir=w", "--config.n_clusters=0"],
         "config.n_clusters is 0; accepted: an integer of at least 1",

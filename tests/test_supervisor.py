@@ -181,7 +181,9 @@ time.sleep(2.5)
 print("start is over", time.time(), flush=True)
 heartbeat.at_work()
 if generation == 1 and i == 1:
-    while events.read_text().count('"event": "spare"') < 2: time.sleep(0.1)
+    for _ in range(600):
+        if events.read_text().count('"event": "spare"') == 2: break
+        time.sleep(0.1)
     os.kill(os.getpid(), signal.SIGKILL)
 if generation == 1: time.sleep(60)
 """

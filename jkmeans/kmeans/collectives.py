@@ -78,16 +78,19 @@ def per_block(function: Callable, axis_name: AxisName) -> Callable:
 def all_sum(tree, axis_name: AxisName):
     """The sum over the devices of ``axis_name``; the identity without an axis.
 
-    It is the identity, too, where the axis has one device and nothing is marked as varying along
-    it: XLA on CPUs would copy the values for the sake of a sum of one. Over `Blocks` it is taken in
-    order, at the price of as many times the traffic as there are blocks.
+    It is the identity, too, where the axis is of a mesh, has one device and nothing is marked as
+    varying along it: XLA on CPUs would copy the values for a sum of one. Over `Blocks` it is taken
+    in order, at the price of as many times the traffic as there are blocks.
     """
     if axis_name is None:
         return tree
     if not isinstance(axis_name, Blocks):
         names = names_of(axis_name)
+        # An axis of a ``vmap`` is none of a mesh: its values stay mapped until they are summed.
+        of_mesh = set(names) <= set(jax.sharding.get_abstract_mesh().manual_axes)
         varying = any(varying_axes(leaf) & set(names) for leaf in jax.tree.leaves(tree))
-        return tree if n_devices(names) == 1 and not varying else lax.psum(tree, names)
+        alone = of_mesh and n_devices(names) == 1 and not varying
+        return tree if alone else lax.psum(tree, names)
 
     def in_order(leaf: jax.Array) -> jax.Array:
         parts = stack_devices(leaf, axis_name)

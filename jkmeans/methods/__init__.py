@@ -57,7 +57,8 @@ def with_method(config: Any, name: str, **changes: Any) -> Any:
     Args:
       config: complete, an ``ml_collections.ConfigDict``; it is not changed.
       name: a key of `METHODS`.
-      **changes: fields by their full names with ``__`` between groups, over the method's settings.
+      **changes: fields by their full names with ``__`` (or dots) between groups, over the method's
+        settings.
 
     Raises:
       UserError: there is no such method.

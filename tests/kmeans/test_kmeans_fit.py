@@ -59,6 +59,18 @@ def test_nan_rows_give_nan_inertia_and_valid_labels(blobs):
     assert result.n_iter > 0
 
 
+@pytest.mark.parametrize("n_parts", [1, 2])
+def test_a_named_vmap_is_an_axis_too(blobs, n_parts):
+    parts = jnp.asarray(blobs).reshape(n_parts, -1, blobs.shape[1])
+
+    def inertia(part):
+        return fit(jax.random.key(0), part, 6, init=blobs[:6], axis_name="parts").inertia
+
+    found = jax.jit(jax.vmap(inertia, axis_name="parts", out_axes=None))(parts)
+    expected = KMeans(6, init=blobs[:6], n_init=1, tol=0).fit(blobs).inertia_
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
 @pytest.mark.slow
 def test_vmap_over_keys(blobs):
     results = jax.jit(jax.vmap(lambda key: fit(key, blobs, 6)))(

@@ -30,8 +30,8 @@ def loss(x, weights, start, algorithm="lloyd"):
 @pytest.mark.parametrize(
     ("mode", "algorithm"),
     [
+        ("forward", "lloyd"),
         ("backward", "bounds"),
-        pytest.param("forward", "lloyd", marks=pytest.mark.slow),
         pytest.param("forward", "bounds", marks=pytest.mark.slow),
         pytest.param("backward", "lloyd", marks=pytest.mark.slow),
     ],
