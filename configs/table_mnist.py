@@ -30,8 +30,8 @@ def get_config() -> Config:
     config.n_seeds = 3
     config.runs = ConfigDict(sort_keys=False)  # The order of the rows.
     config.runs.update(after_gradient_descent(plain))
-    # Faster: short products, and no pass over the data for the targets. What it costs stands in
-    # docs/results.md.
+    # Faster: short products once the network is pretrained, and no pass over the data for the
+    # targets. What it costs stands in docs/results.md.
     quick = {"network__precision": "bfloat16", "centroids__bank": "stored"}
     config.runs["dec, bfloat16"] = with_method(plain, "dec", **quick)
     config.runs["n2d"] = with_method(plain, "n2d")

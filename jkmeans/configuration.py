@@ -47,7 +47,7 @@ FIELDS: dict[str, Field] = {
     "network.decoder": boolean("whether there is a reconstruction"),
     "network.normalize": boolean("whether embeddings have length one"),
     "network.initializer": choice(tuple(INITIALIZERS), "how kernels begin"),
-    "network.precision": choice(PRECISIONS, "of the products in its layers"),
+    "network.precision": choice(PRECISIONS, "of the products in its layers, after pretraining"),
     "objective.name": choice(tuple(METHODS), "the method", or_function=True),
     "centroids.init": choice(tuple(INITIALIZATIONS), "how the first centroids are chosen"),
     "centroids.n_init": integer(1, "restarts, of which the one of least inertia is kept"),
@@ -61,6 +61,7 @@ FIELDS: dict[str, Field] = {
     "training.n_pretrain_epochs": integer(0, "epochs of the autoencoder alone"),
     "training.pretrained_folder": text("where pretrained networks are kept and found, or ''"),
     "training.n_epochs": integer(0, "epochs of clustering"),
+    "training.pretrain_precision": choice(PRECISIONS, "of the products in layers until then"),
     "training.optimizer": choice(_OPTIMIZERS, "of pretraining; sgd has momentum .9"),
     "training.clustering_optimizer": choice(_OPTIMIZERS, "of clustering"),
     "training.learning_rate": number("of pretraining", positive=True),
@@ -244,10 +245,17 @@ def from_json(values: dict[str, Any]) -> Config:
         beside = config.get(group)
         if name in known and isinstance(beside, ConfigDict) and field not in beside:
             beside[field] = before
-    training: Config = config.get("training")
-    fields = training if isinstance(training, ConfigDict) else {}
-    if "optimizer" in fields and "clustering_optimizer" not in fields:
-        training.clustering_optimizer = training.optimizer  # There was one for both phases.
+    # There was one optimizer, and one precision, for both phases.
+    for name, of_both in (
+        ("training.clustering_optimizer", "training.optimizer"),
+        ("training.pretrain_precision", "network.precision"),
+    ):
+        (group, field), (other, whole) = name.split("."), of_both.split(".")
+        beside, source = config.get(group), config.get(other)
+        if name not in known or not isinstance(beside, ConfigDict) or field in beside:
+            continue
+        if isinstance(source, ConfigDict) and whole in source:
+            beside[field] = source[whole]
     return validate(config)
 
 

@@ -236,7 +236,8 @@ def make_programs(
         )
 
     def objective(parameters, clusters, batch):
-        return method.objective(merge(graphdef, parameters), clusters, batch)
+        of_phase = graphdef if batch.clustering else blueprint.pretraining
+        return method.objective(merge(of_phase, parameters), clusters, batch)
 
     def trained(parameters: Parameters, clusters) -> dict[str, Any]:
         """What the optimizer changes."""

@@ -150,18 +150,21 @@ def _restore(checkpoints: Checkpoints, position: int, mesh) -> TrainedModel:
             "goes on where it stopped)"
         )
     shape, scale = tuple(record["data"]["example_shape"]), record["data"]["scale"]
-    graphdef, parameters, _ = blueprint(config.network, shape)
+    plan = blueprint(config.network, shape)
     sharding = NamedSharding(mesh, REPLICATED)
     k, p = config.n_clusters, config.network.embedding_dim
     method = make_method(config, DATA_AXIS)
-    here = {"parameters": parameters, "clusters": method.blank(k, p, record["data"]["n_examples"])}
+    here = {
+        "parameters": plan.parameters,
+        "clusters": method.blank(k, p, record["data"]["n_examples"]),
+    }
     abstract = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), here
     )
     model = checkpoints.load(position, {"model": abstract}).trees["model"]
 
     def predict_local(model, examples):
-        network = merge(graphdef, model["parameters"])
+        network = merge(plan.graphdef, model["parameters"])
         embeddings = network.encode(network_input(examples, scale))
         found = method.predict(model["clusters"], embeddings)
         return found.labels, found.distances, embeddings

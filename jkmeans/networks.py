@@ -308,21 +308,26 @@ class Blueprint(NamedTuple):
 
     Attributes:
       graphdef: its structure.
+      pretraining: the same with the precision that its products have while it is pretrained.
       parameters: shapes and dtypes, by path.
       draw: of a key of PRNG (``jax.random.key``), the initial parameters by path; traceable.
     """
 
     graphdef: nnx.GraphDef
+    pretraining: nnx.GraphDef
     parameters: dict[str, jax.ShapeDtypeStruct]
     draw: Callable[[jax.Array], "Parameters"]
 
 
-def blueprint(options, example_shape: Sequence[int]) -> Blueprint:
+def blueprint(
+    options, example_shape: Sequence[int], pretrain_precision: str | None = None
+) -> Blueprint:
     """What `make_network` would make, without computing anything on any device.
 
     Args:
       options: ``config.network``.
       example_shape: shape of one example.
+      pretrain_precision: of products while pretraining; if None, as ``options`` have it.
 
     Raises:
       UserError: as `make_network`.
@@ -336,7 +341,12 @@ def blueprint(options, example_shape: Sequence[int]) -> Blueprint:
 
     key = jax.eval_shape(lambda: jax.random.key(0))
     shapes = jax.eval_shape(draw, key)
-    return Blueprint(found[0], shapes, draw)
+    graphdef = pretraining = found[0]
+    if pretrain_precision not in (None, options.precision):
+        other = options.copy_and_resolve_references()
+        other.precision = pretrain_precision
+        pretraining = blueprint(other, example_shape).graphdef
+    return Blueprint(graphdef, pretraining, shapes, draw)
 
 
 def fresh_hidden_layers(options, example_shape: Sequence[int], key: jax.Array) -> "Parameters":

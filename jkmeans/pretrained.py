@@ -60,7 +60,7 @@ def description(config, data_record: dict[str, Any]) -> dict[str, Any]:
     """All that pretraining depends on, as plain JSON types."""
     name = config.objective.name
     augmentation = config.augmentation
-    network = config.network.to_dict()
+    network = config.network.to_dict() | {"precision": config.training.pretrain_precision}
     if network["precision"] == "float32":
         del network["precision"]  # Networks of before there was a choice are found again.
     return {

@@ -147,7 +147,7 @@ class _SideBySide:
         axis = axis_of(self.layout, self.mesh)
         self.programs = make_programs(
             config,
-            blueprint(config.network, dataset.example_shape),
+            blueprint(config.network, dataset.example_shape, config.training.pretrain_precision),
             make_method(config, axis),
             self.layout,
             self.mesh,

@@ -178,7 +178,9 @@ class Run:
             self.method = make_method(config, DATA_AXIS)
             self.programs = make_programs(
                 config,
-                blueprint(config.network, dataset.example_shape),
+                blueprint(
+                    config.network, dataset.example_shape, config.training.pretrain_precision
+                ),
                 self.method,
                 self.layout,
                 mesh,

@@ -280,12 +280,14 @@ def test_values_that_are_older_than_a_field():
     old = to_json(with_method(tiny.config(training__optimizer="sgd"), "vade"))
     for group, field in (
         ("network", "initializer"), ("network", "precision"), ("training", "clustering_optimizer"),
-        ("objective", "likelihood"), ("objective", "pixel_variance"),
+        ("training", "pretrain_precision"), ("objective", "likelihood"),
+        ("objective", "pixel_variance"),
     ):  # fmt: skip
         del old[group][field]
     found = from_json(old)
     assert (found.network.initializer, found.network.precision) == ("glorot_uniform", "float32")
     assert found.training.clustering_optimizer == "sgd"
+    assert found.training.pretrain_precision == "float32"
     assert (found.objective.likelihood, found.objective.pixel_variance) == ("bernoulli", 0.1)
     joint = from_json(to_json(tiny.config()))
     assert "likelihood" not in joint.objective
@@ -382,6 +384,7 @@ def test_all_other_differences_count(name):
         "centroids.init": "sample",
         "centroids.bank": "refreshed",
         "centroids.empty": "keep",
+        "training.pretrain_precision": "bfloat16",
         "training.optimizer": "sgd",
         "training.clustering_optimizer": "sgd",
         "training.schedule": "cosine",

@@ -203,6 +203,7 @@ def test_an_optimizer_of_its_own_for_clustering_leaves_pretraining_as_it_was():
 def test_devices_agree_step_by_step(n_devices, precision):
     """Fed one step at a time from the host, states on 1 and on n devices are the same."""
     changes = {"data__placement": "host", "data__n_shards": 8, "network__precision": precision}
+    changes["training__pretrain_precision"] = precision
     runs = [make_run(n_devices=n, **changes) for n in (1, n_devices)]
     states = [run.create() for run in runs]
     orders = [
@@ -314,6 +315,18 @@ def test_a_balance_term_costs_one_more_collective_a_step():
     # Its backward sum is of the weights alone, and travels with the forward one.
     changes = {"centroids__empty": "keep", "objective__balance_weight": 0.1}
     assert collectives(compiled_epoch(True, **changes))["all-reduce"] == 5
+
+
+@pytest.mark.parametrize("pretraining", [False, True])
+def test_each_phase_has_a_precision_of_its_own(pretraining):
+    name = "training__pretrain_precision" if pretraining else "network__precision"
+    run = make_run(n_devices=1, **{name: "bfloat16"})
+    state = run.create()
+    for clustering in (False, True):
+        text = run.programs.epoch.lower(state, run.rows, clustering=clustering).as_text()
+        assert ("bf16" in text) == (clustering != pretraining)
+    refresh = run.programs.refresh.lower(state, run.rows).as_text()
+    assert ("bf16" in refresh) != pretraining
 
 
 def test_one_epoch_is_one_program_without_host_calls():

@@ -57,7 +57,7 @@ OTHERS = {
     "embedding": {"network__embedding_dim": 5},
     "widths": {"network__widths": (17,)},
     "network": {"network__name": "variational"},
-    "precision": {"network__precision": "bfloat16"},
+    "precision": {"training__pretrain_precision": "bfloat16"},
     "views": {"augmentation__shift": 1.0},
     "batch": {"training__batch_size": 33},
     "epochs": {"training__n_pretrain_epochs": 3},
@@ -84,6 +84,7 @@ def test_other_data_has_another_network(tmp_path):
 SAME = {
     "clusters": {"n_clusters": 4},
     "optimizer of clustering": {"training__clustering_optimizer": "sgd"},
+    "precision of clustering": {"network__precision": "bfloat16"},
     "rate of clustering": {"training__clustering_learning_rate": 0.1},
     "epochs of clustering": {"training__n_epochs": 5},
     "restarts": {"centroids__n_init": 3},

@@ -76,6 +76,7 @@ BASE: dict[str, Any] = {
     "training.n_pretrain_epochs": 50,  # Of the autoencoder alone.
     "training.pretrained_folder": "",  # Where runs share pretrained networks; '' for nowhere.
     "training.n_epochs": 50,  # Of clustering.
+    "training.pretrain_precision": "float32",
     "training.optimizer": "adam",  # Of pretraining.
     "training.clustering_optimizer": "adam",
     "training.learning_rate": 1e-3,  # Of pretraining.
