@@ -70,7 +70,7 @@ def jkmeans_contestants(problem: Problem) -> tuple[list[Contestant], dict[str, n
     shape = problem.images.shape[1:]
     mesh = make_mesh(1)
     layout = Layout(len(problem.images), problem.batch_size, n_shards=1, n_devices=1)
-    plan = blueprint(config.network, shape)
+    plan = blueprint(config.network, shape, config.training.pretrain_precision)
     method = make_method(config, DATA_AXIS)
     programs = make_programs(config, plan, method, layout, mesh, shape, problem.scale)
     first = programs.create(np.uint32(problem.seed)).parameters

@@ -130,7 +130,7 @@ def jkmeans_contestants(
     shape = problem.images.shape[1:]
     mesh = make_mesh(1)
     layout = Layout(len(problem.images), problem.batch_size, n_shards=1, n_devices=1)
-    plan = blueprint(config.network, shape)
+    plan = blueprint(config.network, shape, config.training.pretrain_precision)
     method = make_method(config, DATA_AXIS)
     programs = make_programs(config, plan, method, layout, mesh, shape, problem.scale)
     index = layout.row_index()
@@ -152,7 +152,7 @@ def jkmeans_contestants(
     centroids = np.array(state.clusters.centroids)
 
     def contestant(name: str, detail: str, config, state) -> Contestant:
-        plan = blueprint(config.network, shape)
+        plan = blueprint(config.network, shape, config.training.pretrain_precision)
         programs = make_programs(config, plan, method, layout, mesh, shape, problem.scale)
         started = time.perf_counter()
         program = programs.epoch.lower(state, rows, clustering=True).compile()

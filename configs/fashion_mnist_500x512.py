@@ -45,7 +45,7 @@ def get_config() -> Config:
     config.network.decoder = True
     config.network.normalize = False
     config.network.initializer = "glorot_uniform"
-    config.network.precision = "float32"  # Or "bfloat16", of products in layers.
+    config.network.precision = "float32"  # Or "bfloat16": products in layers, after pretraining.
 
     config.objective = ConfigDict()
     config.objective.name = "joint"
@@ -71,7 +71,7 @@ def get_config() -> Config:
     config.training.n_pretrain_epochs = 10
     config.training.pretrained_folder = ""  # Where pretrained networks are kept.
     config.training.n_epochs = 20
-    config.training.pretrain_precision = "float32"  # Of products in layers until then.
+    config.training.pretrain_precision = "float32"  # The same while pretraining.
     config.training.optimizer = "adam"
     config.training.clustering_optimizer = "adam"
     config.training.learning_rate = 1e-3

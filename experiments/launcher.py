@@ -7,6 +7,7 @@ else is a defect and shows a traceback.
 
 import errno
 import os
+import runpy
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -61,7 +62,7 @@ def launch(
     except SystemExit:
         sys.exit(0)  # Help was asked for and printed.
     except Exception as error:  # Config files are the user's programs: they may raise anything.
-        fail(_one_line(error), 2)
+        fail(_one_line(error) + _about_methods(argv, error), 2)
     if takes_command:
         # Processes that are started again find the smallest program compiled.
         os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
@@ -114,9 +115,11 @@ def config_of_a_run() -> Any:
     config = FLAGS.config
     named = dict(config_flags.get_override_values(FLAGS["config"]))
     name = named.pop("objective.name", None)
-    if name not in METHODS or set(config.objective) == {"name", *METHODS[name].fields}:
+    if name not in METHODS:
         return config
-    return with_method(config, name, **named)
+    path, *arguments = config_flags.get_config_filename(FLAGS["config"]).split(":", 1)
+    of_file = runpy.run_path(path)["get_config"](*arguments)
+    return config if name == of_file.objective.name else with_method(config, name, **named)
 
 
 def _define_process_flags() -> None:
@@ -207,6 +210,17 @@ def fail(sentence: str, status: int) -> None:
 
     joining.end_at_once(status)
     sys.exit(status)
+
+
+def _about_methods(argv: Sequence[str], error: Exception) -> str:
+    """What to add where a field is missing that another method than the file's may have."""
+    own = [flag for flag in argv if flag.startswith("--config.objective.")]
+    if not isinstance(error, AttributeError) or not own:
+        return ""
+    return (
+        ": no such field of the method in the file; accepted: its fields (those of another method "
+        "are set in a config file, by jkmeans.methods.with_method(config, name, objective__x=…))"
+    )
 
 
 def _one_line(error: Exception) -> str:

@@ -61,7 +61,9 @@ FIELDS: dict[str, Field] = {
     "training.n_pretrain_epochs": integer(0, "epochs of the autoencoder alone"),
     "training.pretrained_folder": text("where pretrained networks are kept and found, or ''"),
     "training.n_epochs": integer(0, "epochs of clustering"),
-    "training.pretrain_precision": choice(PRECISIONS, "of the products in layers until then"),
+    "training.pretrain_precision": choice(
+        PRECISIONS, "of the products in layers while pretraining"
+    ),
     "training.optimizer": choice(_OPTIMIZERS, "of pretraining; sgd has momentum .9"),
     "training.clustering_optimizer": choice(_OPTIMIZERS, "of clustering"),
     "training.learning_rate": number("of pretraining", positive=True),

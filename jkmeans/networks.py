@@ -319,15 +319,13 @@ class Blueprint(NamedTuple):
     draw: Callable[[jax.Array], "Parameters"]
 
 
-def blueprint(
-    options, example_shape: Sequence[int], pretrain_precision: str | None = None
-) -> Blueprint:
+def blueprint(options, example_shape: Sequence[int], pretrain_precision: str) -> Blueprint:
     """What `make_network` would make, without computing anything on any device.
 
     Args:
       options: ``config.network``.
       example_shape: shape of one example.
-      pretrain_precision: of products while pretraining; if None, as ``options`` have it.
+      pretrain_precision: of products while pretraining.
 
     Raises:
       UserError: as `make_network`.
@@ -342,10 +340,10 @@ def blueprint(
     key = jax.eval_shape(lambda: jax.random.key(0))
     shapes = jax.eval_shape(draw, key)
     graphdef = pretraining = found[0]
-    if pretrain_precision not in (None, options.precision):
+    if pretrain_precision != options.precision:
         other = options.copy_and_resolve_references()
         other.precision = pretrain_precision
-        pretraining = blueprint(other, example_shape).graphdef
+        pretraining = blueprint(other, example_shape, pretrain_precision).graphdef
     return Blueprint(graphdef, pretraining, shapes, draw)
 
 

@@ -287,8 +287,10 @@ def test_values_that_are_older_than_a_field():
     found = from_json(old)
     assert (found.network.initializer, found.network.precision) == ("glorot_uniform", "float32")
     assert found.training.clustering_optimizer == "sgd"
-    assert found.training.pretrain_precision == "float32"
     assert (found.objective.likelihood, found.objective.pixel_variance) == ("bernoulli", 0.1)
+    both = to_json(tiny.config(network__precision="bfloat16"))
+    del both["training"]["pretrain_precision"]
+    assert from_json(both).training.pretrain_precision == "bfloat16"
     joint = from_json(to_json(tiny.config()))
     assert "likelihood" not in joint.objective
     del old["network"]["widths"]

@@ -66,6 +66,30 @@ def workdir(files):
     return folder
 
 
+@pytest.mark.parametrize("of_file", ["autoencoder", "dec"])
+def test_another_method_comes_with_its_settings(of_file, tmp_path):
+    """Of two methods without fields of their own, too; the file's own method is left as it is."""
+    (tmp_path / "mine.py").write_text(
+        "from configs import digits\nfrom jkmeans.methods import with_method\n\n\n"
+        "def get_config():\n"
+        f"    return with_method(digits.get_config(), {of_file!r}, centroids__n_iterations=7)\n"
+    )
+    program = """
+import sys
+from ml_collections import config_flags
+from experiments.launcher import FLAGS, config_of_a_run
+config_flags.DEFINE_config_file("config", None, "")
+FLAGS(sys.argv)
+config = config_of_a_run()
+print(config.objective.name, config.centroids.n_iterations, config.seed)
+"""
+    flags = [f"--config={tmp_path / 'mine.py'}", "--config.objective.name=dec", "--config.seed=4"]
+    done = subprocess.run(
+        [sys.executable, "-c", program, *flags], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.stdout.split() == ["dec", "7" if of_file == "dec" else "1", "4"], done.stderr
+
+
 def test_train_evaluate_predict(files, workdir):
     pictures = {p.name for p in (workdir / "report").iterdir()}
     assert {"curves.png", "map.png", "nearest.png", "confusion.png", "sizes.png"} <= pictures
@@ -103,6 +127,15 @@ BAD = {
             "--config.training.n_epochs=3",
         ],
         "config.training.n_epochs is 3, but the network of n2d is only pretrained",
+    ),
+    "a field of another method": (
+        [
+            "--config=configs/digits.py",
+            "--workdir=w",
+            "--config.objective.name=n2d",
+            "--config.objective.starts=3",
+        ],
+        "no such field of the method in the file; accepted: its fields",
     ),
     "bad value": (
         ["--config=configs/digits.py", "--workdir=w", "--config.n_clusters=0"],

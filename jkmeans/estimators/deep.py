@@ -61,7 +61,7 @@ BASE: dict[str, Any] = {
     "network.decoder": True,  # Whether there is a reconstruction.
     "network.normalize": False,  # Whether embeddings have length one.
     "network.initializer": "glorot_uniform",
-    "network.precision": "float32",  # "bfloat16": products of rounded operands, faster.
+    "network.precision": "float32",  # Or "bfloat16": products in layers, after pretraining.
     # The first centroids: k-means on the pretrained embeddings.
     "centroids.init": "k-means++",
     "centroids.n_init": 20,  # Restarts, of which the best is kept.
@@ -76,7 +76,7 @@ BASE: dict[str, Any] = {
     "training.n_pretrain_epochs": 50,  # Of the autoencoder alone.
     "training.pretrained_folder": "",  # Where runs share pretrained networks; '' for nowhere.
     "training.n_epochs": 50,  # Of clustering.
-    "training.pretrain_precision": "float32",
+    "training.pretrain_precision": "float32",  # The same while pretraining.
     "training.optimizer": "adam",  # Of pretraining.
     "training.clustering_optimizer": "adam",
     "training.learning_rate": 1e-3,  # Of pretraining.
