@@ -29,7 +29,7 @@ def main(number: int, n_processes: int, port: str, n_devices: int, flags: str) -
         whole.shape, NamedSharding(mesh, SHARDED), lambda index: whole[index]
     )
     found = {}
-    for name, rows in (("array of every process", x), ("global array", shared)):
+    for name, rows in (("array of every process", whole), ("global array", shared)):
         result = sharded.fit(
             jax.random.key(0), rows, 7, init="k-means||", max_iter=20, mesh=mesh, deterministic=True
         )

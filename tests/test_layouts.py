@@ -88,6 +88,7 @@ def test_centroids_on_several_devices(x, shards, empty_start):
         assert getattr(spread, name) == getattr(whole, name)
 
 
+@pytest.mark.slow
 def test_random_rows_are_drawn_onto_the_devices_that_keep_them(x):
     mesh = sharding.make_mesh(8, 4)
     spread = sharded.fit(jax.random.key(3), x, K, init="sample", mesh=mesh, n_init=3)

@@ -96,8 +96,9 @@ def test_tolerance_and_weights_are_those_of_sklearn(path, x, weights, weighted, 
     assert found.inertia == pytest.approx(expected.inertia_, rel=1e-5)
 
 
-@pytest.mark.parametrize("init", [pytest.param("sample", marks=pytest.mark.slow), "k-means||"])
-@pytest.mark.parametrize("weighted", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.slow
+@pytest.mark.parametrize("init", ["sample", "k-means||"])
+@pytest.mark.parametrize("weighted", [False, True])
 def test_streamed_initialisation_chooses_the_rows_that_are_chosen_in_memory(
     path, x, weights, init, weighted
 ):
