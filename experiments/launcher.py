@@ -214,8 +214,8 @@ def fail(sentence: str, status: int) -> None:
 
 def _about_methods(argv: Sequence[str], error: Exception) -> str:
     """What to add where a field is missing that another method than the file's may have."""
-    own = [flag for flag in argv if flag.startswith("--config.objective.")]
-    if not isinstance(error, AttributeError) or not own:
+    own = [flag.split("=")[0].split(".")[-1] for flag in argv if "config.objective." in flag]
+    if not isinstance(error, AttributeError) or not any(f"'{x}'" in str(error) for x in own):
         return ""
     return (
         ": no such field of the method in the file; accepted: its fields (those of another method "

@@ -4,8 +4,9 @@ A config is a complete ``ml_collections.ConfigDict``: every field of `FIELDS` is
 else is, and no code anywhere falls back to a hidden default.
 """
 
+import contextlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -220,11 +221,14 @@ def to_json(config: Config) -> dict[str, Any]:
     return json.loads(json.dumps(config.to_dict()))
 
 
-_BEFORE = {
-    "network.initializer": "glorot_uniform",
-    "network.precision": "float32",
-    "objective.likelihood": "bernoulli",
-    "objective.pixel_variance": 0.1,
+_BEFORE: dict[str, Callable[[Config], Any]] = {
+    "network.initializer": lambda config: "glorot_uniform",
+    "network.precision": lambda config: "float32",
+    "objective.likelihood": lambda config: "bernoulli",
+    "objective.pixel_variance": lambda config: 0.1,
+    # There was one optimizer, and one precision, for both phases.
+    "training.clustering_optimizer": lambda config: config.training.optimizer,
+    "training.pretrain_precision": lambda config: config.network.precision,
 }
 """What runs did before they had these fields, all younger than 2026-11-24."""
 
@@ -246,18 +250,8 @@ def from_json(values: dict[str, Any]) -> Config:
         group, field = name.split(".")
         beside = config.get(group)
         if name in known and isinstance(beside, ConfigDict) and field not in beside:
-            beside[field] = before
-    # There was one optimizer, and one precision, for both phases.
-    for name, of_both in (
-        ("training.clustering_optimizer", "training.optimizer"),
-        ("training.pretrain_precision", "network.precision"),
-    ):
-        (group, field), (other, whole) = name.split("."), of_both.split(".")
-        beside, source = config.get(group), config.get(other)
-        if name not in known or not isinstance(beside, ConfigDict) or field in beside:
-            continue
-        if isinstance(source, ConfigDict) and whole in source:
-            beside[field] = source[whole]
+            with contextlib.suppress(AttributeError):  # `validate` says what is missing.
+                beside[field] = before(config)
     return validate(config)
 
 

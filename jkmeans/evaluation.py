@@ -150,7 +150,7 @@ def _restore(checkpoints: Checkpoints, position: int, mesh) -> TrainedModel:
             "goes on where it stopped)"
         )
     shape, scale = tuple(record["data"]["example_shape"]), record["data"]["scale"]
-    plan = blueprint(config.network, shape, config.training.pretrain_precision)
+    plan = blueprint(config.network, shape, config.network.precision)  # Nothing is pretrained.
     sharding = NamedSharding(mesh, REPLICATED)
     k, p = config.n_clusters, config.network.embedding_dim
     method = make_method(config, DATA_AXIS)

@@ -66,6 +66,14 @@ def workdir(files):
     return folder
 
 
+def test_what_is_said_of_methods_is_not_said_of_other_fields(tmp_path):
+    flags = ["--config.objective.name=n2d", "--config.n_clutsers=3"]
+    done = run("train", f"--config={ROOT}/configs/digits.py", "--workdir=w", *flags, cwd=tmp_path)
+    assert done.returncode == 2, done.stderr
+    assert "n_clutsers" in done.stderr
+    assert "of the method" not in done.stderr
+
+
 @pytest.mark.parametrize("of_file", ["autoencoder", "dec"])
 def test_another_method_comes_with_its_settings(of_file, tmp_path):
     """Of two methods without fields of their own, too; the file's own method is left as it is."""
