@@ -11,7 +11,6 @@ import runpy
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from typing import Any
 
 # Several fake CPU devices in one process need more threads than cores, before JAX is imported;
 # see docs/architecture.md, "Fake devices".
@@ -51,6 +50,7 @@ def launch(
     if not takes_command:
         _define_process_flags()
     try:
+        argv = _of_method(argv)
         rest = FLAGS(argv, known_only=False)
         missing = [f"--{name}" for name in required if not FLAGS[name].present]
         if missing:
@@ -62,7 +62,7 @@ def launch(
     except SystemExit:
         sys.exit(0)  # Help was asked for and printed.
     except Exception as error:  # Config files are the user's programs: they may raise anything.
-        fail(_one_line(error) + _about_methods(argv, error), 2)
+        fail(_unknown_field(argv) or _one_line(error), 2)
     if takes_command:
         # Processes that are started again find the smallest program compiled.
         os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
@@ -100,26 +100,6 @@ def launch(
             joining.end_at_once(1)
         raise
     sys.exit(0)
-
-
-def config_of_a_run() -> Any:
-    """``FLAGS.config``, complete for the method that ``--config.objective.name`` asks for.
-
-    A method has fields and settings of its own, so another one than the file's is more than another
-    name. A field that the command line names stays as it is named there.
-    """
-    from ml_collections import config_flags
-
-    from jkmeans.methods import METHODS, with_method
-
-    config = FLAGS.config
-    named = dict(config_flags.get_override_values(FLAGS["config"]))
-    name = named.pop("objective.name", None)
-    if name not in METHODS:
-        return config
-    path, *arguments = config_flags.get_config_filename(FLAGS["config"]).split(":", 1)
-    of_file = runpy.run_path(path)["get_config"](*arguments)
-    return config if name == of_file.objective.name else with_method(config, name, **named)
 
 
 def _define_process_flags() -> None:
@@ -212,15 +192,55 @@ def fail(sentence: str, status: int) -> None:
     sys.exit(status)
 
 
-def _about_methods(argv: Sequence[str], error: Exception) -> str:
-    """What to add where a field is missing that another method than the file's may have."""
-    own = [flag.split("=")[0].split(".")[-1] for flag in argv if "config.objective." in flag]
-    if not isinstance(error, AttributeError) or not any(f"'{x}'" in str(error) for x in own):
+def _of_method(argv: Sequence[str]) -> list[str]:
+    """The command line with the config of the method that ``--config.objective.name`` asks for."""
+    argv = list(argv)
+    named, file = _given_for("config.objective.name", argv), _given_for("config", argv)
+    if "config" not in FLAGS or named is None or file is None:
+        return argv
+    from jkmeans.methods import METHODS
+
+    (_, name), (index, path) = named, file
+    if name in METHODS and os.path.isfile(path.split(":", 1)[0]):  # Else it is answered as it is.
+        of_method = os.path.join(os.path.dirname(__file__), "of_method.py")
+        argv[index] = argv[index][: -len(path)] + f"{of_method}:{name}:{path}"
+    return argv
+
+
+def _unknown_field(argv: Sequence[str]) -> str:
+    """A sentence about the first named field that the config lacks; empty if it has them all."""
+    file = _given_for("config", argv)
+    if "config" not in FLAGS or file is None:
         return ""
-    return (
-        ": no such field of the method in the file; accepted: its fields (those of another method "
-        "are set in a config file, by jkmeans.methods.with_method(config, name, objective__x=…))"
-    )
+    path, *arguments = file[1].split(":", 1)
+    try:
+        config = runpy.run_path(path)["get_config"](*arguments)
+    except Exception:  # It cannot be loaded: that is what there is to say.
+        return ""
+    named = (a.lstrip("-").partition("=")[0].removeprefix("no") for a in argv if a[:1] == "-")
+    for name in (name for name in named if name.startswith("config.")):
+        node, path = config, "config"
+        for field in name.split(".")[1:]:
+            if not hasattr(node, "keys"):
+                return f"{path} is a value, without a field {field!r}; accepted: --{path}=…"
+            if field not in node:
+                return f"{path} has no field {field!r}; accepted: {', '.join(sorted(node))}"
+            node, path = node[field], f"{path}.{field}"
+    return ""
+
+
+def _given_for(flag: str, argv: Sequence[str]) -> tuple[int, str] | None:
+    """Where the last value of a flag stands in the command line, and the value."""
+    found = None
+    for index, argument in enumerate(argv):
+        name, equals, value = argument.partition("=")
+        if name not in (f"-{flag}", f"--{flag}"):
+            continue
+        if equals:
+            found = index, value
+        elif index + 1 < len(argv):
+            found = index + 1, argv[index + 1]
+    return found
 
 
 def _one_line(error: Exception) -> str:

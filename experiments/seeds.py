@@ -7,14 +7,14 @@ Each run has its own folder in the workdir; the same command goes on where it st
 
 from absl import flags
 
-from experiments.launcher import FLAGS, config_of_a_run, launch
+from experiments.launcher import FLAGS, launch
 
 
 def main() -> None:
     """Calls `jkmeans.seeds.train_seeds`."""
     from jkmeans.seeds import train_seeds
 
-    train_seeds(config_of_a_run(), FLAGS.workdir, FLAGS.n_seeds)
+    train_seeds(FLAGS.config, FLAGS.workdir, FLAGS.n_seeds)
 
 
 if __name__ == "__main__":

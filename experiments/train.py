@@ -8,14 +8,14 @@ Any field can be changed on the command line, such as --config.seed=1 or
 
 from absl import flags
 
-from experiments.launcher import FLAGS, config_of_a_run, launch
+from experiments.launcher import FLAGS, launch
 
 
 def main() -> None:
     """Calls `jkmeans.training.train_and_evaluate`."""
     from jkmeans.training import train_and_evaluate
 
-    train_and_evaluate(config_of_a_run(), FLAGS.workdir)
+    train_and_evaluate(FLAGS.config, FLAGS.workdir)
 
 
 if __name__ == "__main__":
