@@ -20,4 +20,4 @@ if __name__ == "__main__":
 
     config_flags.DEFINE_config_file("config", None, "File with get_config().")
     flags.DEFINE_string("workdir", None, "Folder of the results; made if missing.")
-    launch(main, required=("config", "workdir"), several=False)
+    launch(main, required=("config", "workdir"), several=False, fields="jkmeans.blobs:FIELDS")

@@ -23,4 +23,4 @@ if __name__ == "__main__":
 
     config_flags.DEFINE_config_file("config", None, "File with get_config().")
     flags.DEFINE_string("workdir", "runs/chaos", "Folder of the results; made if missing.")
-    launch(main, required=("config",), several=False)
+    launch(main, required=("config",), several=False, fields="jkmeans.processes.chaos:FIELDS")

@@ -7,7 +7,6 @@ else is a defect and shows a traceback.
 
 import errno
 import os
-import runpy
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -18,6 +17,9 @@ if "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
     os.environ.setdefault("NPROC", "16")
 
 from absl import app, flags
+
+from experiments import config_flag
+from experiments.config_flag import one_line
 
 FLAGS = flags.FLAGS
 _OF_PROCESSES = ("processes", "process_id", "coordinator", "join_seconds", "lost_seconds",
@@ -31,6 +33,7 @@ def launch(
     *,
     several: bool = True,
     takes_command: bool = False,
+    fields: str = "",
 ) -> None:
     """Parses the command line, joins the other processes if there are any, runs ``main``, exits.
 
@@ -41,28 +44,54 @@ def launch(
       several: whether several processes can do it together.
       takes_command: whether what stands after ``--`` is a command, which ``main`` is called with,
         and whose exit status it returns.
+      fields: ``module:name`` of what a config consists of: fields by name, or a function that has
+        them of a config. For help and for errors.
     """
-    from jkmeans.processes import heartbeat, spare
+    from jkmeans.processes import heartbeat
 
     heartbeat.start()
-    argv = list(sys.argv if argv is None else argv)
+    try:
+        argv = list(sys.argv if argv is None else argv)
+        rest = _parse(argv, required, takes_command, fields)
+        _run(main, rest, several, takes_command)
+    except KeyboardInterrupt:
+        fail("stopped by Ctrl-C", 130)
+    sys.exit(0)
+
+
+def _parse(
+    argv: list[str], required: Sequence[str], takes_command: bool, fields: str
+) -> Sequence[str]:
+    """Parses the command line: what is left of it once flags are taken."""
+    with_config = "config" in FLAGS
     app.define_help_flags()
     if not takes_command:
         _define_process_flags()
     try:
-        argv = _of_method(argv)
+        argv = config_flag.of_method(argv) if with_config else argv
         rest = FLAGS(argv, known_only=False)
-        missing = [f"--{name}" for name in required if not FLAGS[name].present]
+        missing = [
+            f"--{name}" for name in required if not FLAGS[name].present or FLAGS[name].value == ""
+        ]
         if missing:
             raise flags.Error(f"{' and '.join(missing)} must be given")
         if len(rest) > 1 and not takes_command:
             raise flags.Error(f"unexpected argument {rest[1]!r}; accepted: flags, see --help")
-        if "config" in FLAGS:
+        if with_config:
             FLAGS.config.keys()  # A file that could not be loaded says so when it is first used.
-    except SystemExit:
-        sys.exit(0)  # Help was asked for and printed.
+    except SystemExit:  # Help was asked for and printed.
+        if with_config and fields:
+            print(config_flag.help_of_fields(argv, fields))
+        sys.exit(0)
     except Exception as error:  # Config files are the user's programs: they may raise anything.
-        fail(_unknown_field(argv) or _one_line(error), 2)
+        fail(config_flag.sentence(argv, error, fields) if with_config else one_line(error), 2)
+    return rest
+
+
+def _run(main: Callable[..., object], rest: Sequence[str], several: bool, takes_command: bool):
+    """Runs ``main`` once the command line is parsed, and answers what it raises."""
+    from jkmeans.processes import heartbeat, spare
+
     if takes_command:
         # Processes that are started again find the smallest program compiled.
         os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
@@ -84,8 +113,6 @@ def launch(
         heartbeat.end()
     except (UserError, CollapseError, Interrupted, LostError) as error:
         fail(str(error), error.exit_status)
-    except KeyboardInterrupt:
-        fail("stopped by Ctrl-C", 130)
     except Exception as error:
         full = isinstance(error, OSError) and error.errno in (
             errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM,
@@ -99,7 +126,6 @@ def launch(
             traceback.print_exc()
             joining.end_at_once(1)
         raise
-    sys.exit(0)
 
 
 def _define_process_flags() -> None:
@@ -190,58 +216,3 @@ def fail(sentence: str, status: int) -> None:
 
     joining.end_at_once(status)
     sys.exit(status)
-
-
-def _of_method(argv: Sequence[str]) -> list[str]:
-    """The command line with the config of the method that ``--config.objective.name`` asks for."""
-    argv = list(argv)
-    named, file = _given_for("config.objective.name", argv), _given_for("config", argv)
-    if "config" not in FLAGS or named is None or file is None:
-        return argv
-    from jkmeans.methods import METHODS
-
-    (_, name), (index, path) = named, file
-    if name in METHODS and os.path.isfile(path.split(":", 1)[0]):  # Else it is answered as it is.
-        of_method = os.path.join(os.path.dirname(__file__), "of_method.py")
-        argv[index] = argv[index][: -len(path)] + f"{of_method}:{name}:{path}"
-    return argv
-
-
-def _unknown_field(argv: Sequence[str]) -> str:
-    """A sentence about the first named field that the config lacks; empty if it has them all."""
-    file = _given_for("config", argv)
-    if "config" not in FLAGS or file is None:
-        return ""
-    path, *arguments = file[1].split(":", 1)
-    try:
-        config = runpy.run_path(path)["get_config"](*arguments)
-    except Exception:  # It cannot be loaded: that is what there is to say.
-        return ""
-    named = (a.lstrip("-").partition("=")[0].removeprefix("no") for a in argv if a[:1] == "-")
-    for name in (name for name in named if name.startswith("config.")):
-        node, path = config, "config"
-        for field in name.split(".")[1:]:
-            if not hasattr(node, "keys"):
-                return f"{path} is a value, without a field {field!r}; accepted: --{path}=…"
-            if field not in node:
-                return f"{path} has no field {field!r}; accepted: {', '.join(sorted(node))}"
-            node, path = node[field], f"{path}.{field}"
-    return ""
-
-
-def _given_for(flag: str, argv: Sequence[str]) -> tuple[int, str] | None:
-    """Where the last value of a flag stands in the command line, and the value."""
-    found = None
-    for index, argument in enumerate(argv):
-        name, equals, value = argument.partition("=")
-        if name not in (f"-{flag}", f"--{flag}"):
-            continue
-        if equals:
-            found = index, value
-        elif index + 1 < len(argv):
-            found = index + 1, argv[index + 1]
-    return found
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

@@ -1,6 +1,7 @@
 """The commands as a user types them: exit status, one sentence, no traceback."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -102,7 +103,14 @@ def test_train_evaluate_predict(files, workdir):
 BAD = {
     "no config": (["--workdir=w"], "--config must be given"),
     "no workdir": (["--config=configs/digits.py"], "--workdir must be given"),
-    "missing config": (["--config=configs/none.py", "--workdir=w"], "none.py"),
+    "no name of a workdir": (
+        ["--config=configs/digits.py", "--workdir="],
+        "--workdir must be given",
+    ),
+    "missing config": (
+        ["--config=configs/none.py", "--workdir=w", "--config.objective.name=dec"],
+        "configs/none.py cannot be loaded (No such file or directory); accepted: a Python file",
+    ),
     "unknown flag": (["--config=configs/digits.py", "--wrkdir=w"], "wrkdir"),
     "unknown field": (
         ["--config=configs/digits.py", "--workdir=w", "--config.n_clutsers=3"],
@@ -110,7 +118,7 @@ BAD = {
     ),
     "wrong type": (
         ["--config=configs/digits.py", "--workdir=w", "--config.n_clusters=ten"],
-        "n_clusters",
+        "config.n_clusters is 'ten'; accepted: an integer of at least 1",
     ),
     "another method, which keeps what is named": (
         [
@@ -167,6 +175,28 @@ def test_bad_command_lines(case, tmp_path):
     assert sentence in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
     assert not (tmp_path / "w").exists()
+
+
+def test_help_tells_of_the_fields_of_a_config(tmp_path):
+    config = f"--config={ROOT}/configs/digits.py"
+    done = run("train", config, "--config.objective.name=idec", "--help", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "objective.cluster_weight = 0.1" in done.stdout
+    assert "γ, of the divergence; a number of at least 0" in done.stdout
+
+
+def test_ctrl_c_while_the_config_is_loaded(tmp_path):
+    """Which imports much of the project."""
+    (tmp_path / "slow.py").write_text("print('here', flush=True)\nimport time\ntime.sleep(60)\n")
+    command = [sys.executable, "-m", "experiments.train", "--config=slow.py", "--workdir=w"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(
+        command, cwd=tmp_path, env=environment, stdout=-1, stderr=-1, text=True
+    ) as process:
+        assert process.stdout.readline() == "here\n"
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=60)
+    assert (process.returncode, said) == (130, "train: stopped by Ctrl-C\n")
 
 
 @pytest.mark.parametrize(

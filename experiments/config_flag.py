@@ -1,0 +1,147 @@
+"""What launchers make of ``--config``: another method's config, help, and sentences about errors.
+
+The flag itself is that of ml_collections: ``--config FILE``, and ``--config.field=value`` for any
+field of what the file's ``get_config()`` returns.
+"""
+
+import importlib
+import os
+import runpy
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from absl import flags
+
+_KINDS = {bool: "true or false", int: "an integer", float: "a number", tuple: "a tuple: (1, 2)"}
+
+
+def of_method(argv: Sequence[str]) -> list[str]:
+    """The command line with the config of the method that ``--config.objective.name`` asks for.
+
+    A method has fields and settings of its own, which must be there before the command line changes
+    any: ``--config FILE`` becomes ``--config experiments/of_method.py:METHOD:FILE``.
+    """
+    argv = list(argv)
+    named, file = _last(argv, "config.objective.name"), _last(argv, "config")
+    if named is None or file is None:
+        return argv
+    from jkmeans.methods import METHODS
+
+    (_, name), (index, path) = named, file
+    if name in METHODS and os.path.isfile(path.split(":", 1)[0]):  # Else it is answered as it is.
+        program = os.path.join(os.path.dirname(__file__), "of_method.py")
+        argv[index] = argv[index][: -len(path)] + f"{program}:{name}:{path}"
+    return argv
+
+
+def sentence(argv: Sequence[str], error: Exception, fields: str) -> str:
+    """What was wrong with a command line, which value, and what is accepted.
+
+    Args:
+      argv: with a ``--config`` or without.
+      error: what parsing it raised.
+      fields: as of `experiments.launcher.launch`.
+    """
+    file = _last(argv, "config")
+    if file is None:
+        return one_line(error)
+    try:
+        config = load(file[1])
+    except Exception as of_file:
+        about = "" if isinstance(of_file, OSError) else f"{type(of_file).__name__}: "
+        about += of_file.strerror or "" if isinstance(of_file, OSError) else one_line(of_file)
+        return (
+            f"--config {_as_given(file[1])} cannot be loaded ({about}); accepted: a Python file "
+            "with a function get_config()"
+        )
+    for name, value in _overrides(argv):
+        node, path = config, "config"
+        for field in name.split(".")[1:]:
+            if not hasattr(node, "keys"):
+                return f"{path} is a value, without a field {field!r}; accepted: --{path}=…"
+            if field not in node:
+                return f"{path} has no field {field!r}; accepted: {', '.join(sorted(node))}"
+            node, path = node[field], f"{path}.{field}"
+        if isinstance(error, flags.IllegalFlagValueError) and f"--{name}={value}:" in str(error):
+            known = _fields_of(fields, config).get(name.split(".", 1)[1])
+            kind = known.accepted if known else _KINDS.get(type(node))
+            return f"{name} is {value!r}; accepted: {kind}" if kind else one_line(error)
+    return one_line(error)
+
+
+def help_of_fields(argv: Sequence[str], fields: str) -> str:
+    """A line for each field of the config: its value in the file, and what is known about it."""
+    file = _last(argv, "config")
+    if file is None:
+        return "With --config FILE --help: the fields of that config, and what they accept."
+    try:
+        config = load(file[1])
+    except Exception as error:
+        return sentence(argv, error, fields)
+    known = _fields_of(fields, config)
+    lines = [f"fields of {_as_given(file[1])} (--config.NAME=VALUE changes one):", ""]
+    for name, value in _leaves(config):
+        about = known.get(name)
+        lines.append(f"  {name} = {value!r}")
+        if about:
+            lines.append(f"      {about.meaning}; {about.accepted}")
+    return "\n".join(lines)
+
+
+def load(file: str) -> Any:
+    """The config of ``FILE`` or ``FILE:ARGUMENT``; raises whatever the file raises."""
+    path, *arguments = file.split(":", 1)
+    if os.path.isdir(path):
+        raise IsADirectoryError(None, "it is a folder", path)
+    return runpy.run_path(path)["get_config"](*arguments)
+
+
+def one_line(error: Exception) -> str:
+    """The words of an error without line breaks, or the name of its type if it has none."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _as_given(file: str) -> str:
+    """The file as it was typed, before `of_method`."""
+    return file.split(":", 2)[2] if os.path.basename(file).startswith("of_method.py:") else file
+
+
+def _fields_of(fields: str, config: Any) -> Mapping[str, Any]:
+    if not fields:
+        return {}
+    module, _, name = fields.partition(":")
+    found: Any = getattr(importlib.import_module(module), name)
+    try:
+        return found if isinstance(found, Mapping) else found(config)
+    except Exception:  # The config is so wrong that nothing is known about it.
+        return {}
+
+
+def _leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in config.items():
+        if hasattr(value, "keys"):
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def _overrides(argv: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Names ``config.….…`` in the command line, and what is said of each."""
+    for argument, after in zip(argv, [*argv[1:], ""], strict=True):
+        name, equals, value = argument.partition("=")
+        if name.lstrip("-").removeprefix("no").startswith("config.") and name.startswith("-"):
+            yield name.lstrip("-").removeprefix("no"), value if equals else after
+
+
+def _last(argv: Sequence[str], flag: str) -> tuple[int, str] | None:
+    """Where the last value of a flag stands in the command line, and the value."""
+    found = None
+    for index, argument in enumerate(argv):
+        name, equals, value = argument.partition("=")
+        if name not in (f"-{flag}", f"--{flag}"):
+            continue
+        if equals:
+            found = index, value
+        elif index + 1 < len(argv):
+            found = index + 1, argv[index + 1]
+    return found
