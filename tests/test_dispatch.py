@@ -503,6 +503,17 @@ def test_a_folder_of_files_gives_what_each_gives_alone(run, many, tmp_path, caps
     assert seen[0].rows_done == manifest["n_rows"]
 
 
+def test_an_output_of_other_files_is_left_as_it_is(run, many, tmp_path):
+    folder, _, rows = many
+    out = tmp_path / "out"
+    predict_files(run, str(folder), str(out))
+    np.save(tmp_path / "other.npy", rows[0])
+    before = (out / "manifest.json").read_bytes()
+    with pytest.raises(UserError, match=r"for f-10\.npy and 3 more, and --input has none of that"):
+        predict_files(run, str(tmp_path / "other.npy"), str(out))
+    assert (out / "manifest.json").read_bytes() == before
+
+
 def test_a_file_that_changed_is_computed_again(run, many, tmp_path):
     folder, _, rows = many
     out = tmp_path / "out"

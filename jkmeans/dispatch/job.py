@@ -101,7 +101,7 @@ def predict_files(
     }
     output.make_folder(folder)
     with only_process_in(folder):
-        plan = output.claim(folder, plan)
+        plan = output.claim(folder, plan, [file.name for file in files])
         output.clean(folder)
         job = engine.Job(
             workdir=str(Path(workdir).absolute()),

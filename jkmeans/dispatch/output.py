@@ -241,11 +241,12 @@ def make_folder(folder: Path) -> None:
         )
 
 
-def claim(folder: Path, plan: Mapping[str, Any]) -> dict[str, Any]:
+def claim(folder: Path, plan: Mapping[str, Any], files: Iterable[str]) -> dict[str, Any]:
     """Writes down what an output folder is for, or checks that it is of the same model and columns.
 
     Args:
       folder: of the output.
+      files: names of the input's, of which some must be among those that the folder is about.
       plan: what `PLAN_FILE` is to hold: ``model`` (its digest), ``described`` (in words),
         ``columns``, ``shard_rows`` (0 for those of the folder, or ``default_shard_rows``) and
         ``default_shard_rows``.
@@ -254,7 +255,8 @@ def claim(folder: Path, plan: Mapping[str, Any]) -> dict[str, Any]:
       The plan of the folder.
 
     Raises:
-      UserError: it is of another model or has other columns, or it cannot be written to.
+      UserError: it is of another model, has other columns or is about other files, or it cannot be
+        written to.
     """
     path = folder / PLAN_FILE
     # A folder in which nothing was done yet may become one of another model.
@@ -281,6 +283,13 @@ def claim(folder: Path, plan: Mapping[str, Any]) -> dict[str, Any]:
             raise UserError(
                 f"--shard_rows is {plan['shard_rows']:,}, but the files of {folder} are cut into "
                 f"{shard_rows:,} rows; accepted: {shard_rows}, 0, or another --output"
+            )
+        done = {record["shard"].file for record in records if "part" in record}
+        if done.isdisjoint(files):
+            more = f" and {len(done) - 1:,} more" if len(done) > 1 else ""
+            raise UserError(
+                f"{folder} holds predictions for {min(done)}{more}, and --input has none of that; "
+                "accepted: the same input, with files more or less, or another --output"
             )
         return there
     mine = {name: plan[name] for name in ("model", "described", "columns")}
