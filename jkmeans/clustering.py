@@ -561,6 +561,7 @@ class _Job:
             memory_budget=budget,
             progress=tell,
         )
+        _refuse_overflow(predicted.inertia, result.centroids.dtype)
         return _Found(
             centroids=result.centroids,
             sizes=predicted.counts,
@@ -615,6 +616,7 @@ class _Job:
             state.centroids = np.asarray(found.centroids)
             state.n_iter += done
             state.history.append((state.restart, state.n_iter, inertia))
+            _refuse_overflow(inertia, state.centroids.dtype)
             self._tell(state, inertia, done, time.monotonic() - iterating)
             converged = done < asked
             if converged or state.n_iter >= config.max_iter:
@@ -859,6 +861,14 @@ def _rows_of(source: Source, numbers: np.ndarray) -> np.ndarray:
         # Every piece, because Parquet and Zarr are quick only in their own order.
         found.append(source.read(start, stop)[numbers[first:last] - start])
     return np.concatenate(found)
+
+
+def _refuse_overflow(inertia: float, dtype: Any) -> None:
+    if not math.isfinite(inertia):
+        raise UserError(
+            f"the inertia is {inertia}: squares of such large values overflow {dtype}; accepted: "
+            "rows scaled down, or as float64"
+        )
 
 
 def _claim(workdir: Path, config: Config) -> None:

@@ -260,6 +260,15 @@ def test_streamed_data(large, tmp_path, capfd):
     assert cluster(config, tmp_path / "w") == summary
 
 
+@pytest.mark.parametrize("memory", [pytest.param(1, id="streamed"), pytest.param(0, id="whole")])
+def test_values_whose_squares_overflow(memory, tmp_path):
+    x = np.random.default_rng(0).normal(size=(40_000, 10)).astype(np.float32) * 1e30
+    np.save(tmp_path / "x.npy", x)
+    config = make_config(input=str(tmp_path / "x.npy"), n_clusters="4", memory_mebibytes=memory)
+    with pytest.raises(UserError, match="overflow float32"):
+        cluster(config, tmp_path / "w")
+
+
 @pytest.mark.parametrize("stage", [pytest.param("iteration 2", marks=pytest.mark.slow), "labels"])
 def test_a_stopped_stream_goes_on(stage, large, tmp_path, monkeypatch):
     config = make_config(

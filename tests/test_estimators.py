@@ -513,6 +513,13 @@ def test_rows_that_are_not_finite_are_named(make, blobs, as_jax):
         make().fit(jnp.asarray(x) if as_jax else x)
 
 
+@pytest.mark.parametrize("make", [KMeans, MiniBatchKMeans, BisectingKMeans])
+def test_values_whose_squares_overflow(make, blobs):
+    x = np.asarray(blobs, np.float32) * 1e30
+    with pytest.raises(ValueError, match=r"inertia is (nan|inf): squares .* overflow float32"):
+        make(3, random_state=0).fit(x)
+
+
 def test_bad_input(make, blobs):
     with pytest.raises(ValueError, match=r"n_samples=2 should be >= n_clusters=3"):
         make().fit(blobs[:2])

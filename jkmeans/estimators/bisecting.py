@@ -21,7 +21,7 @@ from jkmeans.estimators.base import (
     to_numpy,
 )
 from jkmeans.estimators.inputs import random_key, read_centroids, read_rows, read_weights
-from jkmeans.estimators.kmeans import CORE_NAMES, warn_of_missing_clusters
+from jkmeans.estimators.kmeans import CORE_NAMES, check_outcome
 from jkmeans.kmeans import KMeansResult, cluster_statistics
 from jkmeans.kmeans.hierarchical import BISECTING_STRATEGIES, Split, bisect, descend
 
@@ -138,7 +138,7 @@ class BisectingKMeans(CentroidEstimator):
             self.cluster_centers_ = self._tree.centroids[leaves]
             if self.n_clusters == 1:
                 self.inertia_ = float(sharded.evaluate_rows(rows, center).inertia)
-        warn_of_missing_clusters(self)
+        check_outcome(self)
         if self.verbose:
             print(f"{self.n_clusters} clusters, inertia {self.inertia_}.")
         return self

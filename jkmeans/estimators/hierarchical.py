@@ -14,7 +14,7 @@ from sklearn.utils.validation import check_is_fitted
 from jkmeans import sharded
 from jkmeans.estimators.base import COMMON_CONSTRAINTS, CentroidEstimator, at_least, to_numpy
 from jkmeans.estimators.inputs import random_key, read_rows, read_weights
-from jkmeans.estimators.kmeans import CORE_NAMES, warn_of_missing_clusters
+from jkmeans.estimators.kmeans import CORE_NAMES, check_outcome
 from jkmeans.kmeans.hierarchical import balanced_sample, hierarchy
 
 
@@ -149,7 +149,7 @@ class HierarchicalKMeans(CentroidEstimator):
         self.labels_ = self.level_labels_[0]
         self.inertia_ = levels[0].inertia
         self.n_iter_ = levels[0].n_iter
-        warn_of_missing_clusters(self)
+        check_outcome(self)
         if self.verbose:
             print(f"{len(sizes)} levels, inertia of the finest {self.inertia_}.")
         return self

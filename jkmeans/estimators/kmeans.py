@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from numbers import Real
 from typing import Any, ClassVar
@@ -147,7 +148,7 @@ class KMeans(CentroidEstimator):
             self.n_iter_ = int(result.n_iter)
             share = result.recomputed
             self.recomputed_ = None if share is None else float(share)
-        warn_of_missing_clusters(self)
+        check_outcome(self)
         if self.verbose:
             anew = "" if share is None else f", {share:.2%} of rows computed anew"
             print(f"{self.n_iter_} iterations, inertia {self.inertia_}{anew}.")
@@ -180,7 +181,7 @@ class KMeans(CentroidEstimator):
             self.inertia_, self.n_iter_ = float(result.inertia), int(result.n_iter)
             self.labels_ = self._predict_source(source)
             self.recomputed_ = None
-        warn_of_missing_clusters(self)
+        check_outcome(self)
         return self
 
     def _best_of_restarts(self, X: np.ndarray | jax.Array, rows: sharded.Rows) -> KMeansResult:
@@ -228,8 +229,13 @@ class KMeans(CentroidEstimator):
         )
 
 
-def warn_of_missing_clusters(estimator: Any) -> None:
-    """Warns, for the caller of ``fit``, of clusters without rows."""
+def check_outcome(estimator: Any) -> None:
+    """Warns, for the caller of ``fit``, of clusters without rows.
+
+    Raises:
+      ValueError: as `refuse_overflow`.
+    """
+    refuse_overflow(estimator.inertia_, estimator.cluster_centers_.dtype)
     n_wanted = len(estimator.cluster_centers_)
     labels = estimator.labels_
     # The first rows nearly always have them all.
@@ -243,6 +249,19 @@ def warn_of_missing_clusters(estimator: Any) -> None:
         ConvergenceWarning,
         stacklevel=3,
     )
+
+
+def refuse_overflow(inertia: float, dtype: Any) -> None:
+    """Refuses finite rows that are so large that sums of their squares are not.
+
+    Raises:
+      ValueError: ``inertia`` is not finite.
+    """
+    if not math.isfinite(inertia):
+        raise ValueError(
+            f"the inertia is {inertia}: squares of such large values overflow {dtype}; accepted: X "
+            "scaled down, or as float64"
+        )
 
 
 def resolve_n_init(estimator: Any, *, default: int) -> int:

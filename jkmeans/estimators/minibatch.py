@@ -15,7 +15,7 @@ from sklearn.utils import check_random_state
 from jkmeans import sharded
 from jkmeans.estimators.base import COMMON_CONSTRAINTS, CentroidEstimator, at_least, to_numpy
 from jkmeans.estimators.inputs import random_key, read_centroids, read_rows, read_weights
-from jkmeans.estimators.kmeans import CORE_NAMES, resolve_n_init
+from jkmeans.estimators.kmeans import CORE_NAMES, refuse_overflow, resolve_n_init
 from jkmeans.kmeans.minibatch import (
     MiniBatchResult,
     MiniBatchState,
@@ -152,6 +152,7 @@ class MiniBatchKMeans(CentroidEstimator):
             else:
                 total = n_rows if weights is None else float(weights.sum(dtype=np.float64))
                 self.inertia_ = float(result.ewa_inertia) * total
+        refuse_overflow(self.inertia_, self.cluster_centers_.dtype)
         if self.verbose:
             print(f"{self.n_steps_} steps, inertia {self.inertia_}.")
         return self
