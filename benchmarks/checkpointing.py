@@ -39,7 +39,7 @@ def epoch_seconds(config_module: str, n_epochs: int, every: int, workdir: Path) 
 
 def main() -> None:
     """Prints the median epoch of both kinds, for each turn and in all."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--config", default="configs.digits", help="module with get_config()")
     parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--repeats", type=int, default=3)

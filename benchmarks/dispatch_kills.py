@@ -124,7 +124,7 @@ def check(output: Path, expected: dict[str, str], inputs: Path) -> dict[str, Any
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Measures and prints; see the module."""
-    parser = argparse.ArgumentParser(description="See the module.")
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--files", type=int, default=40)
     parser.add_argument("--rows", type=int, default=400_000)
     parser.add_argument("--shard-rows", type=int, default=1024)

@@ -134,7 +134,7 @@ def measure(options: argparse.Namespace, victims: Sequence[Victim] = ()) -> dict
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Measures and prints; see the module."""
-    parser = argparse.ArgumentParser(description="See the module.")
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--workers", type=int, default=3)
     parser.add_argument("--clusters", type=int, default=100)
     parser.add_argument("--features", type=int, default=100)

@@ -26,8 +26,13 @@ def main() -> None:
 if __name__ == "__main__":
     flags.DEFINE_string("workdir", None, "Folder of the run.")
     flags.DEFINE_string("checkpoint", "latest", "latest, best or a position.")
-    flags.DEFINE_string("input", "", "An .npy file of other examples.")
-    flags.DEFINE_string("labels", "", "An .npy file with the classes of the examples.")
+    flags.DEFINE_string(
+        "input",
+        "",
+        "An .npy file of other examples, in the units of the training data (digits 0 to 16, MNIST "
+        "0 to 255), not scaled.",
+    )
+    flags.DEFINE_string("labels", "", "An .npy file with the classes of --input.")
     flags.DEFINE_string("split", "", "Another part of the run's data set: all, train or test.")
     flags.DEFINE_integer("n_devices", 0, "Devices of the mesh; 0 for all.", lower_bound=0)
     launch(main, required=("workdir",))

@@ -49,6 +49,12 @@ def main() -> None:
     if FLAGS.engine == "ray":
         # Before JAX is imported: the memory of accelerators is for the workers.
         os.environ["JAX_PLATFORMS"] = "cpu"
+    if FLAGS.output.endswith(".npy"):
+        from jkmeans.errors import UserError
+
+        raise UserError(
+            f"--output is {FLAGS.output!r}; accepted: a name that ends in .npz, or a folder"
+        )
     from jkmeans.dispatch import Options, predict_files
 
     predict_files(
@@ -72,7 +78,12 @@ def main() -> None:
 
 if __name__ == "__main__":
     flags.DEFINE_string("workdir", None, "Folder of the run.")
-    flags.DEFINE_string("input", None, "A file [n, *example_shape], or a folder of files.")
+    flags.DEFINE_string(
+        "input",
+        None,
+        "A file [n, *example_shape], or a folder of files, in the units of the training data "
+        "(digits 0 to 16, MNIST 0 to 255), not scaled.",
+    )
     flags.DEFINE_string("output", None, "The .npz file to write, or a folder.")
     flags.DEFINE_string("checkpoint", "latest", "latest, best or a position.")
     flags.DEFINE_boolean("embeddings", False, "Whether to write embeddings too.")

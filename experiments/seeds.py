@@ -22,5 +22,5 @@ if __name__ == "__main__":
 
     config_flags.DEFINE_config_file("config", None, "File with get_config().")
     flags.DEFINE_string("workdir", None, "Folder of the runs; made if missing.")
-    flags.DEFINE_integer("n_seeds", 5, "Seeds 0 to n_seeds - 1.", lower_bound=1)
+    flags.DEFINE_integer("n_seeds", 5, "How many, from config.seed on.", lower_bound=1)
     launch(main, required=("config", "workdir"), fields="jkmeans.configuration:fields_of")

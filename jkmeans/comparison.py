@@ -56,7 +56,7 @@ def compare(
 
     Args:
       config: ``n_seeds``, and ``runs``: by the name of its row, the complete config of each. The
-        seeds are 0 to n_seeds − 1, whatever these say. Rows have the order of ``runs``: that of the
+        seeds are 0 to n_seeds − 1, and these say 0. Rows have the order of ``runs``: that of the
         author in a ``ConfigDict(sort_keys=False)``, that of the alphabet in any other.
       workdir: receives a folder ``<row>/seed_<i>`` for each run, ``pretrained/``, ``table.md``,
         ``table.tex``, ``table.csv``, ``runs.csv`` (every run), ``table.json`` and, where data have
@@ -224,6 +224,11 @@ def _validated_run(name: str, config: Config) -> Config:
         raise UserError(
             f"config.runs[{name!r}].n_seeds is {config.n_seeds}; accepted: 1, since n_seeds of the "
             "table says how many"
+        )
+    if config.seed != 0:
+        raise UserError(
+            f"config.runs[{name!r}].seed is {config.seed}; accepted: 0, since a table is of the "
+            "seeds from 0 on"
         )
     return config
 

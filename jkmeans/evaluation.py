@@ -286,6 +286,13 @@ def evaluate(
     model = load_model(workdir, checkpoint, n_devices)
     data = model.config.data
     part = (processes.number(), processes.count())
+    if labels_path and not input_path and data.name != "npy":
+        raise UserError(
+            f"--labels is {labels_path!r}, but {data.name} has classes of its own; accepted: "
+            "--labels with --input, or of a run on an .npy file"
+        )
+    if split and split not in datasets.SPLITS:
+        raise UserError(f"--split is {split!r}; accepted: {', '.join(map(repr, datasets.SPLITS))}")
 
     def load() -> datasets.Dataset:
         if input_path:
@@ -303,7 +310,7 @@ def evaluate(
     found = predict(model, dataset.examples)
     sizes = np.bincount(found.labels, minlength=model.config.n_clusters)
     results: dict[str, Any] = {
-        "data": dataset.name,
+        "data": input_path or dataset.name,
         "checkpoint": model.position,
         "epoch": model.epoch,
         "n_examples": dataset.n_examples,

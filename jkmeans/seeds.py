@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jkmeans import datasets, processes
+from jkmeans import configuration, datasets, processes
 from jkmeans.checkpoints import Checkpoints
 from jkmeans.configuration import Config
 from jkmeans.epoch import CLUSTER_SIZES, Rows, TrainState, axis_of, make_programs
@@ -48,10 +48,10 @@ SEEDS_FILE = "seeds.json"
 
 
 def train_seeds(config: Config, workdir: str | os.PathLike, n_seeds: int) -> dict[str, Any]:
-    """Trains the same config from seeds 0 to n_seeds − 1, one run after the other.
+    """Trains the same config from ``n_seeds`` seeds, one run after the other.
 
     Args:
-      config: as for `train_and_evaluate`; its seed is replaced.
+      config: as for `train_and_evaluate`; its seed is the first, the others follow.
       workdir: receives a folder ``seed_<i>`` for each run and ``seeds.json``. Runs that are there
         already are gone on with, or only read.
       n_seeds: at least 1.
@@ -64,7 +64,13 @@ def train_seeds(config: Config, workdir: str | os.PathLike, n_seeds: int) -> dic
       UserError, CollapseError, Interrupted: as `train_and_evaluate`.
     """
     workdir = Path(workdir)
-    ones = [_of_seed(config, seed) for seed in range(n_seeds)]
+    config = configuration.validate(config)
+    if config.n_seeds != 1:
+        raise UserError(
+            f"config.n_seeds is {config.n_seeds}, and seeds side by side are trained by "
+            "experiments.train; accepted: 1, with --n_seeds"
+        )
+    ones = [_of_seed(config, config.seed + i) for i in range(n_seeds)]
     results = [train_and_evaluate(one, workdir / f"seed_{one.seed}") for one in ones]
     return summarize(results, workdir)
 
@@ -104,9 +110,15 @@ def summarize(results: Sequence[dict[str, Any]], workdir: Path) -> dict[str, Any
             summary[name] = {"mean": float(np.mean(values)), "sd": sd, "values": values}
     if processes.is_first():
         write_json(workdir / SEEDS_FILE, summary)
-    rows = {name: f"{found['mean']:.4g} ± {found['sd']:.2g}" for name, found in summary.items()}
+    rows = {name: _mean_and_sd(found) for name, found in summary.items()}
     results_table(rows, f"{len(results)} seeds in {workdir}")
     return summary
+
+
+def _mean_and_sd(found: dict[str, Any]) -> str:
+    if len(found["values"]) == 1 or not found["sd"]:
+        return f"{found['mean']:.4g}"
+    return f"{found['mean']:.4g} ± {found['sd']:.2g}"
 
 
 def _of_seed(config: Config, seed: int) -> Config:

@@ -459,6 +459,9 @@ def test_other_configs_are_not_of_a_table(data, tmp_path):
     config.runs.dec.n_seeds = 3
     with pytest.raises(UserError, match=r"config.runs\['dec'\].n_seeds is 3; accepted: 1"):
         compare(config, tmp_path)
+    config.runs.dec.n_seeds, config.runs.dec.seed = 1, 9
+    with pytest.raises(UserError, match=r"config.runs\['dec'\].seed is 9; accepted: 0"):
+        compare(config, tmp_path)
 
 
 def test_unknown_rows_are_refused(data, tmp_path):

@@ -99,7 +99,10 @@ def test_other_examples_and_labels(run, tmp_path):
     )
     assert results["n_examples"] == 50
     assert 0 <= results["acc"] <= 1
+    assert results["data"] == str(tmp_path / "new.npy")
     assert "acc" not in evaluation.evaluate(workdir, input_path=str(tmp_path / "new.npy"))
+    with pytest.raises(UserError, match=r"--split is 'val'; accepted: 'all', 'train', 'test'"):
+        evaluation.evaluate(workdir, split="val")
 
 
 def test_best_and_numbered_checkpoints(run):

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from jkmeans import evaluation, training
+from jkmeans import evaluation, seeds, training
 from jkmeans.errors import CollapseError, UserError
 from jkmeans.interruption import Interrupted
 from jkmeans.methods import with_method
@@ -130,6 +130,22 @@ def test_a_run_that_one_seed_left_can_go_on_alone(tmp_path):
     side_by_side(tmp_path, tiny.config())
     config = tiny.config()
     assert alone(tmp_path / "seed_4", config, 4)["n_epochs"] == 4
+
+
+def test_one_after_the_other_from_the_seed_of_the_config(tmp_path, monkeypatch):
+    trained = []
+
+    def train(config, workdir):
+        trained.append((config.seed, config.n_seeds, workdir.name))
+        return {"acc": 0.5}
+
+    monkeypatch.setattr(seeds, "train_and_evaluate", train)
+    config = tiny.config(seed=3, data__path=str(tmp_path / "x.npy"))
+    seeds.train_seeds(config, tmp_path, 2)
+    assert trained == [(3, 1, "seed_3"), (4, 1, "seed_4")]
+    config.n_seeds = 2
+    with pytest.raises(UserError, match=r"config.n_seeds is 2, .* accepted: 1, with --n_seeds"):
+        seeds.train_seeds(config, tmp_path, 2)
 
 
 def test_fed_examples_are_refused(tmp_path):

@@ -149,7 +149,7 @@ def claim_config(
             "accepted: another --workdir"
         ) from error
     different = configuration.differences(config, there, fields, runtime)
-    if record["fingerprint"] != fingerprint:
+    if record["fingerprint"] != fingerprint and not different:
         different.append("the data are other ones")
     if different:
         more = f" (and {len(different) - 1} more)" if len(different) > 1 else ""

@@ -95,6 +95,7 @@ def draw_gossip(path: Path, curves: Sequence[GossipCurve], tolerance: float) -> 
     figure = new_figure(9.6, 4.2)
     left, right = figure.subplots(1, 2, sharey=True)
     last = 1
+    start = _start_of_bytes(curves)
     for i, (curve, colour) in enumerate(zip(curves, _colours(curves), strict=True)):
         rounds = np.arange(len(curve.errors))
         # The first are broad, for a 4×4 torus is a hypercube and would be hidden below it.
@@ -102,11 +103,12 @@ def draw_gossip(path: Path, curves: Sequence[GossipCurve], tolerance: float) -> 
         # A round that ends all at once is drawn to the bottom of the picture.
         shown = np.maximum(curve.errors, _FLOOR)
         left.plot(rounds, shown, color=colour, lw=width, label=curve.name)
-        right.plot(rounds * curve.bytes_a_round, shown, color=colour, lw=width)
+        sent = np.maximum(rounds * curve.bytes_a_round, start)
+        right.plot(sent, shown, color=colour, lw=width)
         left.plot(rounds, np.maximum(curve.random, _FLOOR), color=colour, lw=1, alpha=0.45)
         if curve.rate > 1e-12:
             predicted = curve.rate ** rounds.astype(float)
-            for ax, x in ((left, rounds), (right, rounds * curve.bytes_a_round)):
+            for ax, x in ((left, rounds), (right, sent)):
                 ax.plot(x, predicted, color=INK, lw=0.9, ls=(0, (4, 4)))
         below = np.flatnonzero(curve.errors <= tolerance)
         last = max(last, int(below[0]) if below.size else len(rounds))
@@ -114,8 +116,7 @@ def draw_gossip(path: Path, curves: Sequence[GossipCurve], tolerance: float) -> 
     left.plot([], [], color=FAINT, lw=1, alpha=0.6, label="random start")
     left.set_xlim(0, 1.1 * last)
     left.set_ylim(tolerance / 3, 2)
-    right.set_xscale("log")
-    right.set_xlim(left=0.8 * min(curve.bytes_a_round for curve in curves))
+    _scale_bytes(right, start)
     _frame(left, right, "distance to the mean, relative to the first")
     left.legend(fontsize=8, frameon=False, loc="upper right")
     panel_title(left, "Against rounds")
@@ -134,14 +135,17 @@ def draw_estimation(path: Path, curves: Mapping[str, Sequence[Curve]], tolerance
     grid = figure.subplots(len(methods), 2, squeeze=False, sharey=True)
     for (left, right), method in zip(grid, methods, strict=True):
         ours = curves[method] if method != "gradient_descent" else ()
+        start = _start_of_bytes([*ours, *central])
         colours = [*_colours(ours), *[INK] * len(central)]
         for curve, colour in zip([*ours, *central], colours, strict=True):
             rounds, errors = _thinned(curve.errors)
             style = "--" if colour == INK else "-"
             left.plot(np.maximum(rounds, 0.9), errors, color=colour, ls=style, label=curve.name)
-            right.plot(rounds * curve.bytes_a_round, errors, color=colour, ls=style)
+            sent = np.maximum(rounds * curve.bytes_a_round, start)
+            right.plot(sent, errors, color=colour, ls=style)
+        left.set_xscale("log")
+        _scale_bytes(right, start)
         for ax in (left, right):
-            ax.set_xscale("log")
             ax.axhline(tolerance, color=FAINT, lw=0.8, ls=":")
         everything = [curve.errors for curve in (*ours, *central)]
         left.set_ylim(max(tolerance / 30, 0.5 * min(e.min() for e in everything)), 3)
@@ -193,6 +197,7 @@ def draw_curves(
     colour_of = dict(zip(bases, _colours(bases), strict=True))
     handles = {}
     for (left, right), (row, curves) in zip(grid, panels.items(), strict=True):
+        start = _start_of_bytes(curves)
         for curve in curves:
             points = np.arange(len(curve.errors))
             by = (rounds_a_point or {}).get(curve.name, 1)
@@ -210,11 +215,10 @@ def draw_curves(
                 label=curve.name,
             )
             if not is_central:
-                right.plot(
-                    points * by * curve.bytes_a_round, shown, color=colour, ls=curve.style, lw=1.5
-                )
+                sent = np.maximum(points * by * curve.bytes_a_round, start)
+                right.plot(sent, shown, color=colour, ls=curve.style, lw=1.5)
         _frame(left, right, value, per, logarithmic)
-        right.set_xscale("log")
+        _scale_bytes(right, start)
         panel_title(left, f"{row}: against {per}")
         panel_title(right, "against bytes that all nodes send")
     figure.legend(
@@ -232,15 +236,24 @@ def draw_curves(
 def draw_disagreement(
     path: Path, measured: Mapping[str, np.ndarray], bounds: Mapping[str, np.ndarray], title: str
 ) -> None:
-    """The disagreement of the nodes by iterations, and the bound on it, dotted."""
+    """The disagreement of the nodes by iterations, and the bound on it, dotted.
+
+    Nodes that agree to the last bit have no place on a logarithmic axis: the legend says so.
+    """
     figure = new_figure(7.2, 4.2)
     ax = figure.subplots()
     for (name, values), colour in zip(measured.items(), _colours(list(measured)), strict=True):
-        ax.plot(np.arange(1, len(values) + 1), values, color=colour, lw=1.5, label=name)
-        if name in bounds:
+        agree = not np.any(values > 0)
+        label = f"{name} (no difference)" if agree else name
+        shown = np.where(values > 0, values, np.nan)
+        ax.plot(np.arange(1, len(values) + 1), shown, color=colour, lw=1.5, label=label)
+        if name in bounds and not agree:
             ax.plot(np.arange(1, len(values) + 1), bounds[name], color=colour, lw=1, ls=":")
-    ax.plot([], [], color=FAINT, lw=1, ls=":", label="bound")
+    ax.plot([], [], color=INK, lw=1, ls=":", label="bound, in the colour of its network")
     ax.set_yscale("log")
+    positive = [values[values > 0].min() for values in measured.values() if np.any(values > 0)]
+    if positive:  # The bound knows no rounding, and may lie far below.
+        ax.set_ylim(bottom=0.3 * min(positive))
     ax.set_xlabel("iterations", fontsize=9, color=INK)
     ax.set_ylabel("distance of the nodes' statistics to their mean", fontsize=9, color=INK)
     soften(ax, 8.5)
@@ -348,6 +361,22 @@ def _away(graph: Graph, node: int) -> np.ndarray:
 
 def _colours(items: Sequence) -> list[str]:
     return [LINES[i % len(LINES)] for i in range(len(items))]
+
+
+def _start_of_bytes(curves: Sequence[Curve] | Sequence[GossipCurve]) -> float:
+    """Where curves begin on a logarithmic axis of bytes, which has no 0."""
+    return 0.5 * min((c.bytes_a_round for c in curves if c.bytes_a_round), default=1)
+
+
+def _scale_bytes(ax: Axes, start: float) -> None:
+    """A logarithmic axis from ``start`` on, its numbers only those that have room."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    ax.set_xscale("log")
+    ax.set_xlim(left=start)
+    if ax.get_xlim()[1] > 10 * start:
+        ax.xaxis.set_major_locator(LogLocator(numticks=6))
+        ax.xaxis.set_minor_formatter(NullFormatter())
 
 
 def _thinned(errors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

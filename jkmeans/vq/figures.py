@@ -239,7 +239,9 @@ def picture(title: str, curves: Sequence[Curve], *, logarithmic: bool = False) -
     axes.set_xlim(first, max(float(curve.times[-1]) for curve in curves))
     axes.set_title(title, loc="left", fontsize=11, fontweight="bold")
     axes.set_xlabel("simulated time, samples per worker")
-    axes.set_ylabel("distortion C(w)")
+    n_seeds = len(curves[0].distortion)
+    of_seeds = f", mean and range of {n_seeds} seeds" if n_seeds > 1 else ""
+    axes.set_ylabel(f"distortion C(w){of_seeds}")
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.6g}")
     axes.grid(color="#e6e6e6")
