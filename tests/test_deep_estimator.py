@@ -384,6 +384,11 @@ def test_bad_parameters(blobs):
         assert not hasattr(model, "labels_")
 
 
+def test_a_path_is_no_array():
+    with pytest.raises(ValueError, match=r"X is the path 'x\.npy'; accepted: an array"):
+        DeepClustering(n_clusters=3).fit("x.npy")
+
+
 def test_bad_examples(fitted, blobs):
     x = blobs[0]
     with pytest.raises(NotFittedError):

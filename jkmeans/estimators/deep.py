@@ -459,6 +459,11 @@ class DeepClustering(
 
     def _read(self, X: Any, *, reset: bool) -> np.ndarray:
         """The examples, in a type that the trainer knows; their values are not looked at yet."""
+        if isinstance(X, str | os.PathLike):
+            raise ValueError(
+                f"X is the path {os.fspath(X)!r}; accepted: an array, which numpy.load(path) gives "
+                "(experiments.train takes the path of an .npy file)"
+            )
         if not issparse(X) and hasattr(X, "__array__") and not hasattr(X, "columns"):
             X = X if isinstance(X, np.ndarray) else np.asarray(X)
         checks: Any = {"dtype": _DTYPES, "ensure_all_finite": False}
