@@ -193,7 +193,7 @@ def draw(x: np.ndarray, labels: np.ndarray, centroids: np.ndarray, title: str) -
       title: of the picture.
     """
     from jkmeans.drawing import INK, head_figure, new_figure, palette, soften
-    from jkmeans.report import SHOWN_CLUSTERS
+    from jkmeans.report.clusters import SHOWN_CLUSTERS
 
     if x.shape[1] == 1:
         # The height means nothing: it only spreads the points.

@@ -713,7 +713,7 @@ class _Job:
         summary["versions"] = versions("jax", "jaxlib", "numpy")
         if self.config.report.pictures and processes.is_first():
             self.progress.update("drawing")
-            from jkmeans.cluster_report import write_report
+            from jkmeans.report.kmeans import write_report
 
             write_report(
                 self.workdir / REPORT_FOLDER,

@@ -486,8 +486,9 @@ class Run:
         return results
 
     def _draw(self, state: TrainState, results: dict[str, Any]) -> None:
-        from jkmeans.page import write_page
-        from jkmeans.report import ClusteredExamples, map_embeddings, write_report
+        from jkmeans.report import write_page, write_report
+        from jkmeans.report.clusters import ClusteredExamples
+        from jkmeans.report.maps import map_embeddings
 
         bank = gather_examples(state.bank, self.layout)
         labels = gather_examples(state.labels, self.layout)

@@ -1,4 +1,4 @@
-"""Pictures of a clustering job: sizes, inertia, silhouettes, a map, and the sweep over K."""
+"""The pictures of a k-means job: sizes, inertia, silhouettes, a map, and the sweep over K."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ from jkmeans.drawing import (
     save,
     soften,
 )
-from jkmeans.report import SHOWN_CLUSTERS, EmbeddingMap, counted, draw_map
+from jkmeans.report.clusters import SHOWN_CLUSTERS, counted
+from jkmeans.report.maps import EmbeddingMap, draw_map
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

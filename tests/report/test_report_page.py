@@ -4,15 +4,16 @@ import json
 import re
 import shutil
 import subprocess
-import types
 
 import numpy as np
 import pytest
 
-from jkmeans import page
-from jkmeans.page import embeddable_json, failure_signs, flatten_config, write_page
-from jkmeans.report import MAP_EXAMPLES, NEAREST, ClusteredExamples
-from tests.test_report import DEGENERATE, IN_PICTURES, history, run
+from jkmeans.report import page
+from jkmeans.report.examples import NEAREST
+from jkmeans.report.maps import MAP_EXAMPLES, map_embeddings
+from jkmeans.report.page import write_page
+from jkmeans.report.page_data import FARTHEST, LINE_FEATURES
+from tests.reports import DEGENERATE, IN_PICTURES, clusters_of, history, run
 
 CHROMIUM = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
@@ -107,18 +108,6 @@ def test_page_shows_results_and_config(tmp_path):
         assert cell in found["dl"] + found["table"]
 
 
-def test_missing_results_are_computed(tmp_path):
-    arguments = run()
-    clusters = clusters_of(arguments)
-    results = page.complete_results({"inertia": 7.0}, clusters, arguments["metrics"])
-    assert results == {
-        "acc": 1.0, "nmi": 1.0, "ari": 1.0, "purity": 1.0, "inertia": 7.0, "n_examples": 120,
-        "n_clusters": 4, "n_epochs": 12, "empty_clusters": 0, "train_seconds": 12.0,
-    }  # fmt: skip
-    inertia = page.complete_results(None, clusters, [])["inertia"]
-    assert inertia == pytest.approx(np.square(arguments["distances"]).sum())
-
-
 def test_nothing_is_fetched(tmp_path):
     text = written(tmp_path, run() | {"title": "no address"})
     # Images are data; the only other address, the name of SVG, is put together by the script.
@@ -153,14 +142,6 @@ def test_hostile_text_and_values_leave_the_json_whole(tmp_path):
     assert loss["values"][:4] == [1.0, 0.5, None, 0.25]
 
 
-def test_json_can_stand_in_a_script():
-    value = {"a": ["</script>", "<!--", "]]>", "\u2028", "\ud800", np.float32("nan"), 1e400, 3]}
-    text = embeddable_json(value)
-    assert text.isascii()
-    assert not set("<>&") & set(text)
-    assert json.loads(text) == {"a": ["</script>", "<!--", "]]>", "\u2028", "?", None, None, 3]}
-
-
 def test_scripts_hash_is_that_of_the_page(tmp_path):
     from base64 import b64encode
     from hashlib import sha256
@@ -178,7 +159,7 @@ def test_script_writes_text_nodes_only():
     assert not re.search(r"innerHTML|outerHTML|insertAdjacent|document\.write|eval\(", script)
 
 
-# The others are those of which tests/test_report.py draws pictures.
+# The others are those of which test_report_pictures.py draws pictures.
 @pytest.mark.parametrize(
     "name",
     [pytest.param(n, marks=pytest.mark.slow) if n in IN_PICTURES else n for n in DEGENERATE],
@@ -214,7 +195,7 @@ def test_page_reads_only_the_examples_it_shows(tmp_path):
             return arguments["examples"][row]
 
     written(tmp_path, arguments | {"examples": Counted()})
-    assert Counted.read == MAP_EXAMPLES + 4 * (NEAREST + page.FARTHEST)
+    assert Counted.read == MAP_EXAMPLES + 4 * (NEAREST + FARTHEST)
 
 
 @pytest.mark.slow
@@ -246,8 +227,6 @@ def test_arrays_that_do_not_fit(tmp_path):
 
 
 def test_map_that_is_at_hand_is_not_made_again(tmp_path, monkeypatch):
-    from jkmeans.report import map_embeddings
-
     arguments = run(n=40)
     placed = map_embeddings(clusters_of(arguments), seed=0)
     expected = data_of(written(tmp_path, arguments))["map"]
@@ -298,12 +277,6 @@ def test_map_shows_each_example_with_its_picture(tmp_path):
     assert plane.max() <= 1
 
 
-def test_reduced_images_are_means_of_squares():
-    image = np.arange(24.0).reshape(4, 6)
-    assert page._reduced(image, 3)[..., 0].tolist() == [[3.5, 5.5, 7.5], [15.5, 17.5, 19.5]]
-    assert page._reduced(image, 6)[..., 0].tolist() == image.tolist()
-
-
 def test_vectors_show_their_features(tmp_path):
     arguments = run(n=40, k=2, shape=(300,))
     arguments["examples"][:] = 1.0
@@ -314,7 +287,7 @@ def test_vectors_show_their_features(tmp_path):
     assert data["map"]["features"] == {"values": values, "n": 300}
     lines = data["gallery"]["lines"]
     assert lines["n"] == 300
-    assert len(lines["features"]) == page.LINE_FEATURES
+    assert len(lines["features"]) == LINE_FEATURES
     assert set(different.tolist()) <= set(lines["features"])
     assert data["gallery"]["sprite"] is None
 
@@ -360,148 +333,6 @@ def test_confusion_matrix(tmp_path):
     for n_classes in (30, 31):
         arguments = run(n=62, k=2, n_classes=2) | {"truth": np.arange(62) % n_classes}
         assert ("confusion-title" in written(tmp_path, arguments)) == (n_classes == 30)
-
-
-def test_config_is_flattened():
-    config = types.SimpleNamespace(to_dict=lambda: {"a": {"b": {"c": 1}, "d": {}}, "e": (1, 2)})
-    assert flatten_config(config) == {"a.b.c": 1, "a.d": {}, "e": (1, 2)}
-    assert flatten_config(None) == {}
-
-
-@pytest.mark.parametrize(
-    ("value", "text"),
-    [(0.0, "0"), (1234.6, "1,235"), (0.45678, "0.457"), (1e-5, "1.00e-5"), (2.5e8, "2.50e8"),
-     (float("nan"), "nan"), (-0.5, "-0.5"), (100.0, "100")],
-)  # fmt: skip
-def test_numbers(value, text):
-    assert page._number(value) == text
-
-
-# --- signs of failure ------------------------------------------------------------------------
-
-
-def clusters_of(arguments):
-    names = ("embeddings", "labels", "distances", "centroids", "examples", "truth")
-    return ClusteredExamples.of(*(arguments[name] for name in names), None)
-
-
-def sign(name, metrics=(), **change):
-    found = {s.name: s for s in failure_signs(clusters_of(run() | change), metrics)}
-    return found[name].status, found[name].sentence
-
-
-def epochs(name, *values, phase="cluster"):
-    return [{"epoch": i + 1, "phase": phase, name: v} for i, v in enumerate(values)]
-
-
-def test_sound_run_shows_no_sign():
-    metrics = [
-        r | {"embedding_variance": 1.0 + 0.1 * r["epoch"]} | {"label_change": 0.001}
-        for r in history()
-    ]
-    assert {s.status for s in failure_signs(clusters_of(run()), metrics)} == {"none"}
-
-
-def test_collapse():
-    name = "Collapse of the embeddings"
-    status, text = sign(name, epochs("embedding_variance", 2.0, 1.0, 0.01))
-    assert (status, text) == (
-        "found",
-        "They collapsed: the variance of the embeddings is 0.01 at the end, and was 2 at first.",
-    )
-    # What pretraining does to the scale is no collapse.
-    before = epochs("embedding_variance", 90.0, 1.5, phase="pretrain")
-    status, text = sign(name, [*before, *epochs("embedding_variance", 1.2, 1.1)])
-    assert status == "none"
-    assert "is 1.1 at the end, and was 1.5 when clustering began" in text
-    assert sign(name)[0] == "unknown"
-    assert sign(name, embeddings=np.ones((120, 5)))[0] == "found"
-    embeddings = run()["embeddings"]
-    embeddings[:7, 2] = np.nan
-    assert "7 of 120" in sign(name, embeddings=embeddings)[1]
-
-
-def test_empty_clusters_are_counted():
-    assert sign("Empty clusters") == ("none", "No sign of empty clusters: the smallest has 30.")
-    status, text = sign("Empty clusters", labels=np.arange(120) % 2)
-    assert (status, text) == ("found", "2 of 4 clusters are empty at the end: 2, 3.")
-
-
-def test_duplicate_centroids():
-    centroids = run()["centroids"]
-    assert sign("Duplicate centroids")[0] == "none"
-    for gap in (0.0, 0.01):
-        close = centroids.copy()
-        close[3] = close[1] + gap
-        status, text = sign("Duplicate centroids", centroids=close)
-        assert status == "found"
-        assert "2 of 4 centroids" in text
-        assert ": 1 and 3 lie" in text
-    close[0] = np.nan
-    assert sign("Duplicate centroids", centroids=close)[0] == "found"
-    close[1:3] = np.nan
-    assert sign("Duplicate centroids", centroids=close)[0] == "unknown"
-
-
-@pytest.mark.parametrize(
-    ("k", "p"),
-    [
-        (2, 1),
-        (300, 30),
-        *(pytest.param(*c, marks=pytest.mark.slow) for c in ((2, 30), (300, 1), (300, 2))),
-    ],
-)
-def test_many_centroids_in_few_dimensions_are_no_duplicates(k, p):
-    from sklearn.cluster import KMeans
-
-    x = np.random.default_rng(0).normal(size=(3000, p))
-    fitted = KMeans(k, n_init=1, random_state=0).fit(x)
-    arguments = run(n=3000, k=k, p=p, shape=(1,)) | {
-        "embeddings": x, "centroids": fitted.cluster_centers_, "labels": fitted.labels_,
-    }  # fmt: skip
-    centroids = failure_signs(clusters_of(arguments), [])[2]
-    assert (centroids.name, centroids.status) == ("Duplicate centroids", "none")
-
-
-def test_dominant_cluster():
-    name = "One cluster that holds most"
-    assert sign(name)[0] == "none"
-    labels = np.where(np.arange(120) < 30, np.arange(120) % 4, 2)
-    status, text = sign(name, labels=labels)
-    assert status == "found"
-    assert "cluster 2, the largest, has 97 of 120 examples (80.8%)" in text
-    assert sign(name, labels=np.zeros(120, int), centroids=np.zeros((1, 5)))[0] == "unknown"
-    two = {"centroids": np.eye(2, 5)}
-    assert sign(name, labels=(np.arange(120) < 80).astype(int), **two)[0] == "none"
-    assert sign(name, labels=(np.arange(120) < 115).astype(int), **two)[0] == "found"
-
-
-def test_labels_still_changing():
-    name = "Labels still changing"
-    assert sign(name)[0] == "unknown"
-    status, text = sign(name, epochs("label_change", 0.5, 0.071, None))
-    assert status == "found"
-    assert "7.1% of them changed in epoch 2" in text
-    assert sign(name, epochs("label_change", 0.5, 0.0))[0] == "none"
-
-
-def test_loss_that_does_not_fall():
-    assert sign("Loss")[0] == "unknown"
-    assert sign("Loss", epochs("loss", 1.0))[0] == "unknown"
-    assert sign("Loss", epochs("loss", 1.0, 0.5)) == (
-        "none", "No sign of trouble: the loss fell from 1 to 0.5 in clustering.",
-    )  # fmt: skip
-    both = [*epochs("loss", 3.0, 2.0, phase="pretrain"), *epochs("loss", 1.0, 1.5)]
-    assert sign("Loss", both) == (
-        "found", "The loss did not fall: it went from 1 to 1.5 in clustering.",
-    )  # fmt: skip
-
-
-@pytest.mark.parametrize("value", [None, float("nan"), float("inf")])
-def test_loss_that_is_not_finite(value):
-    status, text = sign("Loss", epochs("loss/centroid", 1.0, value, value))
-    assert status == "found"
-    assert text == "loss/centroid was not finite in 2 epochs of 3, first in epoch 2."
 
 
 # --- the page in a browser -------------------------------------------------------------------
@@ -677,7 +508,7 @@ def test_page_answers_its_visitor(tmp_path):
     assert seen["loss"] == "total 1reconstruction 1centroid –"
     assert seen["hovered_epoch"] == "epoch 12"
     assert seen["nameless"] == 0
-    assert (seen["tiles"], seen["bars"]) == (4 * (NEAREST + page.FARTHEST), 4)
+    assert (seen["tiles"], seen["bars"]) == (4 * (NEAREST + FARTHEST), 4)
     assert 0 <= seen["framed"] <= 3
     assert seen["scroll"] == 0
 

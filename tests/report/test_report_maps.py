@@ -1,0 +1,53 @@
+import numpy as np
+from matplotlib.figure import Figure
+
+from jkmeans.report import maps
+from jkmeans.report.maps import MAP_EXAMPLES, map_embeddings
+from tests.reports import clusters_of, run
+
+
+def test_map_shows_a_sample_and_the_centroids_of_clusters_in_use():
+    arguments = run(n=MAP_EXAMPLES + 500, k=4, p=2)
+    arguments["labels"] = arguments["labels"] % 3  # cluster 3 is empty
+    clusters = clusters_of(arguments)
+    drawn = map_embeddings(clusters, seed=0)
+    assert len(drawn.rows) == MAP_EXAMPLES
+    assert np.array_equal(drawn.rows, np.unique(drawn.rows))
+    assert np.allclose(drawn.points, arguments["embeddings"][drawn.rows])
+    assert np.allclose(drawn.centroids, arguments["centroids"][:3])
+    assert np.array_equal(drawn.rows, map_embeddings(clusters, seed=0).rows)
+    assert not np.array_equal(drawn.rows, map_embeddings(clusters, seed=1).rows)
+
+
+def test_map_separates_separate_clusters():
+    from sklearn.neighbors import KNeighborsClassifier
+
+    arguments = run(n=120, k=4, p=6)
+    arguments["embeddings"][0] = np.nan
+    clusters = clusters_of(arguments)
+    drawn = map_embeddings(clusters, seed=0)
+    assert drawn.method.startswith("t-SNE")
+    assert drawn.rows.tolist() == list(range(1, 120))
+    knn = KNeighborsClassifier(5).fit(drawn.points, clusters.labels[drawn.rows])
+    assert knn.score(drawn.points, clusters.labels[drawn.rows]) == 1.0
+    # Each centroid lies among its own cluster.
+    assert knn.predict(drawn.centroids).tolist() == [0, 1, 2, 3]
+
+
+def test_principal_plane_equals_scikit_learn():
+    from sklearn.decomposition import PCA
+
+    x = np.random.default_rng(0).normal(size=(30, 5)) * [9, 5, 1, 1, 1]
+    ours, theirs = maps._principal_plane(x), PCA(2).fit_transform(x)
+    # Each axis up to its sign; ours is scaled as a whole.
+    ratio = ours / theirs
+    assert np.allclose(np.abs(ratio), np.abs(ratio[0, 0]))
+
+
+def test_labels_in_one_place_are_moved_apart():
+    ax = Figure(figsize=(4, 4)).subplots()
+    ax.plot([0, 1], [0, 1])
+    places = np.array([[0.5, 0.5], [0.5, 0.5], [0.1, 0.9]])
+    offsets = maps._label_offsets(ax, places, ["Coat", "Pullover", "Bag"], 10)
+    assert offsets[0] - offsets[1] > 10
+    assert offsets[2] == 0
