@@ -55,8 +55,11 @@ def write_whole(path: Path, content: bytes) -> None:
     """Writes a file under its name only when it is complete."""
     # With the process in the name: others may write the same file, of one table for instance.
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
+    try:
+        temporary.write_bytes(content)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _plain(value):

@@ -84,6 +84,11 @@ class ClusteredExamples:
         """Number of clusters."""
         return len(self.centroids)
 
+    @property
+    def usable(self) -> np.ndarray:
+        """[k] bool: which clusters have members and a centroid of finite numbers."""
+        return (self.sizes > 0) & np.isfinite(self.centroids).all(axis=1)
+
     def shown(self, limit: int) -> np.ndarray:
         """The clusters that fit into a picture: all of them, or the largest."""
         if self.k <= limit:

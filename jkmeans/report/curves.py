@@ -18,9 +18,9 @@ from jkmeans.drawing import (
     soften,
 )
 from jkmeans.report.records import (
-    PHASE_NAMES,
     agreement_names,
     loss_names,
+    phase_name,
     recorded_names,
     series_of,
 )
@@ -136,7 +136,7 @@ def _phase_names(ax: Axes, metrics: Sequence[Mapping[str, Any]], size: float) ->
             ax.text(
                 (min(epochs) + max(epochs)) / 2,
                 1.01,
-                PHASE_NAMES.get(str(phase), str(phase)),
+                phase_name(phase),
                 transform=ax.get_xaxis_transform(),
                 ha="center",
                 va="bottom",

@@ -176,7 +176,7 @@ def draw_vectors(
     means = np.stack(
         [_mean(clusters.examples, rows) if len(rows) else np.full(d, np.nan) for rows in members]
     )
-    features = _features(clusters, means[~np.isnan(means).all(axis=1)])
+    features = _features(means[~np.isnan(means).all(axis=1)])
     for ax, cluster, rows, mean in zip(axes, shown, members, means, strict=False):
         # Over a single feature a line is a point.
         marker = "o" if len(features) == 1 else None
@@ -207,7 +207,7 @@ def draw_vectors(
     return counted(d, "feature")
 
 
-def _features(clusters: ClusteredExamples, means: np.ndarray) -> np.ndarray:
+def _features(means: np.ndarray) -> np.ndarray:
     """The features in which the clusters differ most, in order: all, if a line can show them."""
     if means.shape[1] <= 100:
         return np.arange(means.shape[1])

@@ -252,6 +252,8 @@ def _plane_of(rows: np.ndarray, points: np.ndarray) -> np.ndarray:
 
 
 def _sweep(sweep: Mapping[str, Any], title: str) -> Figure:
+    from jkmeans.selection import STABLE
+
     ks = np.asarray(sweep["n_clusters"])
     figure = new_figure(11, 3.6)
     axes = figure.subplots(1, 3)
@@ -271,8 +273,20 @@ def _sweep(sweep: Mapping[str, Any], title: str) -> Figure:
         soften(ax, 8.5)
         panel_title(ax, heading)
     axes[2].set_ylim(min(0.0, min(sweep["stability"])), 1.05)
+    axes[2].axhline(STABLE, color=FAINT, linewidth=1, linestyle=":")
+    axes[2].annotate(
+        f"stable from {STABLE:g} on",
+        (1, STABLE),
+        xycoords=axes[2].get_yaxis_transform(),
+        xytext=(-2, -3),
+        textcoords="offset points",
+        ha="right",
+        va="top",
+        fontsize=7.5,
+        color=FAINT,
+    )
     head_figure(
-        figure, title, f"{sweep['n_rows']:,} rows, every K; {sweep['suggestion']} is suggested"
+        figure, title, f"{sweep['n_rows']:,} rows; dashed: K = {sweep['suggestion']}, suggested"
     )
     return figure
 

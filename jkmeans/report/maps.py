@@ -36,7 +36,7 @@ def map_embeddings(clusters: ClusteredExamples, seed: int) -> EmbeddingMap:
     x = np.asarray(clusters.embeddings[rows], dtype=np.float64).reshape(len(rows), -1)
     finite = np.isfinite(x).all(axis=1)
     rows, x = rows[finite], x[finite]
-    usable = (clusters.sizes > 0) & np.isfinite(clusters.centroids).all(axis=1)
+    usable = clusters.usable
     c = clusters.centroids[usable].reshape(int(usable.sum()), -1)
 
     both = np.concatenate([x, c])
@@ -215,7 +215,7 @@ def map_figure(clusters: ClusteredExamples, embedding_map: EmbeddingMap, title: 
     panels = 1 if clusters.truth is None else 2
     figure = new_figure(6.2 * panels + 0.3, 6.6)
     axes = figure.subplots(1, panels, squeeze=False)[0]
-    m = min(MAP_EXAMPLES, clusters.n)
+    m = len(embedding_map.rows)
     some = f"{m:,} of {clusters.n:,}" if m < clusters.n else f"{clusters.n:,}"
     head_figure(
         figure, title, f"{embedding_map.method}{some} embedding{'s' if clusters.n > 1 else ''}"

@@ -26,6 +26,7 @@ from jkmeans.report.maps import EmbeddingMap, map_embeddings
 from jkmeans.report.page_data import data_for_script
 from jkmeans.report.results import complete_results, flatten_config
 from jkmeans.report.signs import Sign, failure_signs
+from jkmeans.workdir import write_whole
 
 _CARDS = {
     "acc": "ACC",
@@ -112,7 +113,8 @@ def write_page(
         signs=_signs(failure_signs(clusters, metrics)),
         confusion=_confusion(clusters),
     )
-    _write_whole(path, text)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, text.encode())
     return path
 
 
@@ -182,13 +184,3 @@ def _asset(name: str) -> str:
 def _content_hash(text: str) -> str:
     """The hash by which a Content-Security-Policy knows a script or a style."""
     return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode("ascii")
-
-
-def _write_whole(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8", newline="\n")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -118,7 +118,7 @@ def _map(clusters: ClusteredExamples, placed: EmbeddingMap) -> dict[str, Any]:
     shift = (1 - (np.ptp(everything, axis=0) if len(everything) else np.zeros(2)) / extent) / 2
     points = (placed.points - low) / extent + shift
     centroids = (placed.centroids - low) / extent + shift
-    usable = (clusters.sizes > 0) & np.isfinite(clusters.centroids).all(axis=1)
+    usable = clusters.usable
     data: dict[str, Any] = {
         "about": f"{placed.method}{len(rows):,} of {clusters.n:,} embeddings",
         "x": _rounded(points[:, 0]),

@@ -54,8 +54,8 @@ def write_report(
         distances: distance of each embedding to its centroid, [n]; of NaN the example comes last.
         centroids: [k, p].
         examples: the data as the user knows them, [n, *example_shape]: images if the shape is
-            (h, w) or (h, w, 1 | 3 | 4), otherwise vectors. May be a memory map: only the rows
-            that are shown are read.
+            (h, w) or (h, w, 1 | 3 | 4), otherwise vectors. May be a memory map: only the images
+            that are shown are read, and of vectors, for their means, the clusters that are.
         truth: true class of each example, [n].
         class_names: names of the classes 0, 1, …
         seed: picks the examples in the map.

@@ -14,6 +14,7 @@ from jkmeans.report.records import finite, phase_name
 COLLAPSED = 0.05  # of the variance when clustering began
 DUPLICATE = 0.05  # of the distance at which centroids are to be expected
 DOMINANT = 0.5  # of the examples
+RAN_AWAY = 1e6  # of a loss, whose terms are means over numbers about 1
 STILL_CHANGING = 0.02  # of the labels, in the last epoch
 
 
@@ -195,6 +196,9 @@ def _loss(metrics: Sequence[Mapping[str, Any]]) -> Sign:
                 f"{key} was not finite in {counted(len(bad), 'epoch')} of {len(metrics):,}, "
                 f"first in epoch {bad[0]:,}.",
             )
+    highest = max((r["loss"] for r in metrics if "loss" in r), default=0.0)
+    if highest > RAN_AWAY:
+        return Sign(name, "found", f"The loss ran away: it reached {short_number(highest)}.")
     falls, rises = [], []
     for phase in dict.fromkeys(record.get("phase") for record in metrics):
         values = [r["loss"] for r in metrics if r.get("phase") == phase and "loss" in r]

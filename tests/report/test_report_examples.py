@@ -45,7 +45,7 @@ def test_wide_vectors_show_the_features_that_differ():
     clusters = clusters_of(arguments)
     means = np.stack([examples._mean(clusters.examples, clusters.members(i)) for i in range(2)])
     assert np.array_equal(means[1][different], np.full(45, 5.0))
-    features = examples._features(clusters, means)
+    features = examples._features(means)
     assert len(features) == 50
     assert set(different) <= set(features.tolist())
     assert any("50 of 300 features" in text for text in texts(nearest_figure(clusters, "")))

@@ -2,8 +2,8 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from jkmeans.report import maps
-from jkmeans.report.maps import MAP_EXAMPLES, map_embeddings
-from tests.reports import clusters_of, run
+from jkmeans.report.maps import MAP_EXAMPLES, map_embeddings, map_figure
+from tests.reports import clusters_of, run, texts
 
 
 def test_map_shows_a_sample_and_the_centroids_of_clusters_in_use():
@@ -51,3 +51,11 @@ def test_labels_in_one_place_are_moved_apart():
     offsets = maps._label_offsets(ax, places, ["Coat", "Pullover", "Bag"], 10)
     assert offsets[0] - offsets[1] > 10
     assert offsets[2] == 0
+
+
+def test_the_title_counts_what_is_on_the_map():
+    arguments = run(n=40)
+    arguments["embeddings"][:3] = np.nan
+    clusters = clusters_of(arguments)
+    drawn = texts(map_figure(clusters, map_embeddings(clusters, 0), ""))
+    assert any("37 of 40 embeddings" in text for text in drawn), drawn

@@ -105,6 +105,11 @@ def test_labels_still_changing():
     assert sign(name, epochs("label_change", 0.5, 0.0))[0] == "none"
 
 
+def test_loss_that_ran_away():
+    status, text = sign("Loss", epochs("loss", 1.2e32))  # Of one epoch, which cannot rise.
+    assert (status, text) == ("found", "The loss ran away: it reached 1.20e32.")
+
+
 def test_loss_that_does_not_fall():
     assert sign("Loss")[0] == "unknown"
     assert sign("Loss", epochs("loss", 1.0))[0] == "unknown"
