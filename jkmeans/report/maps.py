@@ -134,15 +134,14 @@ def draw_map(
         present = np.unique(groups)
         texts = [names[int(group)] for group in present]
         medians = np.asarray([np.median(points[groups == group], axis=0) for group in present])
-        # Beside the middle of a cluster, where its centroid lies.
-        raised = 0.9 * size if centroids else 0.0
-        for group, text, median, offset in zip(
-            present, texts, medians, _label_offsets(ax, medians, texts, size), strict=True
-        ):
+        offsets = _label_offsets(ax, medians, texts, size)
+        if centroids and len(embedding_map.centroids):
+            offsets = _above_marks(ax, medians, offsets, embedding_map.centroids, size)
+        for group, text, median, offset in zip(present, texts, medians, offsets, strict=True):
             ax.annotate(
                 text,
                 (median[0], median[1]),
-                xytext=(0, raised + offset),
+                xytext=(0, offset),
                 textcoords="offset points",
                 color=colours[group] * 0.6,
                 fontsize=size,
@@ -158,6 +157,20 @@ def draw_map(
     ax.spines[:].set_color(GRID)
     if len(points) == 0:
         say_instead(ax, "no finite embeddings")
+
+
+def _above_marks(
+    ax: Axes, places: np.ndarray, offsets: np.ndarray, marks: np.ndarray, size: float
+) -> np.ndarray:
+    """Offsets [m] of labels, in points, raised where they would lie on the mark of a centroid."""
+    figure = ax.get_figure(root=True)
+    assert figure is not None
+    to_points = 72 / figure.dpi
+    labels = ax.transData.transform(places) * to_points + np.stack([0 * offsets, offsets], axis=1)
+    away = ax.transData.transform(marks) * to_points - labels[:, None]  # [m, c, 2]
+    clear = 0.55 * size + 4  # Half a label and half a mark.
+    covered = (np.abs(away) < clear).all(axis=2)
+    return offsets + np.where(covered, away[:, :, 1] + clear, 0).max(axis=1)
 
 
 def _label_offsets(ax: Axes, places: np.ndarray, texts: Sequence[str], size: float) -> np.ndarray:

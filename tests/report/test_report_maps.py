@@ -59,3 +59,13 @@ def test_the_title_counts_what_is_on_the_map():
     clusters = clusters_of(arguments)
     drawn = texts(map_figure(clusters, map_embeddings(clusters, 0), ""))
     assert any("37 of 40 embeddings" in text for text in drawn), drawn
+
+
+def test_labels_do_not_cover_the_marks_of_centroids():
+    ax = Figure(figsize=(4, 4), dpi=72).subplots()
+    ax.set(xlim=(0, 1), ylim=(0, 1))
+    places = np.array([[0.5, 0.5], [0.1, 0.9]])
+    marks = np.array([[0.5, 0.52], [0.7, 0.9]])
+    offsets = maps._above_marks(ax, places, np.zeros(2), marks, 10)
+    height = float(np.ptp(ax.transData.transform([[0, 0.5], [0, 0.52]])[:, 1]))
+    np.testing.assert_allclose(offsets, [height + 9.5, 0])
