@@ -12,6 +12,7 @@ from typing import Any
 
 from absl import flags
 
+_OF_METHOD = os.path.join(os.path.dirname(__file__), "of_method.py")
 _KINDS = {bool: "true or false", int: "an integer", float: "a number", tuple: "a tuple: (1, 2)"}
 
 
@@ -29,8 +30,7 @@ def of_method(argv: Sequence[str]) -> list[str]:
 
     (_, name), (index, path) = named, file
     if name in METHODS and os.path.isfile(path.split(":", 1)[0]):  # Else it is answered as it is.
-        program = os.path.join(os.path.dirname(__file__), "of_method.py")
-        argv[index] = argv[index][: -len(path)] + f"{program}:{name}:{path}"
+        argv[index] = argv[index][: -len(path)] + f"{_OF_METHOD}:{name}:{path}"
     return argv
 
 
@@ -43,17 +43,13 @@ def sentence(argv: Sequence[str], error: Exception, fields: str) -> str:
       fields: as of `experiments.launcher.launch`.
     """
     file = _last(argv, "config")
-    if file is None:
-        return one_line(error)
+    illegal = isinstance(error, flags.IllegalFlagValueError)
+    if file is None or (isinstance(error, flags.Error) and not illegal):
+        return one_line(error)  # Of another flag, and the file is not run again.
     try:
         config = load(file[1])
     except Exception as of_file:
-        about = "" if isinstance(of_file, OSError) else f"{type(of_file).__name__}: "
-        about += of_file.strerror or "" if isinstance(of_file, OSError) else one_line(of_file)
-        return (
-            f"--config {_as_given(file[1])} cannot be loaded ({about}); accepted: a Python file "
-            "with a function get_config()"
-        )
+        return _not_loaded(file[1], of_file)
     for name, value in _overrides(argv):
         node, path = config, "config"
         for field in name.split(".")[1:]:
@@ -62,7 +58,7 @@ def sentence(argv: Sequence[str], error: Exception, fields: str) -> str:
             if field not in node:
                 return f"{path} has no field {field!r}; accepted: {', '.join(sorted(node))}"
             node, path = node[field], f"{path}.{field}"
-        if isinstance(error, flags.IllegalFlagValueError) and f"--{name}={value}:" in str(error):
+        if illegal and f"--{name}={value}:" in str(error):
             known = _fields_of(fields, config).get(name.split(".", 1)[1])
             kind = known.accepted if known else _KINDS.get(type(node))
             return f"{name} is {value!r}; accepted: {kind}" if kind else one_line(error)
@@ -103,7 +99,19 @@ def one_line(error: Exception) -> str:
 
 def _as_given(file: str) -> str:
     """The file as it was typed, before `of_method`."""
-    return file.split(":", 2)[2] if os.path.basename(file).startswith("of_method.py:") else file
+    of_method = f"{_OF_METHOD}:"
+    return file[len(of_method) :].split(":", 1)[1] if file.startswith(of_method) else file
+
+
+def _not_loaded(file: str, error: Exception) -> str:
+    file = _as_given(file)
+    about = f"{type(error).__name__}: {one_line(error)}"
+    if isinstance(error, OSError) and error.filename == file.split(":", 1)[0]:
+        about = error.strerror
+    return (
+        f"--config {file} cannot be loaded ({about}); accepted: a Python file with a function "
+        "get_config()"
+    )
 
 
 def _fields_of(fields: str, config: Any) -> Mapping[str, Any]:
@@ -126,11 +134,12 @@ def _leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _overrides(argv: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Names ``config.….…`` in the command line, and what is said of each."""
+    """Names ``config.….…`` in the command line, without indices, and what is said of each."""
     for argument, after in zip(argv, [*argv[1:], ""], strict=True):
         name, equals, value = argument.partition("=")
-        if name.lstrip("-").removeprefix("no").startswith("config.") and name.startswith("-"):
-            yield name.lstrip("-").removeprefix("no"), value if equals else after
+        field = name.lstrip("-").removeprefix("no")
+        if name.startswith("-") and field.startswith("config.") and "[" not in field:
+            yield field, value if equals else after
 
 
 def _last(argv: Sequence[str], flag: str) -> tuple[int, str] | None:

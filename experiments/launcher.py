@@ -5,11 +5,14 @@ process was lost (start all again), 128 + signal stopped on request with everyth
 else is a defect and shows a traceback.
 """
 
+import contextlib
 import errno
+import importlib
 import os
+import signal
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 # Several fake CPU devices in one process need more threads than cores, before JAX is imported;
 # see docs/architecture.md, "Fake devices".
@@ -22,6 +25,7 @@ from experiments import config_flag
 from experiments.config_flag import one_line
 
 FLAGS = flags.FLAGS
+_PROGRAM = os.path.splitext(os.path.basename(sys.argv[0]))[0]
 _OF_PROCESSES = ("processes", "process_id", "coordinator", "join_seconds", "lost_seconds",
                  "stuck_seconds")  # fmt: skip
 
@@ -51,12 +55,36 @@ def launch(
 
     heartbeat.start()
     try:
-        argv = list(sys.argv if argv is None else argv)
-        rest = _parse(argv, required, takes_command, fields)
+        with _leaving_at_once():
+            argv = list(sys.argv if argv is None else argv)
+            rest = _parse(argv, required, takes_command, fields)
+            _import_all(takes_command)
         _run(main, rest, several, takes_command)
     except KeyboardInterrupt:
         fail("stopped by Ctrl-C", 130)
     sys.exit(0)
+
+
+@contextlib.contextmanager
+def _leaving_at_once() -> Iterator[None]:
+    """Ctrl-C ends the process where it is, for there is nothing to save yet.
+
+    An exception would not do: imports of compiled modules, which take seconds, swallow it.
+    """
+
+    def leave(signum, frame) -> None:
+        os.write(2, f"{_PROGRAM}: stopped by Ctrl-C\n".encode())
+        os._exit(130)
+
+    before = signal.getsignal(signal.SIGINT)
+    if before is not signal.default_int_handler:  # A shell in the background has it ignored.
+        yield
+        return
+    signal.signal(signal.SIGINT, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _parse(
@@ -68,6 +96,7 @@ def _parse(
     if not takes_command:
         _define_process_flags()
     try:
+        argv = FLAGS.read_flags_from_files(argv, force_gnu=False)
         argv = config_flag.of_method(argv) if with_config else argv
         rest = FLAGS(argv, known_only=False)
         missing = [
@@ -88,8 +117,8 @@ def _parse(
     return rest
 
 
-def _run(main: Callable[..., object], rest: Sequence[str], several: bool, takes_command: bool):
-    """Runs ``main`` once the command line is parsed, and answers what it raises."""
+def _import_all(takes_command: bool) -> None:
+    """Imports what any ``main`` needs, after a wrong flag was answered; a spare waits here."""
     from jkmeans.processes import heartbeat, spare
 
     if takes_command:
@@ -99,10 +128,15 @@ def _run(main: Callable[..., object], rest: Sequence[str], several: bool, takes_
     if not takes_command:
         spare.wait_for_place()
         heartbeat.start()
-    # Imported here, so that a wrong flag is answered at once.
+    for name in ("numpy", "jkmeans.processes.joining"):
+        importlib.import_module(name)
+
+
+def _run(main: Callable[..., object], rest: Sequence[str], several: bool, takes_command: bool):
+    """Runs ``main`` once the command line is parsed, and answers what it raises."""
     from jkmeans.errors import CollapseError, LostError, UserError
     from jkmeans.interruption import Interrupted
-    from jkmeans.processes import agreement, joining
+    from jkmeans.processes import agreement, heartbeat, joining
 
     try:
         if takes_command:
@@ -209,9 +243,8 @@ def _keep_compiled_programs() -> None:
 
 def fail(sentence: str, status: int) -> None:
     """Prints one sentence on stderr and exits with ``status``."""
-    program = os.path.splitext(os.path.basename(sys.argv[0]))[0]
     sys.stdout.flush()
-    print(f"{program}: {sentence}", file=sys.stderr, flush=True)
+    print(f"{_PROGRAM}: {sentence}", file=sys.stderr, flush=True)
     from jkmeans.processes import joining
 
     joining.end_at_once(status)

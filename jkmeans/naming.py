@@ -37,7 +37,6 @@ def resolve(name: str, known: Mapping[str, Callable], field: str) -> Callable:
     function = getattr(module, function_name, None)
     if not callable(function):
         raise UserError(
-            f"{field} is {name!r}, but {module_name} has no function {function_name!r}; accepted: "
-            "one that it has, or a name of ours"
+            f"{field} is {name!r}, but {module_name} has no function {function_name!r}; {accepted}"
         )
     return function

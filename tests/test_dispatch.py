@@ -514,6 +514,19 @@ def test_an_output_of_other_files_is_left_as_it_is(run, many, tmp_path):
     assert (out / "manifest.json").read_bytes() == before
 
 
+def test_a_finished_file_that_was_damaged_is_of_the_input_still(run, many, tmp_path):
+    folder, _, rows = many
+    for name in ("f-2.npy", "f-11.parquet", "f-12.zarr"):
+        path = folder / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    out = tmp_path / "out"
+    predict_files(run, str(folder), str(out))
+    (folder / "f-10.npy").write_bytes(b"broken")
+    np.save(folder / "f-1.npy", rows[0])
+    with pytest.raises(UserError, match=r"1 of 2 files could not be used, the other 1 are done"):
+        predict_files(run, str(folder), str(out))
+
+
 def test_a_file_that_changed_is_computed_again(run, many, tmp_path):
     folder, _, rows = many
     out = tmp_path / "out"

@@ -148,6 +148,21 @@ BAD = {
         ],
         "config.objective has no field 'centroid_weight'; accepted: cluster_weight, name",
     ),
+    "another method in a file of flags": (
+        [
+            "--config=configs/digits.py",
+            "--workdir=w",
+            "--flagfile=of_idec",
+            "--config.objective.cluster_weight=-1",
+        ],
+        "config.objective.cluster_weight is -1.0; accepted:",
+    ),
+    "a config without a name": (["--config=", "--workdir=w"], "--config"),
+    "a config that opens a file": (
+        ["--config=opens.py", "--workdir=w"],
+        "--config opens.py cannot be loaded (FileNotFoundError: [Errno 2] No such file or "
+        "directory: 'nowhere.txt')",
+    ),
     "a field of a value": (
         ["--config=configs/digits.py", "--workdir=w", "--config.seed.x=1"],
         "config.seed is a value, without a field 'x'",
@@ -167,6 +182,8 @@ BAD = {
     "case", [pytest.param(c, marks=pytest.mark.slow) if c == "devices" else c for c in BAD]
 )
 def test_bad_command_lines(case, tmp_path):
+    (tmp_path / "of_idec").write_text("--config.objective.name=idec\n")
+    (tmp_path / "opens.py").write_text("def get_config():\n    open('nowhere.txt')\n")
     arguments, sentence = BAD[case]
     arguments = [a.replace("--config=configs", f"--config={ROOT}/configs") for a in arguments]
     done = run("train", *arguments, cwd=tmp_path)
@@ -181,6 +198,7 @@ def test_help_tells_of_the_fields_of_a_config(tmp_path):
     config = f"--config={ROOT}/configs/digits.py"
     done = run("train", config, "--config.objective.name=idec", "--help", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
+    assert f"fields of {ROOT}/configs/digits.py (" in done.stdout
     assert "objective.cluster_weight = 0.1" in done.stdout
     assert "γ, of the divergence; a number of at least 0" in done.stdout
 

@@ -101,7 +101,7 @@ def predict_files(
     }
     output.make_folder(folder)
     with only_process_in(folder):
-        plan = output.claim(folder, plan, [file.name for file in files])
+        plan = output.claim(folder, plan, [path.name for path in paths])
         output.clean(folder)
         job = engine.Job(
             workdir=str(Path(workdir).absolute()),

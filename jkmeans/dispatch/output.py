@@ -246,7 +246,7 @@ def claim(folder: Path, plan: Mapping[str, Any], files: Iterable[str]) -> dict[s
 
     Args:
       folder: of the output.
-      files: names of the input's, of which some must be among those that the folder is about.
+      files: names of the input's, readable or not; some must be those that the folder is about.
       plan: what `PLAN_FILE` is to hold: ``model`` (its digest), ``described`` (in words),
         ``columns``, ``shard_rows`` (0 for those of the folder, or ``default_shard_rows``) and
         ``default_shard_rows``.

@@ -142,6 +142,7 @@ class KMeans(CentroidEstimator):
         with sharded.precision(X):
             rows = sharded.place(X, weights, mesh=self.mesh, multiple_of=self._multiple_of)
             result = self._best_of_restarts(X, rows)
+            refuse_overflow(float(result.inertia), result.centroids.dtype)
             self.cluster_centers_ = to_numpy(result.centroids)
             self.labels_ = to_numpy(result.labels)
             self.inertia_ = float(result.inertia)

@@ -152,7 +152,8 @@ class MiniBatchKMeans(CentroidEstimator):
             else:
                 total = n_rows if weights is None else float(weights.sum(dtype=np.float64))
                 self.inertia_ = float(result.ewa_inertia) * total
-        refuse_overflow(self.inertia_, self.cluster_centers_.dtype)
+                if self.n_steps_ > 1:  # Of one step there is no average.
+                    refuse_overflow(self.inertia_, self.cluster_centers_.dtype)
         if self.verbose:
             print(f"{self.n_steps_} steps, inertia {self.inertia_}.")
         return self
@@ -273,6 +274,7 @@ class MiniBatchKMeans(CentroidEstimator):
 
     def _label(self, rows: sharded.Rows) -> None:
         result = sharded.evaluate_rows(rows, self.cluster_centers_)
+        refuse_overflow(float(result.inertia), self.cluster_centers_.dtype)
         self.labels_ = to_numpy(result.labels)
         self.inertia_ = float(result.inertia)
 

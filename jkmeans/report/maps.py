@@ -134,9 +134,8 @@ def draw_map(
         present = np.unique(groups)
         texts = [names[int(group)] for group in present]
         medians = np.asarray([np.median(points[groups == group], axis=0) for group in present])
-        offsets = _label_offsets(ax, medians, texts, size)
-        if centroids and len(embedding_map.centroids):
-            offsets = _above_marks(ax, medians, offsets, embedding_map.centroids, size)
+        marks = embedding_map.centroids if centroids else np.zeros((0, 2))
+        offsets = _label_offsets(ax, medians, texts, size, marks)
         for group, text, median, offset in zip(present, texts, medians, offsets, strict=True):
             ax.annotate(
                 text,
@@ -159,44 +158,45 @@ def draw_map(
         say_instead(ax, "no finite embeddings")
 
 
-def _above_marks(
-    ax: Axes, places: np.ndarray, offsets: np.ndarray, marks: np.ndarray, size: float
+def _label_offsets(
+    ax: Axes, places: np.ndarray, texts: Sequence[str], size: float, marks: np.ndarray
 ) -> np.ndarray:
-    """Offsets [m] of labels, in points, raised where they would lie on the mark of a centroid."""
-    figure = ax.get_figure(root=True)
-    assert figure is not None
-    to_points = 72 / figure.dpi
-    labels = ax.transData.transform(places) * to_points + np.stack([0 * offsets, offsets], axis=1)
-    away = ax.transData.transform(marks) * to_points - labels[:, None]  # [m, c, 2]
-    clear = 0.55 * size + 4  # Half a label and half a mark.
-    covered = (np.abs(away) < clear).all(axis=2)
-    return offsets + np.where(covered, away[:, :, 1] + clear, 0).max(axis=1)
+    """How far up, in points, each label must go to cover no other and no mark, [len(texts)].
 
-
-def _label_offsets(ax: Axes, places: np.ndarray, texts: Sequence[str], size: float) -> np.ndarray:
-    """How far up, in points, each label must go so that no two of them overlap, [len(texts)]."""
-    if len(texts) == 0:
+    Args:
+        ax: with everything else in it.
+        places: [len(texts), 2] the middles of the labels, in the coordinates of the data.
+        texts: the labels.
+        size: of the text, in points.
+        marks: [c, 2] what stays where it is: centroids.
+    """
+    m = len(texts)
+    if m == 0:
         return np.zeros(0)
     ax.autoscale_view()
     figure = ax.get_figure(root=True)
     assert figure is not None
-    x, y = (ax.transData.transform(places) * 72 / figure.dpi).T
-    half_widths = np.asarray([0.35 * size * len(text) + 2 for text in texts])
-    height = 1.15 * size
+    x, y = (ax.transData.transform(np.concatenate([places, marks])) * 72 / figure.dpi).T
+    half_widths = np.asarray([0.35 * size * len(text) + 2 for text in texts] + [4] * len(marks))
+    half_heights = np.asarray([0.575 * size] * m + [4.0] * len(marks))
+    near = np.abs(x[:, None] - x)[:m] < half_widths[:m, None] + half_widths
+    apart = half_heights[:m, None] + half_heights
+    # Of two labels each goes half the way; a mark stays.
+    share = np.where(np.arange(len(x)) < m, 0.5, 1.0)
     moved = y.copy()
-    for _ in range(50):
-        near = np.abs(x[:, None] - x) < half_widths[:, None] + half_widths
-        gaps = moved[:, None] - moved
-        overlap = np.where(near, np.maximum(height - np.abs(gaps), 0), 0)
+    # Beside the middle of a cluster, where its centroid lies.
+    moved[:m] += 0.9 * size if len(marks) else 0.0
+    for _ in range(100):
+        gaps = moved[:m, None] - moved
+        overlap = np.where(near, np.maximum(apart - np.abs(gaps), 0), 0)
         np.fill_diagonal(overlap, 0)
         if overlap.max() < 0.5:
             break
-        # Of two labels at the same height the first goes up.
-        above = np.where(
-            gaps != 0, np.sign(gaps), np.sign(np.arange(len(x)) - np.arange(len(x))[:, None])
-        )
-        moved = moved + np.clip(0.5 * (overlap * above).sum(axis=1), -height, height)
-    return moved - y
+        # Of two at the same height the first goes up.
+        first = np.sign(np.arange(len(x)) - np.arange(m)[:, None])
+        above = np.where(gaps != 0, np.sign(gaps), first)
+        moved[:m] += np.clip((share * overlap * above).sum(axis=1), -1.15 * size, 1.15 * size)
+    return (moved - y)[:m]
 
 
 def draw_cluster_map(

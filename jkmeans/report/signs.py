@@ -14,7 +14,7 @@ from jkmeans.report.records import finite, phase_name
 COLLAPSED = 0.05  # of the variance when clustering began
 DUPLICATE = 0.05  # of the distance at which centroids are to be expected
 DOMINANT = 0.5  # of the examples
-RAN_AWAY = 1e6  # of a loss, whose terms are means over numbers about 1
+RAN_AWAY = 1e20  # of a loss, whatever the units of the examples
 STILL_CHANGING = 0.02  # of the labels, in the last epoch
 
 

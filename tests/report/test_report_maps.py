@@ -1,4 +1,5 @@
 import numpy as np
+import pytest
 from matplotlib.figure import Figure
 
 from jkmeans.report import maps
@@ -48,7 +49,7 @@ def test_labels_in_one_place_are_moved_apart():
     ax = Figure(figsize=(4, 4)).subplots()
     ax.plot([0, 1], [0, 1])
     places = np.array([[0.5, 0.5], [0.5, 0.5], [0.1, 0.9]])
-    offsets = maps._label_offsets(ax, places, ["Coat", "Pullover", "Bag"], 10)
+    offsets = maps._label_offsets(ax, places, ["Coat", "Pullover", "Bag"], 10, np.zeros((0, 2)))
     assert offsets[0] - offsets[1] > 10
     assert offsets[2] == 0
 
@@ -61,11 +62,18 @@ def test_the_title_counts_what_is_on_the_map():
     assert any("37 of 40 embeddings" in text for text in drawn), drawn
 
 
-def test_labels_do_not_cover_the_marks_of_centroids():
+@pytest.mark.parametrize(
+    ("heights", "marks"),
+    [([0.5, 0.9], [0.52]), ([0.50, 0.56], [0.5]), ([0.5], [0.50, 0.54, 0.58, 0.62]), ([0.5], [])],
+)
+def test_labels_cover_neither_each_other_nor_the_marks_of_centroids(heights, marks):
     ax = Figure(figsize=(4, 4), dpi=72).subplots()
     ax.set(xlim=(0, 1), ylim=(0, 1))
-    places = np.array([[0.5, 0.5], [0.1, 0.9]])
-    marks = np.array([[0.5, 0.52], [0.7, 0.9]])
-    offsets = maps._above_marks(ax, places, np.zeros(2), marks, 10)
-    height = float(np.ptp(ax.transData.transform([[0, 0.5], [0, 0.52]])[:, 1]))
-    np.testing.assert_allclose(offsets, [height + 9.5, 0])
+    places = np.column_stack([np.full(len(heights), 0.5), heights])
+    fixed = np.column_stack([np.full(len(marks), 0.5), marks])
+    offsets = maps._label_offsets(ax, places, ["8"] * len(heights), 10, fixed)
+    labels = ax.transData.transform(places)[:, 1] + offsets  # A pixel is a point.
+    crosses = ax.transData.transform(fixed)[:, 1] if len(marks) else np.zeros(0)
+    assert np.abs(labels[:, None] - crosses).min(initial=99) > 9
+    assert np.abs(np.diff(labels)).min(initial=99) > 11
+    assert np.abs(offsets).max() < 40
