@@ -7,7 +7,6 @@ else is a defect and shows a traceback.
 
 import contextlib
 import errno
-import importlib
 import os
 import signal
 import sys
@@ -54,20 +53,16 @@ def launch(
     from jkmeans.processes import heartbeat
 
     heartbeat.start()
-    try:
-        with _leaving_at_once():
-            argv = list(sys.argv if argv is None else argv)
-            rest = _parse(argv, required, takes_command, fields)
-            _import_all(takes_command)
+    with _leaving_at_once():
+        argv = list(sys.argv if argv is None else argv)
+        rest = _parse(argv, required, takes_command, fields)
         _run(main, rest, several, takes_command)
-    except KeyboardInterrupt:
-        fail("stopped by Ctrl-C", 130)
     sys.exit(0)
 
 
 @contextlib.contextmanager
 def _leaving_at_once() -> Iterator[None]:
-    """Ctrl-C ends the process where it is, for there is nothing to save yet.
+    """Ctrl-C ends the process where it is: what has anything to save hears it in our place.
 
     An exception would not do: imports of compiled modules, which take seconds, swallow it.
     """
@@ -117,8 +112,8 @@ def _parse(
     return rest
 
 
-def _import_all(takes_command: bool) -> None:
-    """Imports what any ``main`` needs, after a wrong flag was answered; a spare waits here."""
+def _run(main: Callable[..., object], rest: Sequence[str], several: bool, takes_command: bool):
+    """Runs ``main`` once the command line is parsed, and answers what it raises."""
     from jkmeans.processes import heartbeat, spare
 
     if takes_command:
@@ -128,15 +123,10 @@ def _import_all(takes_command: bool) -> None:
     if not takes_command:
         spare.wait_for_place()
         heartbeat.start()
-    for name in ("numpy", "jkmeans.processes.joining"):
-        importlib.import_module(name)
-
-
-def _run(main: Callable[..., object], rest: Sequence[str], several: bool, takes_command: bool):
-    """Runs ``main`` once the command line is parsed, and answers what it raises."""
+    # Imported here, so that a wrong flag is answered at once.
     from jkmeans.errors import CollapseError, LostError, UserError
     from jkmeans.interruption import Interrupted
-    from jkmeans.processes import agreement, heartbeat, joining
+    from jkmeans.processes import agreement, joining
 
     try:
         if takes_command:
