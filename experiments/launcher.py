@@ -112,7 +112,9 @@ def _parse(
     return rest
 
 
-def _run(main: Callable[..., object], rest: Sequence[str], several: bool, takes_command: bool):
+def _run(
+    main: Callable[..., object], rest: Sequence[str], several: bool, takes_command: bool
+) -> None:
     """Runs ``main`` once the command line is parsed, and answers what it raises."""
     from jkmeans.processes import heartbeat, spare
 
