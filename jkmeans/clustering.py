@@ -34,7 +34,7 @@ from jkmeans.configuration import (
     number,
     text,
 )
-from jkmeans.errors import UserError
+from jkmeans.errors import UserError, overflow_sentence
 from jkmeans.interruption import Interruption
 from jkmeans.recorder import format_duration, results_table
 from jkmeans.sharding import REPLICATED, device_dtype, make_mesh, to_host
@@ -864,11 +864,8 @@ def _rows_of(source: Source, numbers: np.ndarray) -> np.ndarray:
 
 
 def _refuse_overflow(inertia: float, dtype: Any) -> None:
-    if not math.isfinite(inertia):
-        raise UserError(
-            f"the inertia is {inertia}: squares of such large values overflow {dtype}; accepted: "
-            "rows scaled down, or as float64"
-        )
+    if sentence := overflow_sentence(inertia, dtype):
+        raise UserError(sentence)
 
 
 def _claim(workdir: Path, config: Config) -> None:

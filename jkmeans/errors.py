@@ -1,5 +1,7 @@
 """Errors that are answers to the user: one sentence, no traceback, a stated exit status."""
 
+import math
+
 
 class UserError(Exception):
     """Something the user gave cannot be used; launchers print the sentence and exit with 2.
@@ -27,3 +29,13 @@ class LostError(Exception):
     """
 
     exit_status = 75
+
+
+def overflow_sentence(inertia: float, dtype: object) -> str:
+    """What to say of finite rows so large that sums of their squares are not; empty if they are."""
+    if math.isfinite(inertia):
+        return ""
+    return (
+        f"the inertia is {inertia}: squares of such large values overflow {dtype}; accepted: rows "
+        "scaled down, or as float64"
+    )

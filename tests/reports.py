@@ -88,3 +88,20 @@ DEGENERATE = {
 
 IN_PICTURES = {"one example", "not finite", "empty clusters", "one dimension, scalars"}
 """Of which the default run draws pictures; of the others it writes pages."""
+
+
+class CountedRows:
+    """Examples of a large file: rows are read one at a time, and counted in ``read``."""
+
+    def __init__(self, examples: np.ndarray):
+        self._examples = examples
+        self.shape, self.dtype = examples.shape, examples.dtype
+        self.read = 0
+
+    def __len__(self):
+        return self.shape[0]
+
+    def __getitem__(self, row):
+        assert np.ndim(row) == 0
+        self.read += 1
+        return self._examples[row]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from numbers import Real
 from typing import Any, ClassVar
@@ -14,6 +13,7 @@ from sklearn.utils import check_random_state
 from sklearn.utils._param_validation import Interval, StrOptions
 
 from jkmeans import sharded
+from jkmeans.errors import overflow_sentence
 from jkmeans.estimators.base import COMMON_CONSTRAINTS, CentroidEstimator, to_numpy
 from jkmeans.estimators.files import is_source, opened
 from jkmeans.estimators.inputs import random_key, read_centroids, read_rows, read_weights
@@ -258,11 +258,8 @@ def refuse_overflow(inertia: float, dtype: Any) -> None:
     Raises:
       ValueError: ``inertia`` is not finite.
     """
-    if not math.isfinite(inertia):
-        raise ValueError(
-            f"the inertia is {inertia}: squares of such large values overflow {dtype}; accepted: X "
-            "scaled down, or as float64"
-        )
+    if sentence := overflow_sentence(inertia, dtype):
+        raise ValueError(sentence)
 
 
 def resolve_n_init(estimator: Any, *, default: int) -> int:

@@ -13,7 +13,7 @@ from jkmeans.report.examples import NEAREST
 from jkmeans.report.maps import MAP_EXAMPLES, map_embeddings
 from jkmeans.report.page import write_page
 from jkmeans.report.page_data import FARTHEST, LINE_FEATURES
-from tests.reports import DEGENERATE, IN_PICTURES, clusters_of, history, run
+from tests.reports import DEGENERATE, IN_PICTURES, CountedRows, clusters_of, history, run
 
 CHROMIUM = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
@@ -182,20 +182,9 @@ def test_infinite_examples(tmp_path):
 def test_page_reads_only_the_examples_it_shows(tmp_path):
     arguments = run(n=MAP_EXAMPLES + 3000, k=4, p=2)
 
-    class Counted:
-        shape, dtype = arguments["examples"].shape, arguments["examples"].dtype
-        read = 0
-
-        def __len__(self):
-            return self.shape[0]
-
-        def __getitem__(self, row):
-            assert np.ndim(row) == 0
-            Counted.read += 1
-            return arguments["examples"][row]
-
-    written(tmp_path, arguments | {"examples": Counted()})
-    assert Counted.read == MAP_EXAMPLES + 4 * (NEAREST + FARTHEST)
+    examples = CountedRows(arguments["examples"])
+    written(tmp_path, arguments | {"examples": examples})
+    assert examples.read == MAP_EXAMPLES + 4 * (NEAREST + FARTHEST)
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ from matplotlib.image import imread
 from jkmeans.report.examples import NEAREST
 from jkmeans.report.pictures import PICTURES, write_report
 from tests import tiny
-from tests.reports import DEGENERATE, IN_PICTURES, history, run
+from tests.reports import DEGENERATE, IN_PICTURES, CountedRows, history, run
 
 
 def check_pictures(paths, folder, names):
@@ -59,22 +59,9 @@ def test_degenerate_runs(tmp_path, name):
 def test_report_reads_only_the_examples_it_shows(tmp_path):
     arguments = run(n=400, k=4, p=2)
 
-    class Counted:
-        """A large file: rows are read one at a time."""
-
-        shape, dtype = arguments["examples"].shape, arguments["examples"].dtype
-        read = 0
-
-        def __len__(self):
-            return self.shape[0]
-
-        def __getitem__(self, row):
-            assert np.ndim(row) == 0
-            Counted.read += 1
-            return arguments["examples"][row]
-
-    write_report(tmp_path, **arguments | {"examples": Counted()})
-    assert 0 < Counted.read <= 2 * 4 * NEAREST  # in nearest.png and in summary.png
+    examples = CountedRows(arguments["examples"])
+    write_report(tmp_path, **arguments | {"examples": examples})
+    assert 0 < examples.read <= 2 * 4 * NEAREST  # in nearest.png and in summary.png
 
 
 def test_failed_picture_leaves_the_old_one(tmp_path, monkeypatch):
