@@ -25,6 +25,7 @@ from jkmeans.drawing import (
 )
 from jkmeans.report.clusters import SHOWN_CLUSTERS, counted
 from jkmeans.report.maps import EmbeddingMap, draw_map
+from jkmeans.report.sizes import draw_sizes
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -93,22 +94,12 @@ def write_report(
 def _sizes(sizes: np.ndarray, title: str) -> Figure:
     from matplotlib.ticker import MaxNLocator
 
-    k, n = len(sizes), int(sizes.sum())
-    order = np.argsort(-sizes, kind="stable")
     figure = new_figure(8, 3.6)
     ax = figure.subplots()
-    if k <= SHOWN_CLUSTERS:
-        ax.bar(range(k), sizes[order], color=palette(k)[order], width=0.8)
-        ax.set_xticks(range(k), [str(i) for i in order])
-        ax.set_xlabel("cluster", fontsize=9, color=INK)
-    else:
-        ax.stairs(sizes[order], np.arange(k + 1), fill=True, color=BLUE)
-        ax.set_xlabel("clusters, largest first", fontsize=9, color=INK)
-        ax.set_xlim(0, k)
-    ax.axhline(n / k, color=INK, linewidth=1, linestyle=(0, (4, 3)))
+    uniform = draw_sizes(ax, sizes, palette(len(sizes)))
     ax.annotate(
-        f"N / K = {n / k:,.0f}" if n >= 10 * k else f"N / K = {n / k:.1f}",
-        (1, n / k),
+        f"N / K = {uniform:,.0f}" if uniform >= 10 else f"N / K = {uniform:.1f}",
+        (1, uniform),
         xycoords=ax.get_yaxis_transform(),
         xytext=(-4, 3),
         textcoords="offset points",
