@@ -36,6 +36,7 @@ def get_config() -> Config:
     config.augmentation.shift = 0.0  # Pixels.
     config.augmentation.rotation = 0.0  # Degrees.
     config.augmentation.zoom = 0.0
+    config.augmentation.pretraining = True  # Whether pretraining sees them, too.
     config.augmentation.invariance = False  # Examples and views, or views only.
 
     config.network = ConfigDict()

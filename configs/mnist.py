@@ -35,6 +35,7 @@ def get_config() -> Config:
     config.augmentation.shift = 2.0  # Pixels.
     config.augmentation.rotation = 10.0  # Degrees.
     config.augmentation.zoom = 0.1
+    config.augmentation.pretraining = True  # Whether pretraining sees them, too.
     config.augmentation.invariance = False  # Examples and views, or views only.
 
     config.network = ConfigDict()

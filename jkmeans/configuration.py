@@ -41,6 +41,7 @@ FIELDS: dict[str, Field] = {
     "augmentation.shift": number("pixels, each direction within ±shift"),
     "augmentation.rotation": number("degrees, within ±rotation"),
     "augmentation.zoom": number("scale within 1 ± zoom"),
+    "augmentation.pretraining": boolean("whether the network sees views while pretraining, too"),
     "augmentation.invariance": boolean("whether clustering sees examples and views, or views only"),
     "network.name": choice(tuple(NETWORKS), "the network", or_function=True),
     "network.embedding_dim": integer(1, "p, numbers of an embedding"),
@@ -222,6 +223,7 @@ def to_json(config: Config) -> dict[str, Any]:
 
 
 _BEFORE: dict[str, Callable[[Config], Any]] = {
+    "augmentation.pretraining": lambda config: True,
     "network.initializer": lambda config: "glorot_uniform",
     "network.precision": lambda config: "float32",
     "objective.likelihood": lambda config: "bernoulli",

@@ -224,8 +224,8 @@ def make_programs(
     augmentation = config.augmentation
     augmenting = any((augmentation.shift, augmentation.rotation, augmentation.zoom))
 
-    def view_of(x: jax.Array, key: jax.Array, index: jax.Array) -> jax.Array:
-        if not augmenting:
+    def view_of(x: jax.Array, key: jax.Array, index: jax.Array, clustering: bool) -> jax.Array:
+        if not (augmenting and (clustering or augmentation.pretraining)):
             return x
         return affine_views(
             example_keys(key, index),
@@ -266,8 +266,8 @@ def make_programs(
         x = network_input(examples, scale)
         batch = Batch(
             x=x,
-            view=view_of(x, step_key, index),
-            other_view=view_of(x, other_key, index),
+            view=view_of(x, step_key, index, clustering),
+            other_view=view_of(x, other_key, index, clustering),
             stored=stored,
             weights=weights,
             labels=labels,

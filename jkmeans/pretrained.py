@@ -59,7 +59,9 @@ class Pretrained(NamedTuple):
 def description(config, data_record: dict[str, Any]) -> dict[str, Any]:
     """All that pretraining depends on, as plain JSON types."""
     name = config.objective.name
-    augmentation = config.augmentation
+    views = [config.augmentation[field] for field in ("shift", "rotation", "zoom")]
+    if not config.augmentation.pretraining:
+        views = [0.0] * len(views)  # What no views at all give.
     network = config.network.to_dict() | {"precision": config.training.pretrain_precision}
     if network["precision"] == "float32":
         del network["precision"]  # Networks of before there was a choice are found again.
@@ -68,7 +70,7 @@ def description(config, data_record: dict[str, Any]) -> dict[str, Any]:
         "n_shards": config.data.n_shards,
         "seed": config.seed,
         "network": network,
-        "views": [augmentation.shift, augmentation.rotation, augmentation.zoom],
+        "views": views,
         "training": {field: config.training[field] for field in _TRAINING},
         "objective": method_spec(name).pretraining(config.objective) if name in METHODS else name,
     }

@@ -281,12 +281,13 @@ def test_values_that_are_older_than_a_field():
     for group, field in (
         ("network", "initializer"), ("network", "precision"), ("training", "clustering_optimizer"),
         ("training", "pretrain_precision"), ("objective", "likelihood"),
-        ("objective", "pixel_variance"),
+        ("objective", "pixel_variance"), ("augmentation", "pretraining"),
     ):  # fmt: skip
         del old[group][field]
     found = from_json(old)
     assert (found.network.initializer, found.network.precision) == ("glorot_uniform", "float32")
     assert found.training.clustering_optimizer == "sgd"
+    assert found.augmentation.pretraining
     assert (found.objective.likelihood, found.objective.pixel_variance) == ("bernoulli", 0.1)
     both = to_json(tiny.config(network__precision="bfloat16"))
     del both["training"]["pretrain_precision"]

@@ -191,6 +191,7 @@ def test_images_of_bytes(tmp_path):
         "shift": 1.0,
         "rotation": 5.0,
         "zoom": 0.0,
+        "pretraining": True,
         "invariance": False,
     }
     model.save(tmp_path / "model")

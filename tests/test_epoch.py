@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import sklearn.cluster
 
-from jkmeans import training
+from jkmeans import datasets, training
 from jkmeans.epoch import learning_rate
 from jkmeans.sharding import gather_examples, make_mesh
 from tests import tiny
@@ -225,6 +225,34 @@ def test_devices_agree_step_by_step(n_devices, precision):
         )
         banks = [gather_examples(s.bank, r.layout) for r, s in zip(runs, states, strict=True)]
         np.testing.assert_allclose(*banks, rtol=1e-4, atol=1e-5)
+
+
+def test_views_of_clustering_alone():
+    """The network is pretrained on examples themselves, and clusters views of them."""
+    examples = np.random.default_rng(0).uniform(size=(96, 5, 4)).astype(np.float32)
+    images = datasets.from_arrays(examples, None, name="images")
+    views = {"augmentation__shift": 2.0, "augmentation__pretraining": False}
+    found = {}
+    for name, changes in (
+        ("none", {}),
+        ("clustering", views),
+        ("both", {"augmentation__shift": 2.0}),
+    ):
+        run = make_run(images, training__n_pretrain_epochs=1, training__n_epochs=1, **changes)
+        state, _ = run.run_epoch(run.create(), 0)
+        pretrained = on_host(state.parameters)
+        state, _ = run.run_epoch(state, 1)
+        found[name] = pretrained, on_host(state.parameters)
+
+    def moved(phase, name):
+        pairs = zip(
+            jax.tree.leaves(found[name][phase]), jax.tree.leaves(found["none"][phase]), strict=True
+        )
+        return any((a != b).any() for a, b in pairs)
+
+    assert not moved(0, "clustering")
+    assert moved(1, "clustering")
+    assert moved(0, "both")
 
 
 @pytest.mark.slow

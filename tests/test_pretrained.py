@@ -90,6 +90,7 @@ SAME = {
     "restarts": {"centroids__n_init": 3},
     "resets": {"reset__every": 1},
     "invariance": {"augmentation__invariance": True},
+    "views of clustering alone": {"augmentation__shift": 1.0, "augmentation__pretraining": False},
     "devices": {"n_devices": 8},
 }
 

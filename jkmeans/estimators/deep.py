@@ -54,6 +54,7 @@ BASE: dict[str, Any] = {
     "augmentation.shift": 0.0,  # Pixels.
     "augmentation.rotation": 0.0,  # Degrees.
     "augmentation.zoom": 0.0,  # Part of the size.
+    "augmentation.pretraining": True,  # Whether pretraining sees views, too.
     "augmentation.invariance": False,  # Clustering sees examples and views, or views only.
     "network.name": "fully_connected",  # A key of jkmeans.networks.NETWORKS.
     "network.embedding_dim": 10,  # p.
@@ -109,7 +110,8 @@ _FIELDS = {
 }
 _OF_THE_DATA = ("data.name", "data.split", "data.path", "data.labels_path", "data.n_examples")
 _GROUPS = {"objective", *(name.split(".")[0] for name in BASE if "." in name)}
-_AUGMENTATION = ("shift", "rotation", "zoom", "invariance")
+_AUGMENTATION = ("shift", "rotation", "zoom", "pretraining", "invariance")
+_NO_VIEWS = {name: BASE[f"augmentation.{name}"] for name in _AUGMENTATION}
 _LARGEST_SEED = 2**31 - 1
 # float64 first: it is what anything else, such as lists and objects, becomes.
 _DTYPES = [np.dtype(name) for name in ("float64", *datasets.DTYPES)]
@@ -146,8 +148,9 @@ class DeepClustering(
       learning_rate: of pretraining.
       clustering_learning_rate: of clustering.
       augmentation: random views of images: a dictionary with any of shift (pixels), rotation
-        (degrees), zoom (part of the size) and invariance (whether clustering sees examples and
-        views, or views only); None for those of the method, which are none but for SwAV.
+        (degrees), zoom (part of the size), pretraining (whether pretraining sees views, too) and
+        invariance (whether clustering sees examples and views, or views only); None for those of
+        the method, which are none but for SwAV.
       scale: examples are multiplied by it, in ``fit`` and ever after. "auto" divides unsigned
         bytes by 255 and leaves all other types as they are; features are best of about unit
         variance. Give ``predict`` the units that ``fit`` had.
@@ -611,7 +614,7 @@ def _parameters(cls: type, config: Config, scale: float) -> dict[str, Any]:
         # A user's own objective is one of joint k-means.
         "method": name if name in METHODS else "joint",
         **{name: values[field] for name, field in _FIELDS.items()},
-        "augmentation": views if any(views.values()) else None,
+        "augmentation": None if views == _NO_VIEWS else views,
         "scale": scale,
         "random_state": values["seed"],
     }
