@@ -246,9 +246,10 @@ def make_programs(
 
     def resting(parameters: Parameters, clustering: bool) -> Parameters:
         """The parameters that have no part in a phase: their gradients and moments stay 0."""
-        if method.decodes or not clustering:
-            return {}
-        starts = getattr(merge(graphdef, parameters), "decoder_layers", ())
+        network = merge(graphdef, parameters)
+        starts = () if clustering else getattr(network, "later_layers", ())
+        if clustering and not method.decodes:
+            starts = getattr(network, "decoder_layers", ())
         return {k: v for k, v in parameters.items() if k.startswith(starts)}
 
     def loss(variables, rest, clusters, batch):

@@ -7,7 +7,8 @@ A network is made by a factory ``factory(example_shape, options, rngs) -> nnx.Mo
 * for soft resets, ``hidden_layers``, a tuple of the starts of the names of the parameters that they
   mix with fresh ones: the layers of the encoder before the embedding,
 * where ``options.precision`` is to have an effect, layers as `jkmeans.precision` says,
-* to save work, ``decoder_layers``, the same for the parameters that only ``decode`` uses.
+* to save work, ``decoder_layers``, the same for the parameters that only ``decode`` uses,
+* ``later_layers``, the same for those that pretraining does not reach; it leaves them as drawn.
 
 `make_network` takes one of the names in `NETWORKS` or the user's own ``module:function``. A factory
 is traced (`blueprint`): parameters are drawn on all devices in one compiled program, and not at all
@@ -100,7 +101,8 @@ class VariationalAutoencoder(FullyConnectedAutoencoder):
     ``encode`` gives the mean; ``decode`` gives logits where pixels are Bernoulli (Jiang et al.
     2017). Pretraining does not reach the second head, which then still says the same of all
     examples: a variance of e⁻⁴, small beside that of embeddings that have learned something. So
-    clustering begins with the embeddings that pretraining has made, and not with noise on them.
+    clustering begins with the embeddings that pretraining has made, and not with noise on them;
+    and pretraining itself is that of the network without this head.
     """
 
     def __init__(self, example_shape, *, embedding_dim, widths, precision, rngs, **others):
@@ -112,6 +114,7 @@ class VariationalAutoencoder(FullyConnectedAutoencoder):
             rngs=rngs,
             **others,
         )
+        self.later_layers = ("log_variance/",)
         self.log_variance = nnx.Linear(
             widths[-1],
             embedding_dim,
@@ -234,6 +237,10 @@ NETWORKS: dict[str, Callable[..., nnx.Module]] = {
     "variational": _from_options(VariationalAutoencoder),
     "convolutional": _from_options(ConvolutionalAutoencoder),
 }
+
+
+PRETRAINED_AS = {"variational": "fully_connected"}
+"""Networks whose pretraining is that of another; what they have more are ``later_layers``."""
 
 
 def make_network(options, example_shape: Sequence[int], key: jax.Array) -> nnx.Module:

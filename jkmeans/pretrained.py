@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jkmeans.methods import METHODS, method_spec
+from jkmeans.networks import PRETRAINED_AS
 
 _TRAINING = (
     "batch_size",
@@ -63,6 +64,7 @@ def description(config, data_record: dict[str, Any]) -> dict[str, Any]:
     if not config.augmentation.pretraining:
         views = [0.0] * len(views)  # What no views at all give.
     network = config.network.to_dict() | {"precision": config.training.pretrain_precision}
+    network["name"] = PRETRAINED_AS.get(network["name"], network["name"])
     if network["precision"] == "float32":
         del network["precision"]  # Networks of before there was a choice are found again.
     return {

@@ -563,8 +563,14 @@ class Run:
             return state, 0.0
         processes.tell(f"the network was pretrained by another run ({found.seconds:.0f} s)")
         everywhere = functools.partial(place, mesh=self.mesh, spec=REPLICATED)
+        # Layers that pretraining does not reach may be missing there, or here.
+        learned = {
+            name: everywhere(found.parameters[name])
+            for name in found.parameters
+            if name in state.parameters
+        }
         state = state._replace(
-            parameters={name: everywhere(value) for name, value in found.parameters.items()},
+            parameters=state.parameters | learned,
             reference_variance=everywhere(np.asarray(found.reference_variance, np.float32)),
             epoch=everywhere(np.asarray(self.config.training.n_pretrain_epochs, np.int32)),
         )

@@ -14,6 +14,7 @@ from jkmeans.errors import UserError
 from jkmeans.naming import resolve
 from jkmeans.networks import (
     NETWORKS,
+    PRETRAINED_AS,
     fresh_hidden_layers,
     make_network,
     merge,
@@ -316,6 +317,18 @@ def test_decoder_layers_are_those_of_the_decoder_alone(name, shape):
     half = set(numpy_parameters(network_of(name, shape, decoder=False)))
     starts = network_of(name, shape).decoder_layers
     assert {path for path in whole if path.startswith(starts)} == whole - half
+
+
+@pytest.mark.parametrize("name", PRETRAINED_AS)
+def test_a_network_that_is_pretrained_as_another_has_its_later_layers_more(name):
+    network = network_of(name, (12,))
+    ours, theirs = (
+        numpy_parameters(network),
+        numpy_parameters(network_of(PRETRAINED_AS[name], (12,))),
+    )
+    assert {path for path in ours if not path.startswith(network.later_layers)} == set(theirs)
+    for path, value in theirs.items():
+        np.testing.assert_array_equal(ours[path], value)
 
 
 def test_a_network_without_hidden_layers_is_not_reset():
