@@ -228,6 +228,8 @@ _BEFORE: dict[str, Callable[[Config], Any]] = {
     "network.precision": lambda config: "float32",
     "objective.likelihood": lambda config: "bernoulli",
     "objective.pixel_variance": lambda config: 0.1,
+    "objective.responsibilities": lambda config: "sample",
+    "objective.mixture_rate": lambda config: 1.0,
     # There was one optimizer, and one precision, for both phases.
     "training.clustering_optimizer": lambda config: config.training.optimizer,
     "training.pretrain_precision": lambda config: config.network.precision,

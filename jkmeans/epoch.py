@@ -169,7 +169,7 @@ class _Optimizers:
             return self._of_phase[0].init(variables)
         return tuple(optimizer.init(variables) for optimizer in self._of_phase)
 
-    def update(self, gradients, state, variables, *, clustering: bool):
+    def update(self, gradients, state, variables, *, clustering: bool) -> tuple[Any, Any]:
         """What a rate of 1 would subtract from the variables, and the next state."""
         phase = int(clustering)
         if self._same:
@@ -298,7 +298,11 @@ def make_programs(
         # What rests is not computed at all.
         optimizer_state = _with_leaves_of(state.optimizer, optimizer_state, rest)
         rate = learning_rate(options, clustering, epoch, state.step, layout.n_steps)
-        after = jax.tree.map(lambda p, u: p - rate * u, before, updates)
+        rates = {"network": rate, "clusters": rate * method.learned_rate}
+        after = {
+            part: jax.tree.map(lambda p, u, by=rates[part]: p - by * u, before[part], updates[part])
+            for part in before
+        }
         after["network"] |= rest
         clusters = state.clusters
         if clustering:

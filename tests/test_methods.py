@@ -798,7 +798,8 @@ def test_responsibilities_are_those_of_bayes():
     joint = numpy_log_joint(np.float64(STORED))
     np.testing.assert_allclose(vade.log_joint(STORED, MIXTURE), joint, rtol=1e-4, atol=1e-4)
     gamma = np.exp(joint) / np.exp(joint).sum(1, keepdims=True)
-    np.testing.assert_allclose(vade.responsibilities(STORED, MIXTURE), gamma, rtol=1e-3, atol=1e-6)
+    found = np.exp(vade.log_responsibilities(STORED, MIXTURE))
+    np.testing.assert_allclose(found, gamma, rtol=1e-3, atol=1e-6)
     labels = vade.predict(MIXTURE, jnp.asarray(STORED)).labels
     np.testing.assert_array_equal(labels, gamma.argmax(1))
 
@@ -809,8 +810,9 @@ def test_divergence_of_vade_is_the_bound_of_eq_12():
     n = 4
     mean, log_variance = rng.normal(size=(n, P)), rng.normal(size=(n, P)) * 0.5
     z = mean + np.exp(log_variance / 2) * rng.normal(size=(n, P))
-    arguments = [jnp.asarray(a, jnp.float32) for a in (mean, log_variance, z)]
-    found = vade.divergence(*arguments, MIXTURE)
+    log_gamma = vade.log_responsibilities(jnp.asarray(z, jnp.float32), MIXTURE)
+    arguments = [jnp.asarray(a, jnp.float32) for a in (mean, log_variance)]
+    found = vade.divergence(*arguments, log_gamma, MIXTURE)
     for i in range(n):
         gamma = scipy.special.softmax(numpy_log_joint(z[i : i + 1])[0])
         samples = mean[i] + np.exp(log_variance[i] / 2) * rng.normal(size=(200_000, P))
@@ -825,7 +827,7 @@ def test_with_responsibilities_of_bayes_the_bound_is_the_evidence_of_z():
     """Where q(z|x) is a point, Σ γ_c log(π_c p(z|c) / γ_c) = log p(z): no other γ does better."""
     z = jnp.asarray(STORED)
     log_variance = jnp.full_like(z, -30.0)
-    found = vade.divergence(z, log_variance, z, MIXTURE)
+    found = vade.divergence(z, log_variance, vade.log_responsibilities(z, MIXTURE), MIXTURE)
     entropy = 0.5 * P * (1 - 30.0)  # Less the constant log 2π, which the bound leaves out.
     evidence = scipy.special.logsumexp(numpy_log_joint(np.float64(STORED)), axis=1)
     expected = -evidence - 0.5 * P * np.log(2 * np.pi) - entropy
@@ -842,8 +844,9 @@ def test_vade_equals_numpy():
     probabilities = scipy.special.expit(np.float64(z @ W.T))
     likelihood = X * np.log(probabilities) + (1 - X) * np.log(1 - probabilities)
     np.testing.assert_allclose(terms["reconstruction"], -likelihood.mean(1), rtol=1e-4)
-    arguments = [jnp.asarray(a) for a in (VIEW @ W, 0.3 * VIEW @ V, z)]
-    expected = np.asarray(vade.divergence(*arguments, MIXTURE)) / D
+    arguments = [jnp.asarray(a) for a in (VIEW @ W, 0.3 * VIEW @ V)]
+    log_gamma = vade.log_responsibilities(jnp.asarray(z), MIXTURE)
+    expected = np.asarray(vade.divergence(*arguments, log_gamma, MIXTURE)) / D
     np.testing.assert_allclose(terms["divergence"], expected, rtol=1e-4, atol=1e-5)
     _, before = vade.objective(Linear(), MIXTURE, batch_of(clustering=False))
     probabilities = scipy.special.expit(np.float64(VIEW @ W @ W.T))
@@ -866,6 +869,24 @@ def test_vade_of_gaussian_pixels_equals_numpy():
     _, before = vade.objective(Linear(), MIXTURE, batch_of(clustering=False), 0.2)
     squared = ((X - VIEW @ W @ W.T) ** 2).mean(1)
     np.testing.assert_allclose(before["reconstruction"], squared, rtol=1e-4)
+
+
+def test_stored_responsibilities_are_of_the_examples_and_constant():
+    batch = batch_of()
+    gamma = scipy.special.softmax(numpy_log_joint(np.float64(STORED)), axis=1)
+
+    def divergence(mixture):
+        return vade.objective(Linear(), mixture, batch, stored=True)[1]["divergence"]
+
+    log_gamma = jnp.asarray(np.log(np.maximum(gamma, 1e-30)), jnp.float32)
+    arguments = [jnp.asarray(a) for a in (VIEW @ W, 0.3 * VIEW @ V)]
+    expected = np.asarray(vade.divergence(*arguments, log_gamma, MIXTURE)) / D
+    np.testing.assert_allclose(divergence(MIXTURE), expected, rtol=1e-4, atol=1e-5)
+    # With constant γ only − Σ γ log π has the weights in it.
+    gradient = jax.grad(lambda mixture: jnp.sum(divergence(mixture)))(MIXTURE)
+    weights = scipy.special.softmax(np.float64(MIXTURE.logits))
+    expected = (len(gamma) * weights - gamma.sum(0)) / D
+    np.testing.assert_allclose(gradient.logits, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.slow
@@ -915,6 +936,47 @@ def test_the_first_mixture_is_that_of_sklearn():
     np.testing.assert_allclose(mixture.centroids, theirs.means_[order], rtol=1e-2, atol=1e-3)
     np.testing.assert_allclose(np.exp(mixture.log_variances), theirs.covariances_[order], rtol=2e-2)
     np.testing.assert_array_equal(order[found.labels[real]], theirs.predict(bank))
+
+
+def test_without_em_the_first_clusters_are_those_of_kmeans():
+    _, kmeans_clusters, kmeans_found = started("dec")
+    changes = {"objective__em_iterations": 0, "centroids__empty": "keep"}
+    method = make_method(config_of("vade", **changes), None)
+    arguments = (jax.random.key(1), bank_of("dec"), BANK_WEIGHTS, BANK_INDEX)
+    mixture, found = jax.jit(method.initialize)(*arguments)
+    np.testing.assert_array_equal(found.labels, kmeans_found.labels)
+    np.testing.assert_allclose(mixture.centroids, kmeans_clusters.centroids, rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(mixture.logits, 0.0)
+    variance = (found.distances * BANK_WEIGHTS).sum() / BANK_WEIGHTS.sum() / P
+    np.testing.assert_allclose(np.exp(mixture.log_variances), variance, rtol=1e-4)
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.25])
+def test_the_mixture_learns_at_its_own_rate(rate):
+    """One step of descent: the mixture moves by that part of what it would."""
+    moved = {}
+    for mixture_rate in (1.0, rate):
+        changes = {
+            "objective__mixture_rate": mixture_rate,
+            "training__clustering_optimizer": "sgd",
+            "training__n_pretrain_epochs": 1,
+            "training__n_epochs": 1,
+            "training__batch_size": 208,  # All of them.
+            "n_devices": 1,
+        }
+        run = run_of("vade", **changes)
+        state, _ = run.run_epoch(run.create(), 0)
+        state = run.initialize(state)
+        before = jax.tree.map(np.asarray, (state.clusters, state.parameters))
+        state, _ = run.run_epoch(state, 1)
+        after = jax.tree.map(np.asarray, (state.clusters, state.parameters))
+        moved[mixture_rate] = jax.tree.map(lambda a, b: a - b, after, before)
+    (whole, network), (part, same_network) = moved[1.0], moved[rate]
+    for field in whole._fields:
+        assert np.abs(getattr(whole, field)).max() > 1e-6
+        expected = rate * getattr(whole, field)
+        np.testing.assert_allclose(getattr(part, field), expected, rtol=1e-2, atol=1e-6)
+    jax.tree.map(np.testing.assert_array_equal, network, same_network)
 
 
 # SwAV and DeepCluster-v2.

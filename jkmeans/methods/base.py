@@ -133,6 +133,7 @@ class Method(NamedTuple):
         centroid of the label)``.
       learned: names of the fields of the clusters that the optimizer changes, by the gradient of
         the objective, as it changes the network.
+      learned_rate: their learning rate as a part of that of the network.
       after_step: ``(clusters, embeddings [b, p], batch) -> clusters`` after each step, or None.
       on_host: ``(embeddings [n, p], seed) -> (clusters, labels [n])`` of NumPy arrays, the last
         thing of a run, or None.
@@ -150,6 +151,7 @@ class Method(NamedTuple):
     blank: Callable = lambda k, p, n: Clusters(jnp.zeros((k, p), jnp.float32))
     predict: Callable = nearest_centroid
     learned: tuple[str, ...] = ()
+    learned_rate: float = 1.0
     after_step: Callable | None = None
     on_host: Callable | None = None
     warmup_epochs: float = 0.0
@@ -193,6 +195,25 @@ def check_pretraining(values: Mapping[str, Any]) -> None:
         raise UserError(
             f"config.network.decoder is False, but {values['objective.name']} has a "
             "reconstruction; accepted: True"
+        )
+
+
+def check_bank_of_examples(values: Mapping[str, Any], what: str) -> None:
+    """Refuses a bank of views, where what is made from it is to be of the examples themselves.
+
+    Args:
+      values: by full name.
+      what: is made from the bank, a noun in the plural.
+
+    Raises:
+      UserError: naming the field.
+    """
+    views = any(values[f"augmentation.{view}"] for view in ("shift", "rotation", "zoom"))
+    if values["centroids.bank"] == "stored" and views:
+        raise UserError(
+            f"config.centroids.bank is 'stored', but the {what} of {values['objective.name']} are "
+            "of the examples, not of the views that the augmentation shows the network; "
+            "accepted: 'refreshed'"
         )
 
 

@@ -39,6 +39,7 @@ from jkmeans.methods.base import (
     all_squared_distances,
     assign_by,
     assigned,
+    check_bank_of_examples,
     check_pretraining,
     first_kmeans,
     mean_terms,
@@ -140,12 +141,7 @@ def check_targets(values: Mapping[str, Any]) -> None:
     """
     check_pretraining(values)
     name = values["objective.name"]
-    views = any(values[f"augmentation.{view}"] for view in ("shift", "rotation", "zoom"))
-    if values["centroids.bank"] == "stored" and views:
-        raise UserError(
-            f"config.centroids.bank is 'stored', but the targets of {name} are of the examples, "
-            "not of the views that the augmentation shows the network; accepted: 'refreshed'"
-        )
+    check_bank_of_examples(values, "targets")
     if values["centroids.every"] != 1:
         raise UserError(
             f"config.centroids.every is {values['centroids.every']}, but the targets of {name} are "

@@ -8,19 +8,29 @@ negative evidence lower bound per pixel, with one sample z = μ̃ + σ̃ ε,
               − Σ_c γ_c log(π_c / γ_c)  −  ½ Σ_j (1 + log σ̃²_j) },     γ_c = p(c|z) (eq. 16)
 
 or, with ``likelihood = "gaussian"``, p(x|z) = N(x; g(z), pixel_variance · I), as the paper has it
-for data that are not binary; its constant is left out. Mixture and network learn by gradient. While
-pretraining, the objective is − log p(x|z) alone, of the mean z = μ̃(x): the cross-entropy, or the
-squared error that other methods are pretrained by. The mixture begins as k-means on the
-pretrained embeddings, refined by ``em_iterations`` of expectation and maximisation for a diagonal
-mixture. The cluster of an example is the most probable at z = μ̃(x).
+for data that are not binary; its constant is left out. Mixture and network learn by gradient, the
+mixture at ``mixture_rate`` times the rate of the network (the authors' program has a rate for each:
+the same on MNIST, a hundredth on HAR). While pretraining, the objective is − log p(x|z) alone, of
+the mean z = μ̃(x): the cross-entropy, or the squared error that other methods are pretrained by. The
+cluster of an example is the most probable at z = μ̃(x).
+
+The mixture begins as k-means on the pretrained embeddings: as the mixture whose clusters are those
+of k-means (equal weights, one variance), or as the diagonal mixture that ``em_iterations`` of
+expectation and maximisation make of it.
+
+The bound holds for any γ, and is tightest for that of eq. 16. With ``responsibilities = "stored"``
+γ is p(c|z) at the mean z of the example itself at the end of the last epoch, and no gradient goes
+through it: all views that the network sees of an example are pulled to the clusters of the example,
+and what a step does to an embedding does not at once move it to another cluster.
 
 The network must be ``variational`` (see `jkmeans.networks`). With Bernoulli pixels these are in 0
 to 1, and decode(z) holds their logits.
 
 Source: Jiang, Zheng, Tan, Tang and Zhou 2017, "Variational deep embedding", eqs. 11 to 16.
-Deviations: the whole is divided by the number of pixels, so that learning rates compare with those
-of the other methods (Adam does not feel it); weights are the softmax of logits and variances the
-exponential of logarithms, where the authors clip; pretraining is end to end.
+Deviations: the two options of the last paragraph; the whole is divided by the number of pixels, so
+that learning rates compare with those of the other methods (Adam does not feel it); weights are the
+softmax of logits and variances the exponential of logarithms, where the authors clip; pretraining
+is end to end.
 """
 
 import functools
@@ -41,6 +51,7 @@ from jkmeans.methods.base import (
     Method,
     MethodSpec,
     assign_by,
+    check_bank_of_examples,
     check_pretraining,
     example_keys,
     first_kmeans,
@@ -82,9 +93,9 @@ def log_joint(z: jax.Array, mixture: Mixture) -> jax.Array:
     return log_weights[None, :] - 0.5 * (constant[None, :] + squared)
 
 
-def responsibilities(z: jax.Array, mixture: Mixture) -> jax.Array:
-    """γ_c = p(c|z): [b, k]."""
-    return jax.nn.softmax(log_joint(z, mixture), axis=-1)
+def log_responsibilities(z: jax.Array, mixture: Mixture) -> jax.Array:
+    """Log γ_c = log p(c|z): [b, k]."""
+    return jax.nn.log_softmax(log_joint(z, mixture), axis=-1)
 
 
 def cross_entropy(logits: jax.Array, x: jax.Array) -> jax.Array:
@@ -93,9 +104,15 @@ def cross_entropy(logits: jax.Array, x: jax.Array) -> jax.Array:
     return jnp.mean(losses.reshape(losses.shape[0], -1), axis=-1)
 
 
-def divergence(mean, log_variance, z, mixture: Mixture) -> jax.Array:
-    """The bound without its reconstruction, in nats, of each example: [b]."""
-    log_gamma = jax.nn.log_softmax(log_joint(z, mixture), axis=-1)
+def divergence(mean, log_variance, log_gamma, mixture: Mixture) -> jax.Array:
+    """The bound without its reconstruction, in nats, of each example: [b].
+
+    Args:
+      mean: [b, p], of q(z|x).
+      log_variance: [b, p], of q(z|x).
+      log_gamma: [b, k], log q(c|x).
+      mixture: the prior.
+    """
     gamma = jnp.exp(log_gamma)
     precisions = jnp.exp(-mixture.log_variances)
     squared = (mean[:, None, :] - mixture.centroids[None, :, :]) ** 2
@@ -107,7 +124,14 @@ def divergence(mean, log_variance, z, mixture: Mixture) -> jax.Array:
     return prior + choice - 0.5 * jnp.sum(1.0 + log_variance, axis=-1)
 
 
-def objective(network, mixture: Mixture, batch: Batch, pixel_variance: float | None = None):
+def objective(
+    network,
+    mixture: Mixture,
+    batch: Batch,
+    pixel_variance: float | None = None,
+    *,
+    stored: bool = False,
+):
     """The terms of the module's formula; the reconstruction alone while pretraining.
 
     Args:
@@ -115,8 +139,10 @@ def objective(network, mixture: Mixture, batch: Batch, pixel_variance: float | N
       mixture: the prior.
       batch: of a step.
       pixel_variance: of Gaussian pixels; None for Bernoulli ones.
+      stored: whether γ is of the stored embedding, and not of the sample.
     """
     noise_of = example_keys(batch.key, batch.index)
+    of_stored = jax.lax.stop_gradient(log_responsibilities(batch.stored, mixture))
 
     def reconstruction(z: jax.Array) -> jax.Array:
         if pixel_variance is None:
@@ -131,10 +157,11 @@ def objective(network, mixture: Mixture, batch: Batch, pixel_variance: float | N
         keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(noise_of, number)
         noise = jax.vmap(lambda key: jax.random.normal(key, mean.shape[1:]))(keys)
         z = mean + jnp.exp(0.5 * log_variance) * noise
+        log_gamma = of_stored if stored else log_responsibilities(z, mixture)
         n_pixels = math.prod(batch.x.shape[1:])
         return mean, {
             "reconstruction": reconstruction(z),
-            "divergence": divergence(mean, log_variance, z, mixture) / n_pixels,
+            "divergence": divergence(mean, log_variance, log_gamma, mixture) / n_pixels,
         }
 
     found = [terms_of(seen, number) for number, seen in enumerate(batch.inputs)]
@@ -156,6 +183,17 @@ def maximize(bank, weights, gamma, axis_name: AxisName) -> Mixture:
     return Mixture(means, jnp.log(variances), jnp.log(jnp.maximum(counts, 1e-6)))
 
 
+def mixture_of_kmeans(mixture: Mixture) -> Mixture:
+    """The same means with equal weights, and one variance: the mean within clusters.
+
+    Its most probable component is the nearest mean.
+    """
+    shares = jax.nn.softmax(mixture.logits)
+    variance = jnp.mean(shares @ jnp.exp(mixture.log_variances))
+    log_variances = jnp.full_like(mixture.log_variances, jnp.log(variance))
+    return Mixture(mixture.centroids, log_variances, jnp.zeros_like(mixture.logits))
+
+
 def vade(config, axis_name: AxisName) -> Method:
     """VaDE as a `Method`.
 
@@ -166,14 +204,18 @@ def vade(config, axis_name: AxisName) -> Method:
     first = first_kmeans(config, axis_name)
     gaussian = config.objective.likelihood == "gaussian"
     variance = config.objective.pixel_variance if gaussian else None
+    stored = config.objective.responsibilities == "stored"
 
     def initialize(key, bank, weights, index):
         result = first(key, bank, weights, index)
         hard = jax.nn.one_hot(result.labels, config.n_clusters, dtype=jnp.float32)
         mixture = maximize(bank, weights, hard, axis_name)
+        if not config.objective.em_iterations:
+            mixture = mixture_of_kmeans(mixture)
 
         def improve(_, mixture):
-            return maximize(bank, weights, responsibilities(bank, mixture), axis_name)
+            gamma = jnp.exp(log_responsibilities(bank, mixture))
+            return maximize(bank, weights, gamma, axis_name)
 
         mixture = jax.lax.fori_loop(0, config.objective.em_iterations, improve, mixture)
         return mixture, assign_by(predict, mixture, bank, weights, axis_name)
@@ -189,11 +231,12 @@ def vade(config, axis_name: AxisName) -> Method:
 
     return Method(
         initialize,
-        functools.partial(objective, pixel_variance=variance),
+        functools.partial(objective, pixel_variance=variance, stored=stored),
         update,
         blank,
         predict,
         learned=Mixture._fields,
+        learned_rate=config.objective.mixture_rate,
     )
 
 
@@ -217,6 +260,8 @@ def _check(values: Mapping[str, Any]) -> None:
             "config.network.normalize is True, but the embeddings of vade are Gaussian; "
             "accepted: False"
         )
+    if values["objective.responsibilities"] == "stored":
+        check_bank_of_examples(values, "responsibilities")
 
 
 def _pretraining(options: Any) -> str:
@@ -227,7 +272,9 @@ def _pretraining(options: Any) -> str:
 SPEC = MethodSpec(
     vade,
     {
-        "em_iterations": integer(0, "of the diagonal mixture at the start"),
+        "em_iterations": integer(0, "of the diagonal mixture at the start; 0 for that of k-means"),
+        "responsibilities": choice(("sample", "stored"), "γ of an example in a step"),
+        "mixture_rate": number("learning rate of the mixture, as a part of the network's"),
         "likelihood": choice(("bernoulli", "gaussian"), "of a pixel"),
         "pixel_variance": number("of a gaussian pixel", positive=True),
     },
@@ -235,6 +282,8 @@ SPEC = MethodSpec(
     "Jiang et al. 2017, Variational deep embedding",
     {
         "objective.em_iterations": 20,
+        "objective.responsibilities": "sample",
+        "objective.mixture_rate": 1.0,
         "objective.likelihood": "bernoulli",
         "objective.pixel_variance": 0.1,
         "network.name": "variational",
