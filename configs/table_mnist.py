@@ -101,7 +101,7 @@ def after_gradient_descent(plain: Config) -> dict[str, Config]:
 
 
 def gaussian_vade(plain: Config) -> Config:
-    """VaDE that keeps the clusters of k-means apart: what each change is worth is in the results."""
+    """VaDE that keeps apart what k-means does: docs/results.md has what each setting is worth."""
     return with_method(
         plain,
         "vade",
