@@ -15,6 +15,7 @@ from jkmeans import configuration, training
 from jkmeans.configuration import Config
 from jkmeans.errors import CollapseError, UserError
 from jkmeans.fields import integer
+from jkmeans.interruption import Interruption
 from jkmeans.published import Published, published_result
 from jkmeans.recorder import results_table
 from jkmeans.workdir import write_json, write_whole
@@ -79,12 +80,15 @@ def compare(
     chosen = [run for run in runs if not only or run.name in only]
     for run in chosen:
         run.check_folder()
-    for number, run in enumerate(chosen, start=1):
-        if run.has_ended():
-            continue
-        print(f"— run {number} of {len(chosen)}: {run.name}, seed {run.seed}", flush=True)
-        run.train()
-        write_tables(workdir, _rows(runs))
+    with Interruption() as interruption:  # Of what is between two runs; a run hears for itself.
+        for number, run in enumerate(chosen, start=1):
+            if run.has_ended():
+                continue
+            if interruption.requested:
+                interruption.leave()
+            print(f"— run {number} of {len(chosen)}: {run.name}, seed {run.seed}", flush=True)
+            run.train()
+            write_tables(workdir, _rows(runs))
     summary = write_tables(workdir, _rows(runs))
     results_table(
         {name: _headline(found) for name, found in summary.items()},

@@ -11,7 +11,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs import mnist, table_digits, table_mnist
-from jkmeans import configuration, training
+from jkmeans import comparison, configuration, training
 from jkmeans.comparison import TABLE_NAMES, Row, compare, run_folder, write_tables
 from jkmeans.errors import CollapseError, UserError
 from jkmeans.interruption import Interrupted
@@ -189,6 +189,26 @@ def test_a_table_that_is_stopped_keeps_what_has_ended(data, tmp_path, trainings,
     assert [line[:2] for line in markdown_cells(tmp_path)[1:]] == [[name, "1"] for name in ROWS]
     compare(table_config(data), tmp_path)
     assert trainings == [f"{name}/seed_{seed}" for seed in range(2) for name in ROWS]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_between_two_runs_is_heard(number, data, tmp_path, monkeypatch):
+    """It comes while the table is written after the second run: that is done, then it stops."""
+    began = []
+
+    def train(config, folder):
+        began.append(folder)
+
+    def write(workdir, rows):
+        if len(began) == 2:
+            os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(training, "train_and_evaluate", train)
+    monkeypatch.setattr(comparison, "write_tables", write)
+    monkeypatch.setattr(comparison, "_rows", lambda runs: [])
+    with pytest.raises(Interrupted, match=number.name):
+        compare(table_config(data), tmp_path)
+    assert len(began) == 2
 
 
 @pytest.mark.slow
