@@ -41,6 +41,7 @@ from jkmeans.training import CHECKPOINT_FOLDER
 from jkmeans.workdir import write_json
 
 EVALUATION_FILE = "evaluation.json"
+_FAR = 10.0  # Times the mean squared distance in training: other units, or other things.
 
 
 class Prediction(NamedTuple):
@@ -72,6 +73,8 @@ class TrainedModel(NamedTuple):
         multiple of their number; ``read(first, last)`` gives rows [last - first, *example_shape],
         and is asked for those of this process's devices.
       n_devices: of the mesh.
+      mean_distance: squared, of the training data to their centroids at the end of the run; None
+        before it.
     """
 
     config: Config
@@ -83,6 +86,7 @@ class TrainedModel(NamedTuple):
     epoch: int
     predict_rows: Callable
     n_devices: int
+    mean_distance: float | None
 
 
 def load_model(
@@ -142,8 +146,9 @@ def _restore(checkpoints: Checkpoints, position: int, mesh) -> TrainedModel:
     record = checkpoints.record(position)
     config = configuration.from_json(record["config"])
     n_pretrain = config.training.n_pretrain_epochs
+    results = record["results"]
     begun = record["epoch"] > n_pretrain or (record["epoch"] == n_pretrain and record["step"] > 0)
-    if not begun and not record["results"]:
+    if not begun and not results:
         raise UserError(
             f"checkpoint {position} was saved in epoch {record['epoch']} of {n_pretrain} of "
             "pretraining and has no centroids yet; accepted: a later one (the command that trains "
@@ -184,6 +189,7 @@ def _restore(checkpoints: Checkpoints, position: int, mesh) -> TrainedModel:
         epoch=record["epoch"],
         predict_rows=predict_rows,
         n_devices=mesh.size,
+        mean_distance=results["inertia"] / record["data"]["n_examples"] if results else None,
     )
 
 
@@ -394,6 +400,12 @@ def predict_file(
         "checkpoint": model.position,
     }
     results_table(summary, f"Written to {output_path}")
+    far = model.mean_distance and summary["mean squared distance"] / model.mean_distance
+    if far and far > _FAR:
+        processes.tell(
+            f"warning: these examples are {far:,.0f} times as far from the centroids (squared) as "
+            "those of training; are they in the same units, not scaled?"
+        )
 
 
 @contextlib.contextmanager

@@ -39,6 +39,22 @@ def test_evaluation_repeats_the_results_of_the_run(run, n_devices):
     assert json.loads((workdir / "evaluation.json").read_text()) == again
 
 
+@pytest.mark.parametrize(("factor", "warns"), [(1.0, False), (255.0, True)])
+def test_examples_in_other_units_are_worth_a_warning(factor, warns, run, tmp_path, capsys):
+    _, workdir, examples, _, results = run
+    np.save(tmp_path / "new.npy", (factor * examples).astype(np.float32))
+    evaluation.predict_file(workdir, str(tmp_path / "new.npy"), str(tmp_path / "found.npz"))
+    said = "".join(capsys.readouterr())
+    assert ("as far from the centroids (squared) as those of training" in said) == warns
+    # What it is measured by is the distance of the training data.
+    distances = np.load(tmp_path / "found.npz")["distances"]
+    model = evaluation.load_model(workdir)
+    assert model.mean_distance == pytest.approx(results["inertia"] / len(examples))
+    assert (distances.mean() > 10 * model.mean_distance) == warns
+    if not warns:
+        assert distances.mean() == pytest.approx(model.mean_distance, rel=1e-3)
+
+
 def test_prediction_equals_the_network_by_hand(run):
     _, workdir, examples, _, _ = run
     model = evaluation.load_model(workdir)
