@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.epochs import N_CLUSTERS, Benchmark, Contestant, Problem, main
+from benchmarks.support.epochs import N_CLUSTERS, Benchmark, Contestant, Problem, main
 
 TRIAL_STEPS = 20
 

@@ -6,7 +6,6 @@ The time of an epoch is that from its end to the end of the next, so everything 
 The two kinds of run take turns; the first three epochs of each, which compile, are left out.
 """
 
-import argparse
 import datetime
 import importlib
 import itertools
@@ -14,6 +13,8 @@ import os
 import statistics
 import tempfile
 from pathlib import Path
+
+from benchmarks.support.flags import Parser, at_least
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
@@ -39,10 +40,10 @@ def epoch_seconds(config_module: str, n_epochs: int, every: int, workdir: Path) 
 
 def main() -> None:
     """Prints the median epoch of both kinds, for each turn and in all."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = Parser("checkpointing", __doc__)
     parser.add_argument("--config", default="configs.digits", help="module with get_config()")
-    parser.add_argument("--epochs", type=int, default=20)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--epochs", type=at_least(5), default=20, help="of a run")
+    parser.add_argument("--repeats", type=at_least(1), default=3, help="turns")
     options = parser.parse_args()
     found: dict[str, list[float]] = {"without": [], "with": []}
     print("| turn | without, ms | with one an epoch, ms | cost |\n| --- | --- | --- | --- |")

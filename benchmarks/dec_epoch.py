@@ -41,7 +41,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from benchmarks.epochs import N_CLUSTERS, Benchmark, Contestant, Problem, main
+from benchmarks.support.epochs import N_CLUSTERS, Benchmark, Contestant, Problem, main
 
 LEARNING_RATE = 1e-4
 """ClustPy's default of the clustering phase."""

@@ -9,7 +9,6 @@ has to lapse). The merged columns of all three are compared bit by bit, and the 
 files: every row is in it once. The program fails otherwise.
 """
 
-import argparse
 import contextlib
 import hashlib
 import json
@@ -26,6 +25,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from benchmarks.support.flags import Parser, at_least, positive
 
 COLUMNS = ("labels", "distances", "embeddings")
 VICTIMS = ("worker", "worker", "worker", "master", "stopped worker")
@@ -124,15 +125,17 @@ def check(output: Path, expected: dict[str, str], inputs: Path) -> dict[str, Any
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Measures and prints; see the module."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--files", type=int, default=40)
-    parser.add_argument("--rows", type=int, default=400_000)
-    parser.add_argument("--shard-rows", type=int, default=1024)
-    parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--lease-seconds", type=float, default=10.0)
-    parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--seed", type=int, default=0, help="of who is killed")
-    parser.add_argument("--json", type=Path)
+    parser = Parser("dispatch_kills", __doc__)
+    parser.add_argument("--files", type=at_least(1), default=40, help="that are predicted for")
+    parser.add_argument("--rows", type=at_least(1), default=400_000, help="of all files")
+    parser.add_argument("--shard-rows", type=at_least(1), default=1024, help="of a lease")
+    parser.add_argument("--workers", type=at_least(1), default=2, help="processes that compute")
+    parser.add_argument(
+        "--lease-seconds", type=positive, default=10.0, help="a silent worker keeps its shard"
+    )
+    parser.add_argument("--kills", type=at_least(0), default=20, help="of the third run")
+    parser.add_argument("--seed", type=at_least(0), default=0, help="of who is killed")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="where to write the numbers")
     options = parser.parse_args(argv)
 
     from jkmeans.dispatch import Options, predict_files

@@ -13,13 +13,13 @@ table tells the share of rows that these products leave open, and of those that 
 with every centroid: numbers that depend on the data, and hardly on the device.
 """
 
-import argparse
 import sys
 from collections.abc import Iterator
 
 import numpy as np
 
 from benchmarks.kmeans import LINES, Line, mnist
+from benchmarks.support.flags import Parser, at_least
 
 
 def components() -> np.ndarray:
@@ -50,15 +50,15 @@ def main(argv: list[str] | None = None) -> int:
     from jkmeans import kmeans
     from jkmeans.kmeans.certified import CERTIFIED, RECOMPUTED
 
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = Parser("exactness", __doc__)
     names = [line.name for line in PROBLEMS]
-    parser.add_argument("--lines", nargs="+", choices=names, default=names)
-    parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS[:2])
-    parser.add_argument("--iterations", type=int, default=12)
-    parser.add_argument("--rows", type=int, default=20_000, help="rows that are checked")
+    parser.add_argument("--lines", nargs="+", choices=names, default=names, help="the problems")
+    parser.add_argument(
+        "--ways", nargs="+", choices=WAYS, default=WAYS[:2], help="that labels are found by"
+    )
+    parser.add_argument("--iterations", type=at_least(0), default=12, help="before labels count")
+    parser.add_argument("--rows", type=at_least(1), default=20_000, help="rows that are checked")
     args = parser.parse_args(argv)
-    if args.iterations < 0 or args.rows < 1:
-        parser.error("iterations must be at least 0, and rows at least 1")
     fit = jax.jit(kmeans.lloyd, static_argnames=("algorithm",))
     label = jax.jit(kmeans.certified_nearest, static_argnames=("precision",))
     print(

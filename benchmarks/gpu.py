@@ -44,8 +44,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from benchmarks.epochs import Parser, at_least
 from benchmarks.exactness import squared_distances
+from benchmarks.support.flags import Parser, at_least
 
 
 class Line(NamedTuple):
@@ -498,10 +498,14 @@ def _file(text: str) -> Path:
 def main(argv: list[str] | None = None) -> int:
     """Runs what the command line asks for, prints the table and returns the status."""
     names = [line.name for line in LINES]
-    parser = Parser(prog="gpu", description=(__doc__ or "").splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--lines", nargs="+", choices=names, default=names)
-    parser.add_argument("--systems", nargs="+", choices=[*SYSTEMS], default=[*SYSTEMS])
-    parser.add_argument("--data", choices=("mixture", "normal"), default="mixture")
+    parser = Parser("gpu", __doc__)
+    parser.add_argument("--lines", nargs="+", choices=names, default=names, help="of the table")
+    parser.add_argument(
+        "--systems", nargs="+", choices=[*SYSTEMS], default=[*SYSTEMS], help="that take turns"
+    )
+    parser.add_argument(
+        "--data", choices=("mixture", "normal"), default="mixture", help="how rows are drawn"
+    )
     parser.add_argument("--iterations", type=at_least(1), default=10, help="on the clock")
     parser.add_argument("--repeats", type=at_least(1), default=5, help="turns on the clock")
     parser.add_argument("--rows", type=at_least(1), default=1024, help="rows that are checked")

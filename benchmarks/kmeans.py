@@ -19,7 +19,6 @@ Peers: ``pip install -e .[benchmarks]``; those that are not installed are left o
 # The peers are extras, and not there where types are checked.
 # pyright: reportMissingImports=none
 
-import argparse
 import datetime
 import importlib.metadata
 import json
@@ -35,6 +34,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+
+from benchmarks.support.flags import Parser, at_least, positive
 
 
 class Line(NamedTuple):
@@ -267,17 +268,17 @@ def table(records: list[dict[str, Any]]) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs what the command line asks for and prints the table."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = Parser("kmeans", __doc__)
     names = [line.name for line in LINES]
-    parser.add_argument("--lines", nargs="+", choices=names, default=names)
-    parser.add_argument("--systems", nargs="+", choices=[*SYSTEMS], default=[*SYSTEMS])
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--tol", type=float, default=1e-4, help="relative to the mean variance")
-    parser.add_argument("--max_iter", type=int, default=300)
-    parser.add_argument("--json", type=Path, help="where to write the measurements")
+    parser.add_argument("--lines", nargs="+", choices=names, default=names, help="the problems")
+    parser.add_argument(
+        "--systems", nargs="+", choices=[*SYSTEMS], default=[*SYSTEMS], help="that take turns"
+    )
+    parser.add_argument("--repeats", type=at_least(1), default=3, help="turns on the clock")
+    parser.add_argument("--tol", type=positive, default=1e-4, help="relative to the mean variance")
+    parser.add_argument("--max-iter", type=at_least(1), default=300, help="of a fit, at most")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="where to write measurements")
     args = parser.parse_args(argv)
-    if args.repeats < 1 or args.max_iter < 1 or args.tol < 0:
-        parser.error("repeats and max_iter must be at least 1, and tol at least 0")
     # Some peers complain about a memory leak on Windows, and about not having converged.
     warnings.simplefilter("ignore")
     systems, versions = [], {"python": platform.python_version()}

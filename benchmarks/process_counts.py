@@ -23,7 +23,7 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.epochs import Parser, at_least
+from benchmarks.support.flags import Parser, at_least
 from jkmeans.errors import UserError
 from jkmeans.processes.supervisor import EVENTS_FILE, WANTED_FILE
 from jkmeans.recorder import read_metrics
@@ -143,17 +143,13 @@ def table(found: dict[str, list[dict[str, Any]]]) -> str:
 
 def main() -> None:
     """Runs what is missing and prints the table."""
-    parser = Parser(
-        prog="process_counts",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--seeds", type=at_least(1), default=3)
+    parser = Parser("process_counts", __doc__)
+    parser.add_argument("--seeds", type=at_least(1), default=3, help="of each way")
     parser.add_argument(
         "--epochs", type=at_least(6), default=60, help="half of them of pretraining"
     )
     parser.add_argument("--width", type=at_least(1), default=128, help="of the hidden layer")
-    parser.add_argument("--workdir", type=Path, required=True)
+    parser.add_argument("--workdir", type=Path, required=True, help="folder of the runs")
     options = parser.parse_args()
     found: dict[str, list[dict[str, Any]]] = {way.name: [] for way in WAYS}
     for seed in range(options.seeds):

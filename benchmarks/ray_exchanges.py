@@ -31,6 +31,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from benchmarks.support.flags import Parser, at_least
+
 
 class Hang(NamedTuple):
     """A worker that is to hang (SIGSTOP), not to die."""
@@ -134,23 +136,26 @@ def measure(options: argparse.Namespace, victims: Sequence[Victim] = ()) -> dict
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Measures and prints; see the module."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--workers", type=int, default=3)
-    parser.add_argument("--clusters", type=int, default=100)
-    parser.add_argument("--features", type=int, default=100)
-    parser.add_argument("--samples", type=int, default=3000)
-    parser.add_argument("--budget", type=int, default=300_000, help="samples of all workers")
-    parser.add_argument("--tau", type=int, default=10)
-    parser.add_argument("--ahead", type=int, default=10)
-    parser.add_argument("--checkpoint-exchanges", type=int, default=500)
-    parser.add_argument("--kills", type=int, default=0)
-    parser.add_argument("--kill-every", type=int, default=200, help="displacements")
-    parser.add_argument("--undisturbed", type=int, default=3, help="runs without kills")
-    parser.add_argument("--seed", type=int, default=0, help="of who is killed")
-    parser.add_argument("--json", type=Path)
+    parser = Parser("ray_exchanges", __doc__)
+    one = at_least(1)
+    parser.add_argument("--workers", type=one, default=3, help="M")
+    parser.add_argument("--clusters", type=one, default=100, help="K")
+    parser.add_argument("--features", type=one, default=100, help="D")
+    parser.add_argument("--samples", type=one, default=3000, help="that a worker draws from")
+    parser.add_argument("--budget", type=one, default=300_000, help="samples of all workers")
+    parser.add_argument("--tau", type=one, default=10, help="samples from exchange to exchange")
+    parser.add_argument("--ahead", type=one, default=10, help="exchanges a worker may be ahead by")
+    parser.add_argument(
+        "--checkpoint-exchanges", type=one, default=500, help="from one checkpoint to the next"
+    )
+    parser.add_argument("--kills", type=at_least(0), default=0, help="of a last run; 0 for none")
+    parser.add_argument("--kill-every", type=one, default=200, help="displacements")
+    parser.add_argument("--undisturbed", type=one, default=3, help="runs without kills")
+    parser.add_argument("--seed", type=at_least(0), default=0, help="of who is killed")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="where to write the numbers")
     options = parser.parse_args(argv)
 
-    runs = [measure(options) for _ in range(max(1, options.undisturbed))]
+    runs = [measure(options) for _ in range(options.undisturbed)]
     for run in runs:
         print(_line(run), flush=True)
     result: dict[str, Any] = {"undisturbed": runs}

@@ -12,7 +12,6 @@ The ratio of a turn compares the two neighbours in time, so that a disk whose sp
 minute to minute does not decide it.
 """
 
-import argparse
 import contextlib
 import datetime
 import json
@@ -28,6 +27,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from benchmarks.support.flags import Parser, at_least, positive
 
 _BLOCK_BYTES = 2**23
 
@@ -160,15 +161,19 @@ def measure(
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parses flags, measures, prints."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
-    parser.add_argument("--gib", type=float, default=4.0, help="size of the file")
-    parser.add_argument("--budget-mib", type=int, default=512, help="memory budget of the fit")
-    parser.add_argument("--features", type=int, default=64)
-    parser.add_argument("--clusters", type=int, default=16)
-    parser.add_argument("--devices", type=int, default=0, help="0: all that there are")
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--folder", default=None, help="where the file is written; default: /tmp")
-    parser.add_argument("--json", default=None, help="also write the numbers to this file")
+    parser = Parser("streaming", __doc__)
+    parser.add_argument("--gib", type=positive, default=4.0, help="size of the file")
+    parser.add_argument(
+        "--budget-mib", type=at_least(1), default=512, help="memory budget of the fit"
+    )
+    parser.add_argument("--features", type=at_least(1), default=64, help="D")
+    parser.add_argument("--clusters", type=at_least(1), default=16, help="K")
+    parser.add_argument("--devices", type=at_least(0), default=0, help="0: all that there are")
+    parser.add_argument("--repeats", type=at_least(1), default=3, help="turns")
+    parser.add_argument(
+        "--folder", help="where the file is written; that of temporary files if None"
+    )
+    parser.add_argument("--json", metavar="FILE", help="also write the numbers here")
     flags = parser.parse_args(arguments)
     n_rows = max(1, int(flags.gib * 2**30) // (4 * flags.features))
     n_bytes = n_rows * 4 * flags.features

@@ -7,11 +7,11 @@ samples. The first run of a scheme compiles; the second is the one that is repor
 two cores: A 14.8 s, B 16.0 s, C 18.7 s, that is 530,000 to 680,000 samples/s.
 """
 
-import argparse
 import time
 
 import numpy as np
 
+from benchmarks.support.flags import Parser, at_least
 from jkmeans.vq import SCHEMES, Setting
 from jkmeans.vq.data import first_prototypes
 from jkmeans.vq.mixtures import spline_mixture
@@ -22,9 +22,9 @@ K, D, TAU, DELAY, N, EVALUATIONS = 100, 32, 10, 20.0, 20_000, 100
 
 def main() -> None:
     """Prints one line for each scheme."""
-    parser = argparse.ArgumentParser(description="Times the simulation of each scheme.")
-    parser.add_argument("--workers", type=int, default=32)
-    parser.add_argument("--samples", type=int, default=10_000_000, help="of all workers")
+    parser = Parser("vq_simulation", __doc__)
+    parser.add_argument("--workers", type=at_least(1), default=32, help="M")
+    parser.add_argument("--samples", type=at_least(1), default=10_000_000, help="of all workers")
     arguments = parser.parse_args()
     samples = spline_mixture(0, N, 150, D, 40)
     prototypes = first_prototypes(np.random.default_rng(0), samples, K, 1)

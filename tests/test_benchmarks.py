@@ -7,7 +7,8 @@ import sys
 
 import pytest
 
-from benchmarks import autoencoder_epoch, epochs
+from benchmarks import autoencoder_epoch
+from benchmarks.support import epochs
 
 
 def test_torch_and_jax_are_not_imported_with_the_module():

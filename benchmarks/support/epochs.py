@@ -18,9 +18,11 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
+
+from benchmarks.support.flags import Parser, at_least
 
 N_CLUSTERS = 10
 PRECISIONS = {"tf32": "tensorfloat32", "float32": "highest"}
@@ -217,31 +219,6 @@ def hardware(threads: int, gpu: bool) -> dict[str, Any]:
     }
 
 
-class Parser(argparse.ArgumentParser):
-    """Answers a wrong flag with one sentence."""
-
-    def error(self, message: str) -> NoReturn:
-        """Exits with 2."""
-        self.exit(2, f"{self.prog}: {message}\n")
-
-
-def at_least(least: int) -> Callable[[str], int]:
-    """The type of a flag that holds an integer of at least so much."""
-
-    def convert(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            value = least - 1
-        if value < least:
-            raise argparse.ArgumentTypeError(
-                f"{text!r} is given; accepted: an integer of at least {least}"
-            )
-        return value
-
-    return convert
-
-
 def table(benchmark: Benchmark, rows: Sequence[dict[str, Any]]) -> str:
     """A Markdown table with a line for each row of `summarize`."""
     header = (
@@ -358,7 +335,7 @@ def main(benchmark: Benchmark, argv: Sequence[str] | None = None) -> dict[str, A
       benchmark: what to run.
       argv: flags; those of the command line if None.
     """
-    parser = Parser(prog=benchmark.name, description=benchmark.description, allow_abbrev=False)
+    parser = Parser(benchmark.name, benchmark.description)
     parser.add_argument("--repeats", type=at_least(1), default=5, help="epochs on the clock")
     parser.add_argument("--threads", type=at_least(0), default=0, help="CPU cores; 0 for all")
     parser.add_argument(

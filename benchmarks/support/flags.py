@@ -1,0 +1,52 @@
+"""Flags of benchmarks: wrong ones are answered by one sentence, and exit status 2."""
+
+import argparse
+import math
+from collections.abc import Callable
+from typing import NoReturn
+
+
+class _Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """Descriptions as they were written, and what a flag is where it is not given."""
+
+
+class Parser(argparse.ArgumentParser):
+    """Answers a wrong flag with one sentence; flags must be written out."""
+
+    def __init__(self, name: str, description: str | None):
+        """Help says the whole description, that of the module."""
+        super().__init__(
+            prog=name, description=description, allow_abbrev=False, formatter_class=_Help
+        )
+
+    def error(self, message: str) -> NoReturn:
+        """Exits with 2."""
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """The type of a flag that holds an integer of at least so much."""
+
+    def convert(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = least - 1
+        if value < least:
+            raise argparse.ArgumentTypeError(
+                f"{text!r} is given; accepted: an integer of at least {least}"
+            )
+        return value
+
+    return convert
+
+
+def positive(text: str) -> float:
+    """The type of a flag that holds a finite number above 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is given; accepted: a number above 0")
+    return value
