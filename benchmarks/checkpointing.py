@@ -42,7 +42,7 @@ def main() -> None:
     """Prints the median epoch of both kinds, for each turn and in all."""
     parser = Parser("checkpointing", __doc__)
     parser.add_argument("--config", default="configs.digits", help="module with get_config()")
-    parser.add_argument("--epochs", type=at_least(5), default=20, help="of a run")
+    parser.add_argument("--epochs", type=at_least(6), default=20, help="of a run")
     parser.add_argument("--repeats", type=at_least(1), default=3, help="turns")
     options = parser.parse_args()
     found: dict[str, list[float]] = {"without": [], "with": []}

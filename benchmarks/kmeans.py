@@ -35,7 +35,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from benchmarks.support.flags import Parser, at_least, positive
+from benchmarks.support.flags import Parser, at_least, not_negative
 
 
 class Line(NamedTuple):
@@ -275,7 +275,9 @@ def main(argv: list[str] | None = None) -> int:
         "--systems", nargs="+", choices=[*SYSTEMS], default=[*SYSTEMS], help="that take turns"
     )
     parser.add_argument("--repeats", type=at_least(1), default=3, help="turns on the clock")
-    parser.add_argument("--tol", type=positive, default=1e-4, help="relative to the mean variance")
+    parser.add_argument(
+        "--tol", type=not_negative, default=1e-4, help="relative to the mean variance"
+    )
     parser.add_argument("--max-iter", type=at_least(1), default=300, help="of a fit, at most")
     parser.add_argument("--json", type=Path, metavar="FILE", help="where to write measurements")
     args = parser.parse_args(argv)

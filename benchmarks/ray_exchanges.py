@@ -144,9 +144,14 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--samples", type=one, default=3000, help="that a worker draws from")
     parser.add_argument("--budget", type=one, default=300_000, help="samples of all workers")
     parser.add_argument("--tau", type=one, default=10, help="samples from exchange to exchange")
-    parser.add_argument("--ahead", type=one, default=10, help="exchanges a worker may be ahead by")
     parser.add_argument(
-        "--checkpoint-exchanges", type=one, default=500, help="from one checkpoint to the next"
+        "--ahead", type=at_least(0), default=10, help="exchanges a worker may be ahead by"
+    )
+    parser.add_argument(
+        "--checkpoint-exchanges",
+        type=at_least(2),
+        default=500,
+        help="from checkpoint to checkpoint",
     )
     parser.add_argument("--kills", type=at_least(0), default=0, help="of a last run; 0 for none")
     parser.add_argument("--kill-every", type=one, default=200, help="displacements")

@@ -5,6 +5,9 @@ import math
 import jax
 import jax.numpy as jnp
 
+VIEWS = ("shift", "rotation", "zoom")
+"""Fields of ``config.augmentation``: where all are 0 there are no views."""
+
 
 def affine_views(
     keys: jax.Array, images: jax.Array, *, shift: float, rotation: float, zoom: float

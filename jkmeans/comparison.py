@@ -80,15 +80,15 @@ def compare(
     chosen = [run for run in runs if not only or run.name in only]
     for run in chosen:
         run.check_folder()
-    with Interruption() as interruption:  # Of what is between two runs; a run hears for itself.
-        for number, run in enumerate(chosen, start=1):
-            if run.has_ended():
-                continue
+    for number, run in enumerate(chosen, start=1):
+        if run.has_ended():
+            continue
+        print(f"— run {number} of {len(chosen)}: {run.name}, seed {run.seed}", flush=True)
+        run.train()
+        with Interruption() as interruption:  # Only here: a run hears signals for itself.
+            write_tables(workdir, _rows(runs))
             if interruption.requested:
                 interruption.leave()
-            print(f"— run {number} of {len(chosen)}: {run.name}, seed {run.seed}", flush=True)
-            run.train()
-            write_tables(workdir, _rows(runs))
     summary = write_tables(workdir, _rows(runs))
     results_table(
         {name: _headline(found) for name, found in summary.items()},

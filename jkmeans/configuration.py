@@ -12,6 +12,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from jkmeans.augmentation import VIEWS
 from jkmeans.errors import UserError
 from jkmeans.fields import Field, boolean, choice, integer, integers, number, text
 from jkmeans.kmeans import INITIALIZATIONS
@@ -203,8 +204,7 @@ def check_data(config: Config, n_examples: int, example_shape: tuple[int, ...]) 
     Raises:
       UserError: more clusters than examples; views of what is not an image.
     """
-    views = (config.augmentation.shift, config.augmentation.rotation, config.augmentation.zoom)
-    if any(views) and len(example_shape) not in (2, 3):
+    if any(config.augmentation[view] for view in VIEWS) and len(example_shape) not in (2, 3):
         raise UserError(
             f"config.augmentation asks for views, but the examples have shape "
             f"{list(example_shape)}; accepted: [height, width] or [height, width, channels], or 0 "
@@ -229,7 +229,7 @@ _BEFORE: dict[str, Callable[[Config], Any]] = {
     "objective.likelihood": lambda config: "bernoulli",
     "objective.pixel_variance": lambda config: 0.1,
     "objective.responsibilities": lambda config: "sample",
-    "objective.mixture_rate": lambda config: 1.0,
+    "objective.mixture_rate_factor": lambda config: 1.0,
     # There was one optimizer, and one precision, for both phases.
     "training.clustering_optimizer": lambda config: config.training.optimizer,
     "training.pretrain_precision": lambda config: config.network.precision,

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jkmeans.augmentation import affine_views
+from jkmeans.augmentation import VIEWS, affine_views
 from jkmeans.errors import UserError
 from jkmeans.kmeans.collectives import all_sum, axis_index
 from jkmeans.methods import Assigned, Batch, Method, example_keys
@@ -222,7 +222,7 @@ def make_programs(
     axis = axis_of(layout, mesh)
 
     augmentation = config.augmentation
-    augmenting = any((augmentation.shift, augmentation.rotation, augmentation.zoom))
+    augmenting = any(augmentation[view] for view in VIEWS)
 
     def view_of(x: jax.Array, key: jax.Array, index: jax.Array, clustering: bool) -> jax.Array:
         if not (augmenting and (clustering or augmentation.pretraining)):
@@ -246,10 +246,11 @@ def make_programs(
 
     def resting(parameters: Parameters, clustering: bool) -> Parameters:
         """The parameters that have no part in a phase: their gradients and moments stay 0."""
-        network = merge(graphdef, parameters)
-        starts = () if clustering else getattr(network, "later_layers", ())
-        if clustering and not method.decodes:
-            starts = getattr(network, "decoder_layers", ())
+        if clustering:
+            starts = () if method.decodes else blueprint.decoder_layers
+        else:
+            # A method that does not begin anew with clustering pretrains its network its own way.
+            starts = blueprint.unpretrained_layers if method.fresh_optimizer else ()
         return {k: v for k, v in parameters.items() if k.startswith(starts)}
 
     def loss(variables, rest, clusters, batch):
@@ -298,7 +299,7 @@ def make_programs(
         # What rests is not computed at all.
         optimizer_state = _with_leaves_of(state.optimizer, optimizer_state, rest)
         rate = learning_rate(options, clustering, epoch, state.step, layout.n_steps)
-        rates = {"network": rate, "clusters": rate * method.learned_rate}
+        rates = {"network": rate, "clusters": rate * method.learned_rate_factor}
         after = {
             part: jax.tree.map(lambda p, u, by=rates[part]: p - by * u, before[part], updates[part])
             for part in before

@@ -347,6 +347,9 @@ def predict_file(
 ) -> None:
     """Assigns the examples of an .npy file to the clusters of a run and writes an .npz file.
 
+    Warns where they are many times as far from the centroids as those of training, as examples in
+    other units are; not where embeddings have length one, whose distances are at most 4.
+
     Args:
       workdir: of the run.
       input_path: [n, *example_shape], in the units of the training data.

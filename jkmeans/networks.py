@@ -8,7 +8,8 @@ A network is made by a factory ``factory(example_shape, options, rngs) -> nnx.Mo
   mix with fresh ones: the layers of the encoder before the embedding,
 * where ``options.precision`` is to have an effect, layers as `jkmeans.precision` says,
 * to save work, ``decoder_layers``, the same for the parameters that only ``decode`` uses,
-* ``later_layers``, the same for those that pretraining does not reach; it leaves them as drawn.
+* ``unpretrained_layers``, the same for those that the pretraining of the methods here does not
+  reach (that of joint training and of your own objective trains all): it leaves them as drawn.
 
 `make_network` takes one of the names in `NETWORKS` or the user's own ``module:function``. A factory
 is traced (`blueprint`): parameters are drawn on all devices in one compiled program, and not at all
@@ -114,7 +115,7 @@ class VariationalAutoencoder(FullyConnectedAutoencoder):
             rngs=rngs,
             **others,
         )
-        self.later_layers = ("log_variance/",)
+        self.unpretrained_layers = ("log_variance/",)
         self.log_variance = nnx.Linear(
             widths[-1],
             embedding_dim,
@@ -240,7 +241,7 @@ NETWORKS: dict[str, Callable[..., nnx.Module]] = {
 
 
 PRETRAINED_AS = {"variational": "fully_connected"}
-"""Networks whose pretraining is that of another; what they have more are ``later_layers``."""
+"""Networks whose pretraining is that of another; what more they have is ``unpretrained_layers``."""
 
 
 def make_network(options, example_shape: Sequence[int], key: jax.Array) -> nnx.Module:
@@ -318,12 +319,16 @@ class Blueprint(NamedTuple):
       pretraining: the same with the precision that its products have while it is pretrained.
       parameters: shapes and dtypes, by path.
       draw: of a key of PRNG (``jax.random.key``), the initial parameters by path; traceable.
+      decoder_layers: starts of the names of the parameters that only ``decode`` uses.
+      unpretrained_layers: the same for those that pretraining does not reach.
     """
 
     graphdef: nnx.GraphDef
     pretraining: nnx.GraphDef
     parameters: dict[str, jax.ShapeDtypeStruct]
     draw: Callable[[jax.Array], "Parameters"]
+    decoder_layers: tuple[str, ...]
+    unpretrained_layers: tuple[str, ...]
 
 
 def blueprint(options, example_shape: Sequence[int], pretrain_precision: str) -> Blueprint:
@@ -337,21 +342,30 @@ def blueprint(options, example_shape: Sequence[int], pretrain_precision: str) ->
     Raises:
       UserError: as `make_network`.
     """
-    found: list[nnx.GraphDef] = []
+    found: list[tuple[nnx.GraphDef, nnx.Module]] = []
 
     def draw(key: jax.Array) -> Parameters:
-        graphdef, parameters = split(make_network(options, example_shape, key))
-        found.append(graphdef)
+        network = make_network(options, example_shape, key)
+        graphdef, parameters = split(network)
+        found.append((graphdef, network))
         return parameters
 
     key = jax.eval_shape(lambda: jax.random.key(0))
     shapes = jax.eval_shape(draw, key)
-    graphdef = pretraining = found[0]
+    graphdef, network = found[0]
+    pretraining = graphdef
     if pretrain_precision != options.precision:
         other = options.copy_and_resolve_references()
         other.precision = pretrain_precision
         pretraining = blueprint(other, example_shape, pretrain_precision).graphdef
-    return Blueprint(graphdef, pretraining, shapes, draw)
+    return Blueprint(
+        graphdef,
+        pretraining,
+        shapes,
+        draw,
+        decoder_layers=tuple(getattr(network, "decoder_layers", ())),
+        unpretrained_layers=tuple(getattr(network, "unpretrained_layers", ())),
+    )
 
 
 def fresh_hidden_layers(options, example_shape: Sequence[int], key: jax.Array) -> "Parameters":

@@ -18,8 +18,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jkmeans.augmentation import VIEWS
 from jkmeans.methods import METHODS, method_spec
-from jkmeans.networks import PRETRAINED_AS
+from jkmeans.networks import PRETRAINED_AS, Blueprint
 
 _TRAINING = (
     "batch_size",
@@ -56,11 +57,31 @@ class Pretrained(NamedTuple):
     reference_variance: float
     seconds: float
 
+    def of(self, blueprint: Blueprint) -> "Pretrained | None":
+        """With the parameters that pretraining has reached, as a network has them.
+
+        None, after a warning, where these are not there, or of other shapes: a network of the
+        user's own can have changed under its name.
+        """
+        reached = {
+            name: leaf.shape
+            for name, leaf in blueprint.parameters.items()
+            if not name.startswith(blueprint.unpretrained_layers)
+        }
+        found = {name: value.shape for name, value in self.parameters.items() if name in reached}
+        if found != reached:
+            print(
+                "warning: the pretrained network of another run has other layers than this one; "
+                "pretraining anew"
+            )
+            return None
+        return self._replace(parameters={name: self.parameters[name] for name in reached})
+
 
 def description(config, data_record: dict[str, Any]) -> dict[str, Any]:
     """All that pretraining depends on, as plain JSON types."""
     name = config.objective.name
-    views = [config.augmentation[field] for field in ("shift", "rotation", "zoom")]
+    views = [config.augmentation[view] for view in VIEWS]
     if not config.augmentation.pretraining:
         views = [0.0] * len(views)  # What no views at all give.
     network = config.network.to_dict() | {"precision": config.training.pretrain_precision}

@@ -6,6 +6,7 @@ pretraining, views): the source says which. A number without a source is not her
 
 from typing import NamedTuple
 
+from jkmeans.augmentation import VIEWS
 from jkmeans.configuration import Config
 
 
@@ -71,6 +72,6 @@ def published_result(config: Config) -> Published | None:
     """
     if config.data.split != "all" or config.data.n_examples or config.n_clusters != N_CLASSES:
         return None
-    views = config.augmentation.shift or config.augmentation.rotation or config.augmentation.zoom
+    views = any(config.augmentation[view] for view in VIEWS)
     added = ", BRB" if config.reset.every else ", views" if views else ""
     return PUBLISHED.get(config.data.name, {}).get(f"{config.objective.name}{added}")

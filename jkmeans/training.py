@@ -174,13 +174,15 @@ class Run:
         self.n_steps = self.layout.n_steps
         if like is not None:
             self.method, self.programs = like.method, like.programs
+            self.blueprint = like.blueprint
         else:
             self.method = make_method(config, DATA_AXIS)
+            self.blueprint = blueprint(
+                config.network, dataset.example_shape, config.training.pretrain_precision
+            )
             self.programs = make_programs(
                 config,
-                blueprint(
-                    config.network, dataset.example_shape, config.training.pretrain_precision
-                ),
+                self.blueprint,
                 self.method,
                 self.layout,
                 mesh,
@@ -559,18 +561,16 @@ class Run:
         # What the optimizer remembers is not kept with the network.
         continues = not self.method.fresh_optimizer
         found = None if continues else pretrained.load(self.config, self.data_record)
+        if found is not None:
+            found = found.of(self.blueprint)
         if processes.any_of(found is None) or found is None:
             return state, 0.0
         processes.tell(f"the network was pretrained by another run ({found.seconds:.0f} s)")
         everywhere = functools.partial(place, mesh=self.mesh, spec=REPLICATED)
-        # Layers that pretraining does not reach may be missing there, or here.
-        learned = {
-            name: everywhere(found.parameters[name])
-            for name in found.parameters
-            if name in state.parameters
-        }
+        here = {name: everywhere(value) for name, value in found.parameters.items()}
         state = state._replace(
-            parameters=state.parameters | learned,
+            # Layers that pretraining does not reach are as they were drawn.
+            parameters=state.parameters | here,
             reference_variance=everywhere(np.asarray(found.reference_variance, np.float32)),
             epoch=everywhere(np.asarray(self.config.training.n_pretrain_epochs, np.int32)),
         )

@@ -1,5 +1,6 @@
 """Benchmarks run, say what they measured, and give every contestant the same work."""
 
+import importlib
 import importlib.util
 import json
 import subprocess
@@ -64,6 +65,32 @@ def test_what_cannot_be_used_is_a_sentence(flags, sentence, capsys, monkeypatch)
         epochs.main(autoencoder_epoch.BENCHMARK, flags)
     assert caught.value.code == 2
     printed = capsys.readouterr().err
+    assert sentence in printed
+    assert printed.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "flags", "sentence"),
+    [
+        ("checkpointing", ["--epochs", "5"], "'5' is given; accepted: an integer of at least 6"),
+        ("dispatch_kills", ["--lease-seconds", "0"], "'0' is given; accepted: a number above 0"),
+        ("exactness", ["--rows", "0"], "'0' is given; accepted: an integer of at least 1"),
+        ("kmeans", ["--tol", "-1"], "'-1' is given; accepted: a number of at least 0"),
+        ("kmeans", ["--tol", "small"], "'small' is given; accepted: a number of at least 0"),
+        ("process_counts", [], "the following arguments are required: --workdir"),
+        ("ray_exchanges", ["--kills", "-1"], "'-1' is given; accepted: an integer of at least 0"),
+        ("streaming", ["--gib", "inf"], "'inf' is given; accepted: a number above 0"),
+        ("vq_simulation", ["--work", "3"], "unrecognized arguments: --work 3"),
+    ],
+)
+def test_a_wrong_flag_of_any_benchmark_is_a_sentence(name, flags, sentence, capsys, monkeypatch):
+    benchmark = importlib.import_module(f"benchmarks.{name}")
+    monkeypatch.setattr(sys, "argv", [name, *flags])
+    with pytest.raises(SystemExit) as caught:
+        benchmark.main()
+    assert caught.value.code == 2
+    printed = capsys.readouterr().err
+    assert printed.startswith(f"{name}: ")
     assert sentence in printed
     assert printed.count("\n") == 1
 

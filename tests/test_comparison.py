@@ -194,10 +194,12 @@ def test_a_table_that_is_stopped_keeps_what_has_ended(data, tmp_path, trainings,
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_between_two_runs_is_heard(number, data, tmp_path, monkeypatch):
     """It comes while the table is written after the second run: that is done, then it stops."""
-    began = []
+    began, before = [], signal.getsignal(number)
 
     def train(config, folder):
         began.append(folder)
+        # While a run gets ready nobody listens for it, who could not end it.
+        assert signal.getsignal(number) is before
 
     def write(workdir, rows):
         if len(began) == 2:

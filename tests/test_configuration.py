@@ -282,12 +282,15 @@ def test_values_that_are_older_than_a_field():
         ("network", "initializer"), ("network", "precision"), ("training", "clustering_optimizer"),
         ("training", "pretrain_precision"), ("objective", "likelihood"),
         ("objective", "pixel_variance"), ("augmentation", "pretraining"),
+        ("objective", "responsibilities"), ("objective", "mixture_rate_factor"),
     ):  # fmt: skip
         del old[group][field]
     found = from_json(old)
     assert (found.network.initializer, found.network.precision) == ("glorot_uniform", "float32")
     assert found.training.clustering_optimizer == "sgd"
     assert found.augmentation.pretraining
+    assert found.objective.responsibilities == "sample"
+    assert found.objective.mixture_rate_factor == 1.0
     assert (found.objective.likelihood, found.objective.pixel_variance) == ("bernoulli", 0.1)
     both = to_json(tiny.config(network__precision="bfloat16"))
     del both["training"]["pretrain_precision"]
@@ -548,6 +551,15 @@ def test_no_method_of_this_name():
         ),
         ("vade", {"network__name": "fully_connected"}, "is 'fully_connected', but vade needs"),
         ("vade", {"network__normalize": True}, "config.network.normalize is True, but"),
+        (
+            "vade",
+            {
+                "objective__responsibilities": "stored",
+                "centroids__bank": "stored",
+                "augmentation__shift": 1.0,
+            },
+            "config.centroids.bank is 'stored', but the responsibilities of vade are of the",
+        ),
         ("n2d", {"training__n_epochs": 1}, "config.training.n_epochs is 1, but"),
         ("n2d", {"objective__min_dist": 1.5}, "config.objective.min_dist is 1.5; accepted: 0 to 1"),
     ],

@@ -320,13 +320,15 @@ def test_decoder_layers_are_those_of_the_decoder_alone(name, shape):
 
 
 @pytest.mark.parametrize("name", PRETRAINED_AS)
-def test_a_network_that_is_pretrained_as_another_has_its_later_layers_more(name):
+def test_a_network_that_is_pretrained_as_another_has_its_unpretrained_layers_more(name):
     network = network_of(name, (12,))
     ours, theirs = (
         numpy_parameters(network),
         numpy_parameters(network_of(PRETRAINED_AS[name], (12,))),
     )
-    assert {path for path in ours if not path.startswith(network.later_layers)} == set(theirs)
+    assert {path for path in ours if not path.startswith(network.unpretrained_layers)} == set(
+        theirs
+    )
     for path, value in theirs.items():
         np.testing.assert_array_equal(ours[path], value)
 

@@ -249,6 +249,29 @@ def test_a_run_that_takes_its_network_equals_one_that_pretrains(first, second, f
     assert len(list(networks.iterdir())) == 1
 
 
+@pytest.mark.parametrize("how", ["missing", "other shape"])
+def test_a_network_of_other_layers_is_not_taken(how, tmp_path, capsys):
+    """The user's own code has changed under its name; nothing of it may stay as it was drawn."""
+    config = config_of("dec", tmp_path)
+    run = training.Run(config, tmp_path / "run", blobs(), training.make_mesh(1))
+    drawn = run.create()
+    whole = {name: np.asarray(value) + 1 for name, value in drawn.parameters.items()}
+    pretrained.save(config, run.data_record, Pretrained(whole, 2.0, 1.0))
+    state, seconds = run.create_pretrained()
+    assert seconds == 1.0
+    for name, value in whole.items():
+        np.testing.assert_array_equal(state.parameters[name], value)
+    kernel = whole.pop("encoder/0/kernel")
+    if how == "other shape":
+        whole["encoder/0/kernel"] = kernel[:, :-1]
+    pretrained.save(config, run.data_record, Pretrained(whole, 2.0, 1.0))
+    state, seconds = run.create_pretrained()
+    assert "has other layers than this one; pretraining anew" in capsys.readouterr().out
+    assert seconds == 0.0
+    assert int(state.epoch) == 0
+    jax.tree.map(np.testing.assert_array_equal, state.parameters, drawn.parameters)
+
+
 @pytest.mark.slow
 def test_a_baseline_takes_a_network_too(folder):
     networks = folder / "networks-of-dec"

@@ -9,6 +9,9 @@ from typing import NoReturn
 class _Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
     """Descriptions as they were written, and what a flag is where it is not given."""
 
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None else super()._get_help_string(action)
+
 
 class Parser(argparse.ArgumentParser):
     """Answers a wrong flag with one sentence; flags must be written out."""
@@ -43,10 +46,22 @@ def at_least(least: int) -> Callable[[str], int]:
 
 def positive(text: str) -> float:
     """The type of a flag that holds a finite number above 0."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
+    value = _number(text)
     if not 0 < value < math.inf:
         raise argparse.ArgumentTypeError(f"{text!r} is given; accepted: a number above 0")
     return value
+
+
+def not_negative(text: str) -> float:
+    """The type of a flag that holds a finite number of at least 0."""
+    value = _number(text)
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is given; accepted: a number of at least 0")
+    return value
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan

@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from jkmeans import kmeans
+from jkmeans.augmentation import VIEWS
 from jkmeans.errors import UserError
 from jkmeans.fields import Field
 from jkmeans.kmeans.collectives import AxisName, all_sum
@@ -34,7 +35,7 @@ class Batch:
     Attributes:
       x: [b, *example_shape] float32, scaled.
       view: [b, *example_shape] float32, a random view of each example, for the network to see;
-        x itself without augmentation.
+        x itself without augmentation, or while pretraining where that is to see no views.
       other_view: [b, *example_shape] float32, a second view, drawn independently.
       stored: [b, p] float32, the embedding of each example in the bank: as it was at the last
         re-computation where the bank is refreshed then.
@@ -133,7 +134,7 @@ class Method(NamedTuple):
         centroid of the label)``.
       learned: names of the fields of the clusters that the optimizer changes, by the gradient of
         the objective, as it changes the network.
-      learned_rate: their learning rate as a part of that of the network.
+      learned_rate_factor: their learning rate is that of the network times this.
       after_step: ``(clusters, embeddings [b, p], batch) -> clusters`` after each step, or None.
       on_host: ``(embeddings [n, p], seed) -> (clusters, labels [n])`` of NumPy arrays, the last
         thing of a run, or None.
@@ -151,7 +152,7 @@ class Method(NamedTuple):
     blank: Callable = lambda k, p, n: Clusters(jnp.zeros((k, p), jnp.float32))
     predict: Callable = nearest_centroid
     learned: tuple[str, ...] = ()
-    learned_rate: float = 1.0
+    learned_rate_factor: float = 1.0
     after_step: Callable | None = None
     on_host: Callable | None = None
     warmup_epochs: float = 0.0
@@ -208,7 +209,7 @@ def check_bank_of_examples(values: Mapping[str, Any], what: str) -> None:
     Raises:
       UserError: naming the field.
     """
-    views = any(values[f"augmentation.{view}"] for view in ("shift", "rotation", "zoom"))
+    views = any(values[f"augmentation.{view}"] for view in VIEWS)
     if values["centroids.bank"] == "stored" and views:
         raise UserError(
             f"config.centroids.bank is 'stored', but the {what} of {values['objective.name']} are "

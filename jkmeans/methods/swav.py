@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 
 from jkmeans import kmeans
+from jkmeans.augmentation import VIEWS
 from jkmeans.errors import UserError
 from jkmeans.fields import integer, number
 from jkmeans.kmeans.collectives import AxisName, all_max, all_sum
@@ -136,8 +137,7 @@ def swav(config, axis_name: AxisName) -> Method:
 
 def _check(values: Mapping[str, Any]) -> None:
     check_sphere(values)
-    names = ("augmentation.shift", "augmentation.rotation", "augmentation.zoom")
-    if not any(values[name] for name in names):
+    if not any(values[f"augmentation.{view}"] for view in VIEWS):
         raise UserError(
             "config.augmentation.shift, rotation and zoom are all 0, but swav learns from two "
             "different views; accepted: at least one above 0"

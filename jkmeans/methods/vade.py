@@ -9,28 +9,29 @@ negative evidence lower bound per pixel, with one sample z = μ̃ + σ̃ ε,
 
 or, with ``likelihood = "gaussian"``, p(x|z) = N(x; g(z), pixel_variance · I), as the paper has it
 for data that are not binary; its constant is left out. Mixture and network learn by gradient, the
-mixture at ``mixture_rate`` times the rate of the network (the authors' program has a rate for each:
-the same on MNIST, a hundredth on HAR). While pretraining, the objective is − log p(x|z) alone, of
-the mean z = μ̃(x): the cross-entropy, or the squared error that other methods are pretrained by. The
-cluster of an example is the most probable at z = μ̃(x).
+mixture at ``mixture_rate_factor`` times the rate of the network (the authors' program has a rate
+for each: the same on MNIST, a hundredth on HAR). While pretraining, the objective is − log p(x|z)
+alone, of the mean z = μ̃(x): the cross-entropy, or the squared error that other methods are
+pretrained by. The cluster of an example is the most probable at z = μ̃(x).
 
 The mixture begins as k-means on the pretrained embeddings: as the mixture whose clusters are those
 of k-means (equal weights, one variance), or as the diagonal mixture that ``em_iterations`` of
 expectation and maximisation make of it.
 
 The bound holds for any γ, and is tightest for that of eq. 16. With ``responsibilities = "stored"``
-γ is p(c|z) at the mean z of the example itself at the end of the last epoch, and no gradient goes
-through it: all views that the network sees of an example are pulled to the clusters of the example,
-and what a step does to an embedding does not at once move it to another cluster.
+γ is p(c|z) at the embedding z of the example in the bank, which is refreshed after every epoch,
+and no gradient goes through it: all views that the network sees of an example are pulled to the
+clusters of the example, and what a step does to an embedding does not at once move it to another
+cluster.
 
 The network must be ``variational`` (see `jkmeans.networks`). With Bernoulli pixels these are in 0
 to 1, and decode(z) holds their logits.
 
 Source: Jiang, Zheng, Tan, Tang and Zhou 2017, "Variational deep embedding", eqs. 11 to 16.
-Deviations: the two options of the last paragraph; the whole is divided by the number of pixels, so
-that learning rates compare with those of the other methods (Adam does not feel it); weights are the
-softmax of logits and variances the exponential of logarithms, where the authors clip; pretraining
-is end to end.
+Deviations: responsibilities that are stored and the start without EM; the whole is divided by the
+number of pixels, so that learning rates compare with those of the other methods (Adam does not feel
+it); weights are the softmax of logits and variances the exponential of logarithms, where the
+authors clip; pretraining is end to end.
 """
 
 import functools
@@ -142,7 +143,8 @@ def objective(
       stored: whether γ is of the stored embedding, and not of the sample.
     """
     noise_of = example_keys(batch.key, batch.index)
-    of_stored = jax.lax.stop_gradient(log_responsibilities(batch.stored, mixture))
+    if stored:
+        of_stored = jax.lax.stop_gradient(log_responsibilities(batch.stored, mixture))
 
     def reconstruction(z: jax.Array) -> jax.Array:
         if pixel_variance is None:
@@ -183,15 +185,15 @@ def maximize(bank, weights, gamma, axis_name: AxisName) -> Mixture:
     return Mixture(means, jnp.log(variances), jnp.log(jnp.maximum(counts, 1e-6)))
 
 
-def mixture_of_kmeans(mixture: Mixture) -> Mixture:
-    """The same means with equal weights, and one variance: the mean within clusters.
+def mixture_of_kmeans(result: kmeans.KMeansResult) -> Mixture:
+    """The mixture whose clusters are those of k-means: equal weights, one variance for all.
 
-    Its most probable component is the nearest mean.
+    It is the mean square of what a number of an embedding lies from that of its centroid.
     """
-    shares = jax.nn.softmax(mixture.logits)
-    variance = jnp.mean(shares @ jnp.exp(mixture.log_variances))
-    log_variances = jnp.full_like(mixture.log_variances, jnp.log(variance))
-    return Mixture(mixture.centroids, log_variances, jnp.zeros_like(mixture.logits))
+    k, p = result.centroids.shape
+    variance = result.inertia / (jnp.sum(result.counts) * p)
+    log_variance = jnp.log(jnp.maximum(variance, _LEAST_VARIANCE))
+    return Mixture(result.centroids, jnp.full((k, p), log_variance), jnp.zeros((k,)))
 
 
 def vade(config, axis_name: AxisName) -> Method:
@@ -208,10 +210,11 @@ def vade(config, axis_name: AxisName) -> Method:
 
     def initialize(key, bank, weights, index):
         result = first(key, bank, weights, index)
+        if not config.objective.em_iterations:
+            mixture = mixture_of_kmeans(result)
+            return mixture, assign_by(predict, mixture, bank, weights, axis_name)
         hard = jax.nn.one_hot(result.labels, config.n_clusters, dtype=jnp.float32)
         mixture = maximize(bank, weights, hard, axis_name)
-        if not config.objective.em_iterations:
-            mixture = mixture_of_kmeans(mixture)
 
         def improve(_, mixture):
             gamma = jnp.exp(log_responsibilities(bank, mixture))
@@ -236,7 +239,7 @@ def vade(config, axis_name: AxisName) -> Method:
         blank,
         predict,
         learned=Mixture._fields,
-        learned_rate=config.objective.mixture_rate,
+        learned_rate_factor=config.objective.mixture_rate_factor,
     )
 
 
@@ -274,7 +277,7 @@ SPEC = MethodSpec(
     {
         "em_iterations": integer(0, "of the diagonal mixture at the start; 0 for that of k-means"),
         "responsibilities": choice(("sample", "stored"), "γ of an example in a step"),
-        "mixture_rate": number("learning rate of the mixture, as a part of the network's"),
+        "mixture_rate_factor": number("the mixture's learning rate is the network's times this"),
         "likelihood": choice(("bernoulli", "gaussian"), "of a pixel"),
         "pixel_variance": number("of a gaussian pixel", positive=True),
     },
@@ -283,7 +286,7 @@ SPEC = MethodSpec(
     {
         "objective.em_iterations": 20,
         "objective.responsibilities": "sample",
-        "objective.mixture_rate": 1.0,
+        "objective.mixture_rate_factor": 1.0,
         "objective.likelihood": "bernoulli",
         "objective.pixel_variance": 0.1,
         "network.name": "variational",
