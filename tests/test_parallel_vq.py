@@ -12,7 +12,7 @@ import pytest
 from configs import parallel_vq, parallel_vq_mnist, parallel_vq_patches
 from jkmeans.errors import CollapseError, UserError
 from jkmeans.interruption import Interrupted
-from jkmeans.vq import Setting, data, experiment
+from jkmeans.vq import Setting, data, experiment, figures
 from jkmeans.vq.data import load_samples
 from jkmeans.vq.experiment import run_experiment, validate
 from jkmeans.vq.figures import Curve, speed_up, table, time_to
@@ -140,6 +140,20 @@ def test_divergence_is_told_after_all_others_are_done(tmp_path):
     assert "| – |" in (tmp_path / "speed_ups.md").read_text()
     for path in tmp_path.glob("simulations/*.npz"):
         assert np.isfinite(np.load(path)["shared"]).all()
+
+
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        ([[10, 6, 2], [10, 8, 4]], ""),
+        ([[10, 60, 2], [10, 80, 4]], " (up to 70)"),
+        ([[10, 60, 2], [10, 8, np.nan]], " (1 of 2 diverged, up to 34)"),
+        ([[10, np.nan, np.nan], [10, np.nan, np.nan]], " (2 of 2 diverged)"),
+    ],
+)
+def test_the_name_of_a_curve_says_what_the_picture_does_not_show(values, says):
+    values = np.asarray(values, float)
+    assert figures.fate(values, values.mean(axis=0), ceiling=11.0) == says
 
 
 def test_time_to_a_threshold_goes_by_straight_lines():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -213,26 +214,27 @@ def picture(title: str, curves: Sequence[Curve], *, logarithmic: bool = False) -
     axes = figure.subplots()
     common = curves[1 % len(curves)].setting.scheme
     top = max(float(np.nanmean(curve.distortion[:, 0])) for curve in curves)
+    low = min(float(np.nanmin(curve.distortion)) for curve in curves)
+    # A scheme that overshoots may rise far above where all begin; its name then says how far.
+    ceiling = top + 0.1 * (top - low) if low < top else math.inf
     for curve, colour in zip(curves, _palette(len(curves)), strict=True):
         values = curve.distortion
-        lost = int(np.isnan(values[:, -1]).sum())
+        mean = values.mean(axis=0)
         # The first is broad, for a scheme without speed-up lies on top of it. All end where the
         # first of their seeds diverged, with which there is no mean.
         axes.plot(
             curve.times,
-            values.mean(axis=0),
+            mean,
             color=colour,
             lw=2.6 if curve is curves[0] else 1.5,
             ls="-" if curve.setting.scheme in (SEQUENTIAL, common) else "--",
-            label=label(curve.setting) + (f" ({lost} of {len(values)} diverged)" if lost else ""),
+            label=label(curve.setting) + fate(values, mean, ceiling),
         )
         axes.fill_between(
             curve.times, values.min(axis=0), values.max(axis=0), color=colour, alpha=0.15, lw=0
         )
-    low = min(float(np.nanmin(curve.distortion)) for curve in curves)
-    # A scheme that overshoots may rise far above where all begin.
     if low < top:
-        axes.set_ylim(low - 0.05 * (top - low), top + 0.1 * (top - low))
+        axes.set_ylim(low - 0.05 * (top - low), ceiling)
     if logarithmic:
         axes.set_xscale("log")
     first = min(float(curve.times[1]) for curve in curves) if logarithmic else 0.0
@@ -255,6 +257,16 @@ def picture(title: str, curves: Sequence[Curve], *, logarithmic: bool = False) -
     out = io.BytesIO()
     figure.savefig(out, dpi=150, format="png")
     return out.getvalue()
+
+
+def fate(values: np.ndarray, mean: np.ndarray, ceiling: float) -> str:
+    """What a picture does not show of a curve: seeds that diverged, and how far above it rises."""
+    lost = int(np.isnan(values[:, -1]).sum())
+    words = [f"{lost} of {len(values)} diverged"] if lost else []
+    high = float(np.nanmax(mean, initial=-math.inf))
+    if high > ceiling:
+        words.append(f"up to {high:,.3g}")
+    return f" ({', '.join(words)})" if words else ""
 
 
 def _palette(n: int) -> list[str]:
