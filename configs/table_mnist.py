@@ -25,6 +25,7 @@ def get_config() -> Config:
     # Or clustering alone sees views, after the pretraining of the rows without them.
     clustering_views = affine_views(plain)
     clustering_views.augmentation.pretraining = False
+    clustering_views.training.clustering_learning_rate = 0.1
 
     config: Config = ConfigDict()
     config.n_seeds = 3
@@ -43,7 +44,7 @@ def get_config() -> Config:
     config.runs["vade"] = with_method(plain, "vade", **gaussian)
     config.runs["autoencoder, views"] = with_method(views, "autoencoder")
     config.runs["n2d, views"] = with_method(views, "n2d", objective__starts=10)
-    of_views = after_gradient_descent(clustering_views, dec_learning_rate=0.1)
+    of_views = after_gradient_descent(clustering_views)
     config.runs.update({f"{name}, views": of_views[name] for name in ("dec", "idec", "dcn")})
     # Of another kind: clusters that hold on to what k-means gave them (see the results).
     config.runs["vade, views"] = with_method(
@@ -104,12 +105,12 @@ def affine_views(config: Config) -> Config:
     return config
 
 
-def after_gradient_descent(plain: Config, dec_learning_rate: float = 0.01) -> dict[str, Config]:
+def after_gradient_descent(plain: Config) -> dict[str, Config]:
     """The methods that go on from `by_gradient_descent`, at the rates that suit it."""
     faster = {"training__clustering_learning_rate": 0.1}
     return {
         "autoencoder": with_method(plain, "autoencoder"),
-        "dec": with_method(plain, "dec", training__clustering_learning_rate=dec_learning_rate),
+        "dec": with_method(plain, "dec"),
         "idec": with_method(plain, "idec", **faster),
         "dcn": with_method(plain, "dcn", **faster, objective__centroid_weight=0.02),
         "dkm": with_method(plain, "dkm", **faster),

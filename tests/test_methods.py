@@ -943,7 +943,7 @@ def test_the_first_mixture_is_that_of_sklearn():
 
 @pytest.mark.parametrize("max_iter", [0, 1, 100])
 def test_without_em_the_first_clusters_are_those_of_kmeans(max_iter):
-    """Also where k-means stops before it converges, or leaves a cluster empty."""
+    """Also where k-means stops before it converges."""
     changes = {"centroids__empty": "keep", "centroids__init_max_iter": max_iter}
     first = first_kmeans(config_of("dec", **changes), None)
     kmeans_found = jax.jit(first)(jax.random.key(1), bank_of("dec"), BANK_WEIGHTS, BANK_INDEX)
