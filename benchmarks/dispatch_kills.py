@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.support.flags import Parser, at_least, positive
+from benchmarks.support.flags import Parser, at_least, new_file, positive
 
 COLUMNS = ("labels", "distances", "embeddings")
 VICTIMS = ("worker", "worker", "worker", "master", "stopped worker")
@@ -135,7 +135,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     )
     parser.add_argument("--kills", type=at_least(0), default=20, help="of the third run")
     parser.add_argument("--seed", type=at_least(0), default=0, help="of who is killed")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="where to write the numbers")
+    parser.add_argument("--json", type=new_file, metavar="FILE", help="where to write the numbers")
     options = parser.parse_args(argv)
 
     from jkmeans.dispatch import Options, predict_files

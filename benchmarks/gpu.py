@@ -24,7 +24,6 @@ and no measurement of anything.
 
 from __future__ import annotations
 
-import argparse
 import datetime
 import functools
 import importlib.metadata
@@ -39,13 +38,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from benchmarks.exactness import squared_distances
-from benchmarks.support.flags import Parser, at_least
+from benchmarks.support.flags import Parser, at_least, new_file
 
 
 class Line(NamedTuple):
@@ -486,15 +484,6 @@ def report(result: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _file(text: str) -> Path:
-    path = Path(text)
-    if not path.absolute().parent.is_dir() or path.is_dir():
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is given; accepted: a file in a folder that exists"
-        )
-    return path
-
-
 def main(argv: list[str] | None = None) -> int:
     """Runs what the command line asks for, prints the table and returns the status."""
     names = [line.name for line in LINES]
@@ -509,8 +498,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--iterations", type=at_least(1), default=10, help="on the clock")
     parser.add_argument("--repeats", type=at_least(1), default=5, help="turns on the clock")
     parser.add_argument("--rows", type=at_least(1), default=1024, help="rows that are checked")
-    parser.add_argument("--markdown", type=_file, metavar="FILE", help="where to write the table")
-    parser.add_argument("--json", type=_file, metavar="FILE", help="where to write measurements")
+    parser.add_argument(
+        "--markdown", type=new_file, metavar="FILE", help="where to write the table"
+    )
+    parser.add_argument("--json", type=new_file, metavar="FILE", help="where to write measurements")
     parser.add_argument(
         "--allow-cpu", action="store_true", help="tiny problems where there is no GPU"
     )

@@ -30,12 +30,11 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from benchmarks.support.flags import Parser, at_least, not_negative
+from benchmarks.support.flags import Parser, at_least, new_file, not_negative
 
 
 class Line(NamedTuple):
@@ -279,7 +278,7 @@ def main(argv: list[str] | None = None) -> int:
         "--tol", type=not_negative, default=1e-4, help="relative to the mean variance"
     )
     parser.add_argument("--max-iter", type=at_least(1), default=300, help="of a fit, at most")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="where to write measurements")
+    parser.add_argument("--json", type=new_file, metavar="FILE", help="where to write measurements")
     args = parser.parse_args(argv)
     # Some peers complain about a memory leak on Windows, and about not having converged.
     warnings.simplefilter("ignore")

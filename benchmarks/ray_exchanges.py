@@ -31,7 +31,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from benchmarks.support.flags import Parser, at_least
+from benchmarks.support.flags import Parser, at_least, new_file
 
 
 class Hang(NamedTuple):
@@ -157,7 +157,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--kill-every", type=one, default=200, help="displacements")
     parser.add_argument("--undisturbed", type=one, default=3, help="runs without kills")
     parser.add_argument("--seed", type=at_least(0), default=0, help="of who is killed")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="where to write the numbers")
+    parser.add_argument("--json", type=new_file, metavar="FILE", help="where to write the numbers")
     options = parser.parse_args(argv)
 
     runs = [measure(options) for _ in range(options.undisturbed)]

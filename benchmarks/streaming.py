@@ -28,7 +28,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.support.flags import Parser, at_least, positive
+from benchmarks.support.flags import Parser, at_least, new_file, positive
 
 _BLOCK_BYTES = 2**23
 
@@ -173,7 +173,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--folder", help="where the file is written; that of temporary files if None"
     )
-    parser.add_argument("--json", metavar="FILE", help="also write the numbers here")
+    parser.add_argument("--json", type=new_file, metavar="FILE", help="also write the numbers here")
     flags = parser.parse_args(arguments)
     n_rows = max(1, int(flags.gib * 2**30) // (4 * flags.features))
     n_bytes = n_rows * 4 * flags.features
@@ -201,7 +201,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         f"{flags.budget_mib} MiB, file {n_bytes / 2**20:,.0f} MiB"
     )
     if flags.json:
-        Path(flags.json).write_text(json.dumps(found, indent=1))
+        flags.json.write_text(json.dumps(found, indent=1))
 
 
 if __name__ == "__main__":

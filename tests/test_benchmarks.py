@@ -80,6 +80,10 @@ def test_what_cannot_be_used_is_a_sentence(flags, sentence, capsys, monkeypatch)
         ("process_counts", [], "the following arguments are required: --workdir"),
         ("ray_exchanges", ["--kills", "-1"], "'-1' is given; accepted: an integer of at least 0"),
         ("streaming", ["--gib", "inf"], "'inf' is given; accepted: a number above 0"),
+        *(
+            (name, ["--json", "/nowhere/at/all.json"], "accepted: a file in a folder that exists")
+            for name in ("dispatch_kills", "kmeans", "ray_exchanges", "streaming")
+        ),
         ("vq_simulation", ["--work", "3"], "unrecognized arguments: --work 3"),
     ],
 )

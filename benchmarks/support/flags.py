@@ -3,6 +3,7 @@
 import argparse
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import NoReturn
 
 
@@ -58,6 +59,16 @@ def not_negative(text: str) -> float:
     if not 0 <= value < math.inf:
         raise argparse.ArgumentTypeError(f"{text!r} is given; accepted: a number of at least 0")
     return value
+
+
+def new_file(text: str) -> Path:
+    """The type of a flag that names a file to write: refused before anything is measured."""
+    path = Path(text)
+    if not path.absolute().parent.is_dir() or path.is_dir():
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is given; accepted: a file in a folder that exists"
+        )
+    return path
 
 
 def _number(text: str) -> float:
