@@ -5,6 +5,7 @@ from __future__ import annotations
 import colorsys
 import os
 import textwrap
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -68,6 +69,34 @@ def save(figure: Figure, path: Path) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def save_all(
+    folder: str | os.PathLike[str],
+    figures: Mapping[str, Callable[[], Figure]],
+    names: Sequence[str],
+) -> list[Path]:
+    """Draws figures and writes each as `<name>.png`.
+
+    Args:
+        folder: where they go, made if missing.
+        figures: what draws each of them.
+        names: of all that there may be, in order: a file of one that is not there is removed.
+
+    Returns:
+        The files written.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    written = []
+    for name in names:
+        path = folder / f"{name}.png"
+        if name in figures:
+            save(figures[name](), path)
+            written.append(path)
+        else:
+            path.unlink(missing_ok=True)
+    return written
 
 
 def palette(n: int) -> np.ndarray:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -100,17 +101,31 @@ class ClusteredExamples:
         rows = np.flatnonzero(self.labels == cluster)
         return rows[np.argsort(self.distances[rows], kind="stable")]
 
+    @functools.cached_property
+    def class_counts(self) -> np.ndarray | None:
+        """[k, n_classes]: examples of each class in each cluster; None without true classes."""
+        if self.truth is None:
+            return None
+        counts = np.zeros((self.k, len(self.class_names)), np.int64)
+        np.add.at(counts, (self.labels, self.truth), 1)
+        return counts
+
+    def leader(self, cluster: int) -> int | None:
+        """The most frequent class of a cluster; None where it is empty, or without classes."""
+        if self.class_counts is None or self.sizes[cluster] == 0:
+            return None
+        return int(self.class_counts[cluster].argmax())
+
     def describe(self, cluster: int) -> str:
         """Size and, with true classes, the most frequent class: `187 · 92% Sneaker`."""
         size = self.sizes[cluster]
         if size == 0:
             return "empty"
-        if self.truth is None:
+        leader = self.leader(cluster)
+        if self.class_counts is None or leader is None:
             return counted(size, "example")
-        counts = np.bincount(self.truth[self.labels == cluster], minlength=len(self.class_names))
-        best = int(counts.argmax())
-        name = class_text(self.class_names[best])
-        return f"{size:,} · {100 * counts[best] / size:.0f}% {name}"
+        share = self.class_counts[cluster, leader] / size
+        return f"{size:,} · {100 * share:.0f}% {class_text(self.class_names[leader])}"
 
 
 def class_text(name: str) -> str:

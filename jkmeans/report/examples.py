@@ -215,7 +215,8 @@ def _features(means: np.ndarray) -> np.ndarray:
 
 
 def _vectors(examples: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    return np.asarray(examples[rows], dtype=np.float64).reshape(len(rows), -1)
+    d = int(np.prod(examples.shape[1:]))  # Of no rows NumPy does not find it.
+    return np.asarray(examples[rows], dtype=np.float64).reshape(len(rows), d)
 
 
 def _mean(examples: np.ndarray, rows: np.ndarray) -> np.ndarray:

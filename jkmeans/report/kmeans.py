@@ -20,11 +20,11 @@ from jkmeans.drawing import (
     new_figure,
     palette,
     panel_title,
-    save,
+    save_all,
     soften,
 )
 from jkmeans.report.clusters import SHOWN_CLUSTERS, counted
-from jkmeans.report.maps import EmbeddingMap, draw_map
+from jkmeans.report.maps import EmbeddingMap, draw_map, principal_plane
 from jkmeans.report.sizes import draw_sizes
 
 if TYPE_CHECKING:
@@ -65,8 +65,6 @@ def write_report(
     Returns:
       The files written.
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     n = int(sizes.sum())
     figures: dict[str, Callable[[], Figure]] = {
         "sizes": lambda: _sizes(sizes, title),
@@ -80,38 +78,12 @@ def write_report(
         figures["sweep"] = lambda: _sweep(sweep, title)
     if image_shape is not None and len(image_shape) == 2:
         figures["centroids"] = lambda: _centroids(centroids, sizes, image_shape, title)
-    written = []
-    for name in PICTURES:
-        path = folder / f"{name}.png"
-        if name in figures:
-            save(figures[name](), path)
-            written.append(path)
-        else:
-            path.unlink(missing_ok=True)
-    return written
+    return save_all(folder, figures, PICTURES)
 
 
 def _sizes(sizes: np.ndarray, title: str) -> Figure:
-    from matplotlib.ticker import MaxNLocator
-
     figure = new_figure(8, 3.6)
-    ax = figure.subplots()
-    uniform = draw_sizes(ax, sizes, palette(len(sizes)))
-    ax.annotate(
-        f"N / K = {uniform:,.0f}" if uniform >= 10 else f"N / K = {uniform:.1f}",
-        (1, uniform),
-        xycoords=ax.get_yaxis_transform(),
-        xytext=(-4, 3),
-        textcoords="offset points",
-        ha="right",
-        fontsize=8.5,
-        color=INK,
-    )
-    ax.set_ylabel("rows", fontsize=9, color=INK)
-    ax.yaxis.set_major_locator(MaxNLocator(integer=True))
-    ax.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
-    soften(ax, 8.5)
-    ax.grid(axis="x", visible=False)
+    draw_sizes(figure.subplots(), sizes, palette(len(sizes)), "N", "rows")
     empty = int((sizes == 0).sum())
     head_figure(
         figure, title, f"Sizes: smallest {sizes.min():,}, largest {sizes.max():,}, {empty:,} empty"
@@ -214,8 +186,8 @@ def _map(
         height[len(rows) :] = 0
         both = np.column_stack([both[:, 0], height])
     elif both.shape[1] > 2:
-        # The plane of the rows alone: centroids are to be seen in it, not to choose it.
-        both, method = _plane_of(rows, both), "PCA of "
+        # Centroids are to be seen in the plane, not to choose it.
+        both, method = principal_plane(rows, both), "PCA of "
     plane = EmbeddingMap(np.arange(len(rows)), both[: len(rows)], both[len(rows) :], method)
     figure = new_figure(6.5, 6.6)
     ax = figure.subplots()
@@ -231,15 +203,6 @@ def _map(
     sample = f"{len(rows):,} of {n:,} rows" if len(rows) < n else f"{n:,} rows"
     head_figure(figure, title, f"{method}{sample}")
     return figure
-
-
-def _plane_of(rows: np.ndarray, points: np.ndarray) -> np.ndarray:
-    """Points in the plane of the first two principal components of the rows: [m, 2]."""
-    center = rows.mean(axis=0, dtype=np.float64)
-    _, _, axes = np.linalg.svd(rows.astype(np.float64) - center, full_matrices=False)
-    plane = np.zeros((len(points), 2))
-    plane[:, : min(2, len(axes))] = (points - center) @ axes[:2].T
-    return plane
 
 
 def _sweep(sweep: Mapping[str, Any], title: str) -> Figure:

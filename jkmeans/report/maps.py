@@ -37,7 +37,7 @@ def map_embeddings(clusters: ClusteredExamples, seed: int) -> EmbeddingMap:
     finite = np.isfinite(x).all(axis=1)
     rows, x = rows[finite], x[finite]
     usable = clusters.usable
-    c = clusters.centroids[usable].reshape(int(usable.sum()), -1)
+    c = clusters.centroids[usable]
 
     both = np.concatenate([x, c])
     if len(x) == 0:
@@ -50,7 +50,7 @@ def map_embeddings(clusters: ClusteredExamples, seed: int) -> EmbeddingMap:
     elif x.shape[1] == 2:
         plane, method = both, ""
     else:
-        plane = _principal_plane(both)
+        plane = principal_plane(both, both)
         method = "PCA of "
         # t-SNE has nothing to unfold in a handful of points, a line or a single point.
         spread = plane.std(axis=0)
@@ -60,16 +60,23 @@ def map_embeddings(clusters: ClusteredExamples, seed: int) -> EmbeddingMap:
     return EmbeddingMap(rows, plane[: len(x)], centroids, method)
 
 
-def _principal_plane(x: np.ndarray) -> np.ndarray:
-    """The first two principal components of the rows, [n, 2]."""
-    x = x - x.mean(axis=0)
+def principal_plane(x: np.ndarray, points: np.ndarray) -> np.ndarray:
+    """Points in the plane of the first two principal components of x, on a scale of its own.
+
+    Args:
+        x: [n, d], finite.
+        points: [m, d].
+
+    Returns:
+        [m, 2]; a component that x does not have is 0.
+    """
+    center = x.mean(axis=0, dtype=np.float64)
+    x = x - center
+    plane = np.zeros((len(points), 2))
     scale = np.abs(x).max()
-    if not scale > 0:
-        return np.zeros((len(x), 2))
-    u, s, _ = np.linalg.svd(x / scale, full_matrices=False)
-    plane = np.zeros((len(x), 2))
-    rank = min(2, len(s))
-    plane[:, :rank] = u[:, :rank] * s[:rank]
+    if scale > 0:
+        _, _, axes = np.linalg.svd(x / scale, full_matrices=False)
+        plane[:, : min(2, len(axes))] = ((points - center) / scale) @ axes[:2].T
     return plane
 
 

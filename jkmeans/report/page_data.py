@@ -230,34 +230,16 @@ def _sizes_over_time(
 
 
 def _legend_of_clusters(clusters: ClusteredExamples) -> list[dict[str, Any]]:
-    entries: list[dict[str, Any]] = []
-    leaders, shares = _leaders(clusters)
-    for cluster in range(clusters.k):
-        size = int(clusters.sizes[cluster])
-        text = f"{size:,}" if size else "empty"
-        if size and leaders is not None:
-            name = class_text(clusters.class_names[leaders[cluster]])
-            text += f" · {100 * shares[cluster]:.0f}% {name}"
-        entries.append(
-            {
-                "name": f"cluster {cluster}",
-                "about": text,
-                "size": size,
-                "colour": _colour(clusters.colours[cluster]),
-                "leader": int(leaders[cluster]) if size and leaders is not None else None,
-            }
-        )
-    return entries
-
-
-def _leaders(clusters: ClusteredExamples) -> tuple[np.ndarray | None, np.ndarray]:
-    """The most frequent class of each cluster, [k], and its share."""
-    if clusters.truth is None:
-        return None, np.zeros(clusters.k)
-    n_classes = len(clusters.class_names)
-    pairs = clusters.labels.astype(np.int64) * n_classes + clusters.truth
-    counts = np.bincount(pairs, minlength=clusters.k * n_classes).reshape(clusters.k, n_classes)
-    return counts.argmax(axis=1), counts.max(axis=1) / np.maximum(clusters.sizes, 1)
+    return [
+        {
+            "name": f"cluster {cluster}",
+            "about": clusters.describe(cluster),
+            "size": int(clusters.sizes[cluster]),
+            "colour": _colour(clusters.colours[cluster]),
+            "leader": clusters.leader(cluster),
+        }
+        for cluster in range(clusters.k)
+    ]
 
 
 def _legend_of_classes(clusters: ClusteredExamples) -> list[dict[str, Any]] | None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from jkmeans.drawing import save
+from jkmeans.drawing import save_all
 from jkmeans.report.clusters import ClusteredExamples
 from jkmeans.report.confusion import MAX_CLASSES, confusion_figure
 from jkmeans.report.curves import curves_figure
@@ -69,11 +69,9 @@ def write_report(
     Raises:
         ValueError: the arrays do not belong together.
     """
-    folder = Path(folder)
     clusters = ClusteredExamples.of(
         embeddings, labels, distances, centroids, examples, truth, class_names
     )
-    folder.mkdir(parents=True, exist_ok=True)
     placed = embedding_map or map_embeddings(clusters, seed)
 
     figures: dict[str, Callable[[], Figure]] = {}
@@ -86,12 +84,4 @@ def write_report(
     figures["sizes"] = lambda: sizes_figure(clusters, title)
     figures["summary"] = lambda: summary_figure(clusters, placed, metrics, title)
 
-    written = []
-    for name, draw in figures.items():
-        path = folder / f"{name}.png"
-        save(draw(), path)
-        written.append(path)
-    for name in PICTURES:
-        if name not in figures:
-            (folder / f"{name}.png").unlink(missing_ok=True)
-    return written
+    return save_all(folder, figures, PICTURES)

@@ -14,12 +14,18 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def draw_sizes(ax: Axes, sizes: np.ndarray, colours: np.ndarray) -> float:
+def draw_sizes(ax: Axes, sizes: np.ndarray, colours: np.ndarray, total: str, unit: str) -> None:
     """Draws sizes [k], largest first, in colours [k, 3] if few, and a line at their mean.
 
-    Returns:
-        The mean.
+    Args:
+        ax: an empty panel.
+        sizes: members of each cluster.
+        colours: of the clusters.
+        total: what all members together are called: `n`, with which the line is named.
+        unit: what the members are, for the axis.
     """
+    from matplotlib.ticker import MaxNLocator
+
     k = len(sizes)
     order = np.argsort(-sizes, kind="stable")
     if k <= SHOWN_CLUSTERS:
@@ -32,18 +38,8 @@ def draw_sizes(ax: Axes, sizes: np.ndarray, colours: np.ndarray) -> float:
         ax.set_xlim(0, k)
     uniform = int(sizes.sum()) / k
     ax.axhline(uniform, color=INK, linewidth=1, linestyle=(0, (4, 3)))
-    return uniform
-
-
-def sizes_figure(clusters: ClusteredExamples, title: str) -> Figure:
-    """The sizes, largest first, beside the n / K of clusters of one size."""
-    from matplotlib.ticker import MaxNLocator
-
-    figure = new_figure(8, 3.6)
-    ax = figure.subplots()
-    uniform = draw_sizes(ax, clusters.sizes, clusters.colours)
     ax.annotate(
-        f"n / K = {uniform:,.0f}" if uniform >= 10 else f"n / K = {uniform:.1f}",
+        f"{total} / K = {uniform:,.0f}" if uniform >= 10 else f"{total} / K = {uniform:.1f}",
         (1, uniform),
         xycoords=ax.get_yaxis_transform(),
         xytext=(-4, 3),
@@ -53,10 +49,17 @@ def sizes_figure(clusters: ClusteredExamples, title: str) -> Figure:
         fontsize=8.5,
         color=INK,
     )
-    ax.set_ylabel("examples", fontsize=9, color=INK)
+    ax.set_ylabel(unit, fontsize=9, color=INK)
     ax.yaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     soften(ax, 8.5)
     ax.grid(axis="x", visible=False)
+
+
+def sizes_figure(clusters: ClusteredExamples, title: str) -> Figure:
+    """The sizes, largest first, beside the n / K of clusters of one size."""
+    figure = new_figure(8, 3.6)
+    draw_sizes(figure.subplots(), clusters.sizes, clusters.colours, "n", "examples")
     empty = int((clusters.sizes == 0).sum())
     head_figure(figure, title, f"Sizes of {counted(clusters.k, 'cluster')}, {empty:,} empty")
     return figure

@@ -1,7 +1,7 @@
 import numpy as np
 
 from jkmeans.report import examples
-from jkmeans.report.examples import nearest_figure
+from jkmeans.report.examples import NEAREST, nearest_figure
 from tests.reports import clusters_of, run, texts
 
 
@@ -49,3 +49,11 @@ def test_wide_vectors_show_the_features_that_differ():
     assert len(features) == 50
     assert set(different) <= set(features.tolist())
     assert any("50 of 300 features" in text for text in texts(nearest_figure(clusters, "")))
+
+
+def test_an_empty_cluster_of_vectors_has_a_panel_without_lines():
+    arguments = run(n=40, k=4, shape=(7,))
+    arguments["labels"] = arguments["labels"] % 3  # cluster 3 is empty
+    figure = nearest_figure(clusters_of(arguments), "")
+    assert [len(ax.lines) for ax in figure.axes[:4]] == [NEAREST + 1] * 3 + [0]
+    assert "cluster 3: empty" in texts(figure)

@@ -3,7 +3,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from jkmeans.report import maps
-from jkmeans.report.maps import MAP_EXAMPLES, map_embeddings, map_figure
+from jkmeans.report.maps import MAP_EXAMPLES, map_embeddings, map_figure, principal_plane
 from tests.reports import clusters_of, run, texts
 
 
@@ -18,6 +18,14 @@ def test_map_shows_a_sample_and_the_centroids_of_clusters_in_use():
     assert np.allclose(drawn.centroids, arguments["centroids"][:3])
     assert np.array_equal(drawn.rows, map_embeddings(clusters, seed=0).rows)
     assert not np.array_equal(drawn.rows, map_embeddings(clusters, seed=1).rows)
+
+
+def test_without_a_finite_centroid_the_map_shows_the_embeddings():
+    arguments = run(n=40, k=4)
+    arguments["centroids"][:] = np.nan
+    drawn = map_embeddings(clusters_of(arguments), seed=0)
+    assert drawn.points.shape == (40, 2)
+    assert drawn.centroids.shape == (0, 2)
 
 
 def test_map_separates_separate_clusters():
@@ -39,10 +47,13 @@ def test_principal_plane_equals_scikit_learn():
     from sklearn.decomposition import PCA
 
     x = np.random.default_rng(0).normal(size=(30, 5)) * [9, 5, 1, 1, 1]
-    ours, theirs = maps._principal_plane(x), PCA(2).fit_transform(x)
+    ours, theirs = principal_plane(x, x), PCA(2).fit_transform(x)
     # Each axis up to its sign; ours is scaled as a whole.
     ratio = ours / theirs
     assert np.allclose(np.abs(ratio), np.abs(ratio[0, 0]))
+    # Points that did not choose the plane lie where scikit-learn puts them.
+    others = x[:4] + 3
+    assert np.allclose(principal_plane(x, others), PCA(2).fit(x).transform(others) * ratio[0])
 
 
 def test_labels_in_one_place_are_moved_apart():
