@@ -226,6 +226,7 @@ _BEFORE: dict[str, Callable[[Config], Any]] = {
     "augmentation.pretraining": lambda config: True,
     "network.initializer": lambda config: "glorot_uniform",
     "network.precision": lambda config: "float32",
+    "objective.assignment": lambda config: "nearest",
     "objective.likelihood": lambda config: "bernoulli",
     "objective.pixel_variance": lambda config: 0.1,
     "objective.responsibilities": lambda config: "sample",

@@ -674,25 +674,34 @@ def test_the_baseline_reconstructs():
 # DCN.
 
 
-def test_dcn_equals_numpy():
+@pytest.mark.parametrize("assignment", ["nearest", "stored"])
+def test_dcn_equals_numpy(assignment):
     clusters = dcn.DCNClusters(jnp.asarray(CENTROIDS), jnp.ones(K))
-    _, terms = dcn.objective(Linear(), clusters, batch_of(), centroid_weight=0.6)
+    options = {"centroid_weight": 0.6, "assignment": assignment}
+    _, terms = dcn.objective(Linear(), clusters, batch_of(), **options)
     squared = squared_distances(*float64(VIEW @ W, CENTROIDS))
-    np.testing.assert_allclose(terms["centroid"], 0.3 * squared.min(1), rtol=1e-4)
+    nearest = squared.argmin(1)
+    assert np.any(nearest != LABELS)
+    own = squared[np.arange(len(squared)), nearest if assignment == "nearest" else LABELS]
+    np.testing.assert_allclose(terms["centroid"], 0.3 * own, rtol=1e-4)
     np.testing.assert_allclose(terms["reconstruction"], reconstruction(VIEW), rtol=1e-5)
-    _, terms = dcn.objective(Linear(), clusters, batch_of(clustering=False), centroid_weight=0.6)
+    _, terms = dcn.objective(Linear(), clusters, batch_of(clustering=False), **options)
     assert set(terms) == {"reconstruction"}
 
 
-@pytest.mark.parametrize("initial_count", [0.0, 1.0, 100.0])
-def test_centroids_of_dcn_follow_one_example_after_the_other(initial_count):
-    method = make_method(config_of("dcn", objective__initial_count=initial_count), None)
+@pytest.mark.parametrize(
+    ("assignment", "initial_count"),
+    [("nearest", 0.0), ("nearest", 1.0), ("nearest", 100.0), ("stored", 1.0)],
+)
+def test_centroids_of_dcn_follow_one_example_after_the_other(assignment, initial_count):
+    fields = {"objective__initial_count": initial_count, "objective__assignment": assignment}
+    method = make_method(config_of("dcn", **fields), None)
     far = np.concatenate([CENTROIDS, np.full((1, P), 40, np.float32)])  # The last has no example.
     counts = np.full(K + 1, initial_count)
     counts[1] += 5
     clusters = dcn.DCNClusters(jnp.asarray(far), jnp.asarray(counts, jnp.float32))
     after = method.after_step(clusters, jnp.asarray(STORED), batch_of())
-    labels = squared_distances(STORED, far).argmin(1)
+    labels = squared_distances(STORED, far).argmin(1) if assignment == "nearest" else LABELS
     c, n = np.float64(far), np.float64(counts)
     for z, label in zip(STORED[REAL], labels[REAL], strict=True):
         n[label] += 1

@@ -4,7 +4,10 @@ The objective is the mean over the examples of a batch of
 
     ‖xᵢ − x̂ᵢ‖² / d  +  (λ / 2) · ‖zᵢ − c_s(i)‖²
 
-where s(i) is the nearest centroid. Centroids are constants of the step and follow it: each example,
+where s(i) is the nearest centroid (``assignment = "nearest"``), or the cluster of example i at the
+last re-computation ("stored"): with augmentation, every view of an example is then pulled to the
+cluster of the example, as in Guo et al. 2018, "Deep embedded clustering with data augmentation",
+where clusters are found without views. Centroids are constants of the step and follow it: each example,
 in turn, moves its centroid by c ← c − (c − z) / n, where n counts the examples the centroid has
 had, beginning with ``initial_count`` at the first centroids (k-means on the pretrained embeddings).
 A batch of them is applied at once, with the embeddings and centroids of the step: c ← (n c + Σ z) /
@@ -21,7 +24,7 @@ import jax
 import jax.numpy as jnp
 
 from jkmeans import kmeans
-from jkmeans.fields import number
+from jkmeans.fields import choice, number
 from jkmeans.kmeans.collectives import AxisName
 from jkmeans.methods.base import (
     Batch,
@@ -49,13 +52,18 @@ class DCNClusters(NamedTuple):
     counts: jax.Array
 
 
-def objective(network, clusters: DCNClusters, batch: Batch, *, centroid_weight: float):
+def objective(
+    network, clusters: DCNClusters, batch: Batch, *, centroid_weight: float, assignment: str
+):
     """The terms of the module's formula; the reconstruction alone while pretraining."""
 
     def terms_of(z):
         terms = {"reconstruction": reconstruction_error(network, z, batch.x)}
         if batch.clustering:
-            distances = kmeans.assign(z, clusters.centroids).distances
+            if assignment == "nearest":
+                distances = kmeans.assign(z, clusters.centroids).distances
+            else:
+                distances = kmeans.squared_distances(z, clusters.centroids, batch.labels)
             terms["centroid"] = 0.5 * centroid_weight * distances
         return terms
 
@@ -67,8 +75,8 @@ def dcn(config, axis_name: AxisName) -> Method:
     """DCN as a `Method`.
 
     Args:
-      config: a whole, validated config; ``objective.centroid_weight`` is λ, and ``centroids`` is of
-        the k-means at the start.
+      config: a whole, validated config; ``objective.centroid_weight`` is λ,
+        ``objective.assignment`` is of s, and ``centroids`` is of the k-means at the start.
       axis_name: mesh axis of the examples.
     """
     first = first_kmeans(config, axis_name)
@@ -81,7 +89,11 @@ def dcn(config, axis_name: AxisName) -> Method:
 
     def after_step(clusters: DCNClusters, embeddings, batch: Batch) -> DCNClusters:
         k = clusters.centroids.shape[0]
-        labels = kmeans.nearest(embeddings, clusters.centroids)
+        labels = (
+            kmeans.nearest(embeddings, clusters.centroids)
+            if options.assignment == "nearest"
+            else batch.labels
+        )
         of_batch = kmeans.cluster_statistics(
             embeddings, labels, k, weights=batch.weights, axis_name=axis_name
         )
@@ -101,7 +113,9 @@ def dcn(config, axis_name: AxisName) -> Method:
 
     return Method(
         initialize,
-        functools.partial(objective, centroid_weight=options.centroid_weight),
+        functools.partial(
+            objective, centroid_weight=options.centroid_weight, assignment=options.assignment
+        ),
         update,
         blank,
         after_step=after_step,
@@ -112,9 +126,14 @@ SPEC = MethodSpec(
     dcn,
     {
         "centroid_weight": number("λ"),
+        "assignment": choice(("nearest", "stored"), "of an example in a step"),
         "initial_count": number("examples that a first centroid stands for"),
     },
     check_pretraining,
     "Yang et al. 2017, Towards k-means-friendly spaces",
-    {"objective.centroid_weight": 0.05, "objective.initial_count": 100.0},
+    {
+        "objective.centroid_weight": 0.05,
+        "objective.assignment": "nearest",
+        "objective.initial_count": 100.0,
+    },
 )
