@@ -497,6 +497,24 @@ def test_only_joint_training_remembers_the_moments_of_pretraining(name):
         assert not any(np.any(leaf) for leaf in jax.tree.leaves(after.optimizer))
 
 
+@pytest.mark.parametrize(
+    ("pretraining", "clustering", "fresh"),
+    [
+        ("adam", "adam", False),
+        ("adamw", "adamw", False),
+        ("sgd", "sgd", True),
+        ("sgd", "adam", True),
+    ],
+)
+def test_joint_training_goes_on_with_the_moments_of_the_same_optimizer(
+    pretraining, clustering, fresh
+):
+    config = config_of(
+        "joint", training__optimizer=pretraining, training__clustering_optimizer=clustering
+    )
+    assert make_method(config, None).fresh_optimizer is fresh
+
+
 def test_a_restart_forgets_moments_of_clusters_alone():
     run, state, _ = trained("dec", 1)
     before = jax.tree.map(np.asarray, state)

@@ -7,11 +7,11 @@ The objective is the mean over the examples of a batch of
 where s(i) is the nearest centroid (``assignment = "nearest"``), or the cluster of example i at the
 last re-computation ("stored"): with augmentation, every view of an example is then pulled to the
 cluster of the example, as in Guo et al. 2018, "Deep embedded clustering with data augmentation",
-where clusters are found without views. Centroids are constants of the step and follow it: each example,
-in turn, moves its centroid by c ← c − (c − z) / n, where n counts the examples the centroid has
-had, beginning with ``initial_count`` at the first centroids (k-means on the pretrained embeddings).
-A batch of them is applied at once, with the embeddings and centroids of the step: c ← (n c + Σ z) /
-(n + m) for m examples, which is what their turns would give.
+where clusters are found without views. Centroids are constants of the step and follow it: each
+example, in turn, moves its centroid by c ← c − (c − z) / n, where n counts the examples the
+centroid has had, beginning with ``initial_count`` at the first centroids (k-means on the pretrained
+embeddings). A batch of them is applied at once, with the embeddings and centroids of the step:
+c ← (n c + Σ z) / (n + m) for m examples, which is what their turns would give.
 
 Source: Yang, Fu, Sidiropoulos and Hong 2017, "Towards k-means-friendly spaces", eqs. 5 and 8, and
 algorithm 1. Deviations: the reconstruction error is a mean over pixels, as in ClustPy.
