@@ -75,6 +75,7 @@ def get_config() -> Config:
     config.training.learning_rate = 1e-3
     config.training.clustering_learning_rate = 1e-3
     config.training.schedule = "constant"
+    config.training.clustering_schedule = "constant"
     config.training.weight_decay = 0.0
     config.training.collapse_ratio = 1e-4
 

@@ -21,7 +21,7 @@ def get_config() -> Config:
     # Every image is reconstructed from a view of it, so that the embedding forgets the pose.
     views = affine_views(by_adam)
     views.training.n_pretrain_epochs = 60
-    views.training.schedule = "cosine"
+    views.training.schedule = views.training.clustering_schedule = "cosine"
     # Or clustering alone sees views, after the pretraining of the rows without them.
     clustering_views = affine_views(plain)
     clustering_views.augmentation.pretraining = False
@@ -90,7 +90,7 @@ def by_gradient_descent(plain: Config) -> Config:
     plain.network.initializer = "fan_in_uniform"
     plain.training.optimizer = plain.training.clustering_optimizer = "sgd"
     plain.training.learning_rate = 3.0
-    plain.training.schedule = "cosine"
+    plain.training.schedule = plain.training.clustering_schedule = "cosine"
     plain.training.n_pretrain_epochs = 80
     plain.training.clustering_learning_rate = 0.01
     return plain

@@ -25,6 +25,7 @@ Config = Any
 
 
 _OPTIMIZERS = ("adam", "adamw", "sgd")
+_SCHEDULES = ("constant", "cosine")
 
 FIELDS: dict[str, Field] = {
     "seed": integer(0, "the root of all random keys"),
@@ -71,7 +72,8 @@ FIELDS: dict[str, Field] = {
     "training.clustering_optimizer": choice(_OPTIMIZERS, "of clustering"),
     "training.learning_rate": number("of pretraining", positive=True),
     "training.clustering_learning_rate": number("of clustering", positive=True),
-    "training.schedule": choice(("constant", "cosine"), "of the rate, in each phase"),
+    "training.schedule": choice(_SCHEDULES, "of the rate of pretraining; cosine falls to 0"),
+    "training.clustering_schedule": choice(_SCHEDULES, "of the rate of clustering"),
     "training.weight_decay": number("of adamw"),
     "training.collapse_ratio": number(
         "a run stops where the variance falls to this part of the first, or rises to its inverse"
@@ -231,8 +233,9 @@ _BEFORE: dict[str, Callable[[Config], Any]] = {
     "objective.pixel_variance": lambda config: 0.1,
     "objective.responsibilities": lambda config: "sample",
     "objective.mixture_rate_factor": lambda config: 1.0,
-    # There was one optimizer, and one precision, for both phases.
+    # There was one optimizer, one schedule and one precision for both phases.
     "training.clustering_optimizer": lambda config: config.training.optimizer,
+    "training.clustering_schedule": lambda config: config.training.schedule,
     "training.pretrain_precision": lambda config: config.network.precision,
 }
 """What runs did before they had these fields, all younger than 2026-11-24."""

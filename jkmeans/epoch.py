@@ -189,7 +189,8 @@ def learning_rate(options, clustering: bool, epoch, step, n_steps: int) -> jax.A
       n_steps: steps of an epoch.
     """
     base = options.clustering_learning_rate if clustering else options.learning_rate
-    if options.schedule == "constant":
+    schedule = options.clustering_schedule if clustering else options.schedule
+    if schedule == "constant":
         return jnp.float32(base)
     n_epochs = options.n_epochs if clustering else options.n_pretrain_epochs
     done = (epoch + step / n_steps) / max(n_epochs, 1)

@@ -277,10 +277,12 @@ def test_json_that_is_no_config(values):
 
 
 def test_values_that_are_older_than_a_field():
-    old = to_json(with_method(tiny.config(training__optimizer="sgd"), "vade"))
+    young = tiny.config(training__optimizer="sgd", training__schedule="cosine")
+    old = to_json(with_method(young, "vade"))
     for group, field in (
         ("network", "initializer"), ("network", "precision"), ("training", "clustering_optimizer"),
-        ("training", "pretrain_precision"), ("objective", "likelihood"),
+        ("training", "clustering_schedule"), ("training", "pretrain_precision"),
+        ("objective", "likelihood"),
         ("objective", "pixel_variance"), ("augmentation", "pretraining"),
         ("objective", "responsibilities"), ("objective", "mixture_rate_factor"),
     ):  # fmt: skip
@@ -288,6 +290,7 @@ def test_values_that_are_older_than_a_field():
     found = from_json(old)
     assert (found.network.initializer, found.network.precision) == ("glorot_uniform", "float32")
     assert found.training.clustering_optimizer == "sgd"
+    assert found.training.clustering_schedule == "cosine"
     assert found.augmentation.pretraining
     assert found.objective.responsibilities == "sample"
     assert found.objective.mixture_rate_factor == 1.0
@@ -295,6 +298,9 @@ def test_values_that_are_older_than_a_field():
     both = to_json(tiny.config(network__precision="bfloat16"))
     del both["training"]["pretrain_precision"]
     assert from_json(both).training.pretrain_precision == "bfloat16"
+    dcn = to_json(with_method(tiny.config(), "dcn"))
+    del dcn["objective"]["assignment"]
+    assert from_json(dcn).objective.assignment == "nearest"
     joint = from_json(to_json(tiny.config()))
     assert "likelihood" not in joint.objective
     del old["network"]["widths"]
@@ -394,6 +400,7 @@ def test_all_other_differences_count(name):
         "training.optimizer": "sgd",
         "training.clustering_optimizer": "sgd",
         "training.schedule": "cosine",
+        "training.clustering_schedule": "cosine",
         "training.collapse_ratio": 0.5,
         "reset.kept": 0.5,
     }

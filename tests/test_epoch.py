@@ -365,7 +365,14 @@ def test_one_epoch_is_one_program_without_host_calls():
 
 @pytest.mark.parametrize("schedule", ["constant", "cosine"])
 def test_learning_rate(schedule):
-    options = tiny.config(training__schedule=schedule, training__n_epochs=10).training
-    rates = [float(learning_rate(options, True, epoch, 0, 4)) for epoch in (0, 5, 10)]
-    expected = [1e-3, 1e-3, 1e-3] if schedule == "constant" else [1e-3, 5e-4, 0.0]
-    assert rates == pytest.approx(expected, abs=1e-9)
+    other = {"constant": "cosine", "cosine": "constant"}[schedule]
+    options = tiny.config(
+        training__schedule=schedule,
+        training__clustering_schedule=other,
+        training__n_pretrain_epochs=10,
+        training__n_epochs=10,
+    ).training
+    for clustering, chosen in ((False, schedule), (True, other)):
+        rates = [float(learning_rate(options, clustering, epoch, 0, 4)) for epoch in (0, 5, 10)]
+        expected = [1e-3, 1e-3, 1e-3] if chosen == "constant" else [1e-3, 5e-4, 0.0]
+        assert rates == pytest.approx(expected, abs=1e-9)

@@ -84,6 +84,7 @@ def test_other_data_has_another_network(tmp_path):
 SAME = {
     "clusters": {"n_clusters": 4},
     "optimizer of clustering": {"training__clustering_optimizer": "sgd"},
+    "schedule of clustering": {"training__clustering_schedule": "cosine"},
     "precision of clustering": {"network__precision": "bfloat16"},
     "rate of clustering": {"training__clustering_learning_rate": 0.1},
     "epochs of clustering": {"training__n_epochs": 5},

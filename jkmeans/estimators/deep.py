@@ -82,7 +82,8 @@ BASE: dict[str, Any] = {
     "training.clustering_optimizer": "adam",
     "training.learning_rate": 1e-3,  # Of pretraining.
     "training.clustering_learning_rate": 1e-3,  # Of clustering.
-    "training.schedule": "constant",  # Of the rate, in each phase.
+    "training.schedule": "constant",  # Of the rate of pretraining.
+    "training.clustering_schedule": "constant",
     "training.weight_decay": 0.0,  # Of adamw.
     "training.collapse_ratio": 1e-4,  # Of the first variance; a run stops below it.
     "reset.every": 0,  # Epochs from one soft reset to the next; 0 for none.
