@@ -24,7 +24,7 @@ from jkmeans.augmentation import VIEWS, affine_views
 from jkmeans.errors import UserError
 from jkmeans.kmeans.collectives import all_sum, axis_index
 from jkmeans.methods import Assigned, Batch, Method, example_keys
-from jkmeans.networks import Blueprint, Parameters, fresh_hidden_layers, merge, network_input
+from jkmeans.networks import Blueprint, Parameters, merge, network_input
 from jkmeans.sharding import (
     BY_STEP,
     DATA_AXIS,
@@ -215,7 +215,16 @@ def make_programs(
       mesh: of the data axis.
       example_shape: shape of one example.
       scale: examples are multiplied by it after their conversion to float32.
+
+    Raises:
+      UserError: soft resets of a network that does not say what its hidden layers are.
     """
+    if config.reset.every and not blueprint.hidden_layers:
+        raise UserError(
+            f"config.reset.every is {config.reset.every}, but the network {config.network.name!r} "
+            "has no hidden_layers for soft resets to mix; accepted: 0, or a network that has (see "
+            "jkmeans/networks.py)"
+        )
     options = config.training
     graphdef = blueprint.graphdef
     optimizers = _Optimizers(options)
@@ -412,7 +421,7 @@ def make_programs(
     def reset(state: TrainState):
         # Of the hidden layers only: θ ← α θ + (1 − α) φ.
         key = _epoch_key(state, 6)
-        fresh = fresh_hidden_layers(config.network, example_shape, key)
+        fresh = blueprint.fresh_hidden_layers(key)
         kept = config.reset.kept
         mixed = {k: kept * state.parameters[k] + (1.0 - kept) * v for k, v in fresh.items()}
         return state._replace(parameters=state.parameters | mixed)

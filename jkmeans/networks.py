@@ -319,7 +319,9 @@ class Blueprint(NamedTuple):
       pretraining: the same with the precision that its products have while it is pretrained.
       parameters: shapes and dtypes, by path.
       draw: of a key of PRNG (``jax.random.key``), the initial parameters by path; traceable.
-      decoder_layers: starts of the names of the parameters that only ``decode`` uses.
+      hidden_layers: starts of the names of the parameters that soft resets mix; none where the
+        network does not say.
+      decoder_layers: the same for those that only ``decode`` uses.
       unpretrained_layers: the same for those that pretraining does not reach.
     """
 
@@ -327,8 +329,13 @@ class Blueprint(NamedTuple):
     pretraining: nnx.GraphDef
     parameters: dict[str, jax.ShapeDtypeStruct]
     draw: Callable[[jax.Array], "Parameters"]
+    hidden_layers: tuple[str, ...]
     decoder_layers: tuple[str, ...]
     unpretrained_layers: tuple[str, ...]
+
+    def fresh_hidden_layers(self, key: jax.Array) -> "Parameters":
+        """Newly drawn parameters of the hidden layers, by path."""
+        return {k: v for k, v in self.draw(key).items() if k.startswith(self.hidden_layers)}
 
 
 def blueprint(options, example_shape: Sequence[int], pretrain_precision: str) -> Blueprint:
@@ -363,26 +370,10 @@ def blueprint(options, example_shape: Sequence[int], pretrain_precision: str) ->
         pretraining,
         shapes,
         draw,
+        hidden_layers=tuple(getattr(network, "hidden_layers", ())),
         decoder_layers=tuple(getattr(network, "decoder_layers", ())),
         unpretrained_layers=tuple(getattr(network, "unpretrained_layers", ())),
     )
-
-
-def fresh_hidden_layers(options, example_shape: Sequence[int], key: jax.Array) -> "Parameters":
-    """Newly drawn parameters of the hidden layers of ``config.network``, by path.
-
-    Raises:
-      UserError: the network does not say which these are.
-    """
-    factory = resolve(options.name, NETWORKS, "network.name")
-    network = factory(tuple(example_shape), options, nnx.Rngs(params=key))
-    starts = getattr(network, "hidden_layers", None)
-    if not starts:
-        raise UserError(
-            f"network.name is {options.name!r}, which has no hidden_layers for soft resets to mix; "
-            "accepted: reset.every = 0, or a network that has (see jkmeans/networks.py)"
-        )
-    return {k: v for k, v in split(network)[1].items() if k.startswith(tuple(starts))}
 
 
 def _described(value) -> str:

@@ -14,6 +14,7 @@ import sklearn.mixture
 from jkmeans import datasets, training
 from jkmeans.checkpoints import Checkpoints
 from jkmeans.configuration import validate
+from jkmeans.errors import UserError
 from jkmeans.kmeans import assign
 from jkmeans.methods import (
     METHODS,
@@ -536,6 +537,14 @@ def test_a_restart_forgets_moments_of_clusters_alone():
     assert distances.sum() == pytest.approx(inertia, rel=0.02)
     np.testing.assert_array_equal(after.clusters.target_centroids, after.clusters.centroids)
     assert float(jnp.sum(after.clusters.frequencies)) == pytest.approx(len(bank), rel=1e-4)
+
+
+def test_a_network_without_hidden_layers_is_refused_before_anything_is_trained():
+    fields = {"n_devices": 1, "network__name": "tests.user_code:good"}
+    vectors = tiny.dataset()
+    with pytest.raises(UserError, match=r"reset\.every is 9, but .* has no hidden_layers"):
+        run_of("dec", vectors, **fields, reset__every=9)
+    assert run_of("dec", vectors, **fields).blueprint.hidden_layers == ()
 
 
 def test_resets_come_every_so_many_epochs_of_clustering(monkeypatch):

@@ -15,7 +15,7 @@ from jkmeans.naming import resolve
 from jkmeans.networks import (
     NETWORKS,
     PRETRAINED_AS,
-    fresh_hidden_layers,
+    blueprint,
     make_network,
     merge,
     split,
@@ -297,7 +297,8 @@ def test_split_and_merge_of_more_than_ten_layers():
 def test_hidden_layers_are_those_before_the_embedding(name, shape):
     network = network_of(name, shape)
     parameters = numpy_parameters(network)
-    fresh = fresh_hidden_layers(options(name), shape, jax.random.key(9))
+    key = jax.random.key(9)
+    fresh = blueprint(options(name), shape, "float32").fresh_hidden_layers(key)
     heads = {"encoder/2", "to_embedding", "log_variance"}
     of_encoder = {p for p in parameters if not p.startswith(network.decoder_layers)}
     assert set(fresh) == {p for p in of_encoder if p.rsplit("/", 1)[0] not in heads}
@@ -306,9 +307,8 @@ def test_hidden_layers_are_those_before_the_embedding(name, shape):
         assert value.shape == parameters[path].shape
         if path.endswith("kernel"):
             assert not np.any(value == parameters[path])
-    assert set(fresh_hidden_layers(options(name, decoder=False), shape, jax.random.key(9))) == {
-        *fresh
-    }
+    half = blueprint(options(name, decoder=False), shape, "float32")
+    assert set(half.fresh_hidden_layers(key)) == set(fresh)
 
 
 @pytest.mark.parametrize(("name", "shape"), [*CASES[:1], ("variational", (12,)), CASES[-1]])
@@ -333,9 +333,10 @@ def test_a_network_that_is_pretrained_as_another_has_its_unpretrained_layers_mor
         np.testing.assert_array_equal(ours[path], value)
 
 
-def test_a_network_without_hidden_layers_is_not_reset():
-    with pytest.raises(UserError, match=r"which has no hidden_layers .* accepted: reset.every = 0"):
-        fresh_hidden_layers(options("tests.user_code:good"), (12,), jax.random.key(0))
+def test_a_network_can_be_without_hidden_layers():
+    users = blueprint(options("tests.user_code:good"), (12,), "float32")
+    assert users.hidden_layers == ()
+    assert users.fresh_hidden_layers(jax.random.key(0)) == {}
 
 
 # The user's own.
