@@ -44,8 +44,16 @@ def get_config() -> Config:
     config.runs["vade"] = with_method(plain, "vade", **gaussian)
     config.runs["autoencoder, views"] = with_method(views, "autoencoder")
     config.runs["n2d, views"] = with_method(views, "n2d", objective__starts=10)
-    of_views = after_gradient_descent(clustering_views)
-    config.runs.update({f"{name}, views": of_views[name] for name in ("dec", "idec", "dcn")})
+    on_views = {
+        "dec": with_method(clustering_views, "dec"),
+        "idec": with_method(clustering_views, "idec"),
+        # A view goes to the cluster of its image: the nearest to the view can be another.
+        "dcn": with_method(
+            clustering_views, "dcn", objective__assignment="stored", objective__centroid_weight=0.5
+        ),
+    }
+    config.runs.update({f"{name}, views": run for name, run in on_views.items()})
+    config.runs.update({f"{name}, BRB": soft_resets(run) for name, run in on_views.items()})
     # Of another kind: clusters that hold on to what k-means gave them (see the results).
     config.runs["vade, views"] = with_method(
         clustering_views,
@@ -103,6 +111,15 @@ def affine_views(config: Config) -> Config:
     config.augmentation.rotation = 10.0  # Degrees.
     config.augmentation.zoom = 0.1
     return config
+
+
+def soft_resets(run: Config) -> Config:
+    """A copy that mixes the hidden layers with fresh ones after 10 and 20 epochs (BRB)."""
+    run = run.copy_and_resolve_references()
+    run.reset.every = 10
+    run.training.n_epochs = 30
+    run.training.clustering_schedule = "constant"  # Else there is no rate left to learn anew.
+    return run
 
 
 def after_gradient_descent(plain: Config) -> dict[str, Config]:
