@@ -44,13 +44,12 @@ def get_config() -> Config:
     config.runs["vade"] = with_method(plain, "vade", **gaussian)
     config.runs["autoencoder, views"] = with_method(views, "autoencoder")
     config.runs["n2d, views"] = with_method(views, "n2d", objective__starts=10)
+    # A view goes to the cluster of its image: the nearest to the view can be another.
+    of_image = {"objective__assignment": "stored"}
     on_views = {
         "dec": with_method(clustering_views, "dec"),
         "idec": with_method(clustering_views, "idec"),
-        # A view goes to the cluster of its image: the nearest to the view can be another.
-        "dcn": with_method(
-            clustering_views, "dcn", objective__assignment="stored", objective__centroid_weight=0.5
-        ),
+        "dcn": with_method(clustering_views, "dcn", **of_image, objective__centroid_weight=0.5),
     }
     config.runs.update({f"{name}, views": run for name, run in on_views.items()})
     config.runs.update({f"{name}, BRB": soft_resets(run) for name, run in on_views.items()})
@@ -67,7 +66,14 @@ def get_config() -> Config:
         training__clustering_learning_rate=1e-3,
         training__n_epochs=20,
     )
-    config.runs["joint, views"] = for_a_table(joint)
+    config.runs["joint, views"] = with_method(
+        clustering_views,
+        "joint",
+        **of_image,
+        objective__centroid_weight=2.5,
+        objective__warmup_epochs=5.0,
+    )
+    config.runs["joint, unit norm"] = for_a_table(joint)
     return config
 
 

@@ -442,7 +442,7 @@ def test_names_that_share_a_folder_are_refused(names, data, tmp_path):
 
 def test_rows_have_the_order_of_the_author():
     assert list(table_digits.get_config().runs)[:3] == ["autoencoder", "joint", "dec"]
-    assert list(table_mnist.get_config().runs)[-1] == "joint, views"
+    assert list(table_mnist.get_config().runs)[-1] == "joint, unit norm"
 
 
 # What is refused
