@@ -143,7 +143,7 @@ class Checkpoints:
         def listed() -> list[int]:
             if not self.folder.is_dir():
                 return []
-            return sorted(int(p.name) for p in self.folder.iterdir() if p.name.isdigit())
+            return sorted(int(p.name) for p in self.folder.iterdir() if p.name.isdecimal())
 
         return processes.on_first(listed)
 

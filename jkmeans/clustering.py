@@ -459,6 +459,11 @@ class _Job:
         key = jax.random.fold_in(self.root_key, 1)
         sample = self._sample(key, settings.sample_size)[1]
         ks = [k for k in sorted(set(settings.n_clusters)) if k < len(sample)]
+        if len(sample) < 3:
+            raise UserError(
+                f"config.n_clusters is 'auto', but the sample has {len(sample):,} rows; accepted: "
+                "a number of clusters, or at least 3 rows"
+            )
         if not ks:
             raise UserError(
                 f"config.sweep.n_clusters is {tuple(settings.n_clusters)}, but the sample has "
@@ -575,7 +580,7 @@ class _Job:
     def _stream_line(self, now: StreamProgress) -> str:
         line = str(now)
         iteration = now.stage.rpartition("iteration ")[2]
-        if iteration.isdigit() and now.rows_per_second:
+        if iteration.isdecimal() and now.rows_per_second:
             left = (self.config.max_iter - int(iteration)) * now.n_rows / now.rows_per_second
             line += f" of this pass; at most {format_duration(left)} after it"
         return line
@@ -902,7 +907,10 @@ def _read_sweep(path: Path, fingerprint: str) -> dict[int, tuple]:
         record = json.loads(path.read_text())
         if record["fingerprint"] != fingerprint:
             raise _other_data(path.parent)
-        columns = (record[name] for name in ("inertia", "silhouette", "stability"))
+        columns = (
+            [math.nan if value is None else value for value in record[name]]
+            for name in ("inertia", "silhouette", "stability")
+        )
         return dict(zip(record["n_clusters"], zip(*columns, strict=True), strict=True))
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is damaged ({error}); delete it to sweep anew") from error

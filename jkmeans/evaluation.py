@@ -134,7 +134,7 @@ def _candidates(checkpoints: Checkpoints, wanted: str) -> list[int]:
                 "measured; accepted: 'latest'"
             )
         return [best]
-    if not wanted.isdigit() or int(wanted) not in positions:
+    if not wanted.isdecimal() or int(wanted) not in positions:
         raise UserError(
             f"--checkpoint is {wanted!r}; accepted: 'latest', 'best' or one of "
             f"{', '.join(map(str, positions))}"

@@ -4,6 +4,7 @@ Labels are [n] integers of any values, of clusters and of classes alike; only wh
 one counts. Everything runs on the host.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -142,6 +143,16 @@ def matched_confusion(truth: Any, labels: Any) -> tuple[np.ndarray, np.ndarray, 
     return counts[np.ix_(rows, columns)], classes[rows], clusters[columns]
 
 
+_SUMMARY: dict[str, Callable[[Any, Any], float]] = {
+    "acc": clustering_accuracy,
+    "nmi": normalized_mutual_information,
+    "ari": adjusted_rand_index,
+    "purity": purity,
+}
+SUMMARY = tuple(_SUMMARY)
+"""The names in what `summarize` returns."""
+
+
 def summarize(truth: Any, labels: Any) -> dict[str, float]:
     """Return every metric of this module by its short name.
 
@@ -155,12 +166,7 @@ def summarize(truth: Any, labels: Any) -> dict[str, float]:
     Raises:
       UserError: the two are empty, not [n] of one n, or not integers.
     """
-    return {
-        "acc": clustering_accuracy(truth, labels),
-        "nmi": normalized_mutual_information(truth, labels),
-        "ari": adjusted_rand_index(truth, labels),
-        "purity": purity(truth, labels),
-    }
+    return {name: measure(truth, labels) for name, measure in _SUMMARY.items()}
 
 
 def _check_pair(truth: Any, labels: Any) -> tuple[np.ndarray, np.ndarray]:

@@ -418,4 +418,4 @@ def merge(graphdef: nnx.GraphDef, parameters: Parameters) -> Any:
 
 
 def _path(name: str) -> tuple[str | int, ...]:
-    return tuple(int(part) if part.isdigit() else part for part in name.split("/"))
+    return tuple(int(part) if part.isdecimal() else part for part in name.split("/"))

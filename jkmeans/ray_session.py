@@ -137,7 +137,7 @@ def find_cluster(address: str, option: str) -> None:
 def _knock(address: str, option: str) -> None:
     """Asks whether anything listens at host:port."""
     host, separator, port = address.rpartition(":")
-    if not separator or not host or "/" in address or not port.isdigit():
+    if not separator or not host or "/" in address or not port.isdecimal():
         raise UserError(f"{option} is {address!r}; accepted: 'local', 'auto' or host:port")
     try:
         socket.create_connection((host, int(port)), timeout=_KNOCK_SECONDS).close()

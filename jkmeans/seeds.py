@@ -199,6 +199,11 @@ class _SideBySide:
             finished = [record["results"] for record in records if record and record["results"]]
             if len(finished) == len(self.runs):
                 print(f"{self.workdir} holds finished runs of this config; nothing to train")
+                with silence():
+                    finished = [
+                        run.report_again(state, results)
+                        for run, state, results in zip(self.runs, states, finished, strict=True)
+                    ]
                 return summarize(finished, self.workdir)
             return self._train(stack, checkpoints, states, records)
 

@@ -26,7 +26,7 @@ from jkmeans.epoch import CLUSTER_SIZES, Rows, TrainState, make_programs
 from jkmeans.errors import CollapseError, UserError
 from jkmeans.feeding import HostFeeder
 from jkmeans.interruption import Interruption
-from jkmeans.methods import make_method
+from jkmeans.methods import make_method, method_spec
 from jkmeans.networks import blueprint
 from jkmeans.recorder import NoRecorder, Recorder, read_metrics, results_table
 from jkmeans.sharding import (
@@ -50,6 +50,7 @@ CHECKPOINT_FOLDER = "checkpoints"
 REPORT_FOLDER = "report"
 PAGE_FILE = "report.html"
 
+_AFTER_SCORES = "train_seconds"  # Where results go on that are not of the labels of the data.
 _MODEL = ("parameters", "clusters")
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
@@ -102,6 +103,7 @@ def train(config: Config, dataset: datasets.Dataset, workdir: str | os.PathLike)
     config = configuration.validate(config)
     workdir = Path(workdir).absolute()
     configuration.check_data(config, dataset.n_examples, dataset.example_shape)
+    method_spec(config.objective.name).check_data(config, dataset)
     if config.n_seeds > 1:
         from jkmeans.seeds import train_side_by_side
 
@@ -237,7 +239,7 @@ class Run:
         epoch = int(state.epoch)
         if record and record["results"]:
             processes.tell(f"{self.workdir} holds a finished run of this config; nothing to train")
-            return self.report(state, record["results"])
+            return self.report_again(state, record["results"])
         with Interruption() as interruption, self.make_recorder(epoch, record) as recorder:
             self.recorder, self.interruption = recorder, interruption
             self.announce(epoch, record is not None)
@@ -435,7 +437,7 @@ class Run:
             "empty_clusters": int(found["empty_clusters"]),
         }
         results |= self.scores(state)
-        results["train_seconds"] = round(seconds + time.perf_counter() - started, 1)
+        results[_AFTER_SCORES] = round(seconds + time.perf_counter() - started, 1)
         # Linux counts in KiB, macOS in bytes.
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         results["peak_host_mebibytes"] = peak // (2**20 if sys.platform == "darwin" else 2**10)
@@ -487,6 +489,17 @@ class Run:
         results_table(results, f"Results in {self.workdir}")
         return results
 
+    def report_again(self, state: TrainState, results: dict[str, Any]) -> dict[str, Any]:
+        """Reports a finished run, with scores by the labels that the data has now."""
+        scores = self.scores(state)
+        again = {}
+        for name, value in results.items():
+            if name == _AFTER_SCORES:
+                again |= scores
+            if name not in metrics.SUMMARY:
+                again[name] = value
+        return self.report(state, again)
+
     def _draw(self, state: TrainState, results: dict[str, Any]) -> None:
         from jkmeans.report import write_page, write_report
         from jkmeans.report.clusters import ClusteredExamples
@@ -519,6 +532,15 @@ class Run:
         config = configuration.to_json(self.config)
         write_page(self.workdir / PAGE_FILE, results=results, config=config, **shared)
 
+    def _remedies(self, epoch: int) -> str:
+        """What to try where the phase of an epoch went wrong."""
+        if epoch <= self.config.training.n_pretrain_epochs:
+            return "a smaller training.learning_rate"
+        weight = (
+            " or objective.centroid_weight" if "centroid_weight" in self.config.objective else ""
+        )
+        return f"a smaller training.clustering_learning_rate{weight}"
+
     def check_collapse(self, values: dict[str, float], reference: float, epoch: int) -> None:
         """Raises CollapseError where there is nothing left to cluster.
 
@@ -530,16 +552,19 @@ class Run:
         kept = f"what was saved before is in {self.workdir / CHECKPOINT_FOLDER}"
         if not np.isfinite(values["loss"]) or not np.isfinite(values["embedding_variance"]):
             raise CollapseError(
-                f"the loss is {values['loss']} in epoch {epoch}: training diverged; try a smaller "
-                f"training.learning_rate or objective.centroid_weight; {kept}"
+                f"the loss is {values['loss']} in epoch {epoch}: training diverged; try "
+                f"{self._remedies(epoch)}; {kept}"
             )
         least = self.config.training.collapse_ratio * reference
         most = reference / max(self.config.training.collapse_ratio, 1e-30)
         if values["embedding_variance"] > most:
+            # The embeddings of VaDE are Gaussian.
+            bounded = self.config.network.normalize or self.config.objective.name == "vade"
+            unit_norm = "" if bounded else "network.normalize = True or "
             raise CollapseError(
                 f"the embeddings ran away in epoch {epoch}: their variance is "
                 f"{values['embedding_variance']:.3g}, and was {reference:.3g} at first; try "
-                f"network.normalize = True or a smaller objective.centroid_weight; {kept}"
+                f"{unit_norm}{self._remedies(epoch)}; {kept}"
             )
         if values["embedding_variance"] < least:
             raise CollapseError(

@@ -47,8 +47,9 @@ def only_process_in(workdir: Path) -> Iterator[None]:
 
 
 def write_json(path: Path, values: Any) -> None:
-    """Writes JSON under its name only when it is complete."""
-    write_whole(path, (json.dumps(values, indent=2, default=_plain) + "\n").encode())
+    """Writes JSON under its name only when it is complete; numbers that are not finite are null."""
+    plain = json.loads(json.dumps(values, default=_plain), parse_constant=lambda name: None)
+    write_whole(path, (json.dumps(plain, indent=2, allow_nan=False) + "\n").encode())
 
 
 def write_whole(path: Path, content: bytes) -> None:

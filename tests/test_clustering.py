@@ -14,10 +14,11 @@ from sklearn.cluster import KMeans
 from sklearn.metrics import adjusted_rand_score, silhouette_score
 
 from jkmeans import clustering, selection
-from jkmeans.clustering import FIELDS, cluster, validate
+from jkmeans.clustering import FIELDS, _read_sweep, cluster, validate
 from jkmeans.configuration import convert_fields, from_json, to_json
 from jkmeans.errors import UserError
 from jkmeans.interruption import Interrupted
+from jkmeans.workdir import write_json
 from tests.test_launchers import ROOT, run
 
 N, D, K = 1205, 3, 4
@@ -501,6 +502,26 @@ def test_bad_sweeps(ks, tmp_path):
     with pytest.raises(UserError, match=r"config\.sweep\.n_clusters"):
         cluster(config, tmp_path / "w")
     assert not (tmp_path / "w").exists()
+
+
+def test_a_sweep_needs_three_rows(tmp_path):
+    np.save(tmp_path / "two.npy", np.eye(2, dtype=np.float32))
+    config = make_config(input=str(tmp_path / "two.npy"), n_clusters="auto", sweep__n_clusters=(2,))
+    with pytest.raises(UserError, match=r"the sample has 2 rows; accepted: .* at least 3 rows"):
+        cluster(config, tmp_path / "w")
+
+
+def test_a_sweep_without_silhouettes_is_read_again(tmp_path):
+    """Rows in one place have no silhouette; JSON has no NaN."""
+    path = tmp_path / "sweep.json"
+    write_json(path, {
+        "fingerprint": "f", "n_clusters": [2], "inertia": [0.0], "silhouette": [float("nan")],
+        "stability": [1.0],
+    })  # fmt: skip
+    assert "NaN" not in path.read_text()
+    ((k, (inertia, silhouette, stability)),) = _read_sweep(path, "f").items()
+    assert (k, inertia, stability) == (2, 0.0, 1.0)
+    assert np.isnan(silhouette)
 
 
 def test_missing_and_unknown_fields(tmp_path):

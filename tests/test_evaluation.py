@@ -127,8 +127,10 @@ def test_best_and_numbered_checkpoints(run):
         positions, best = checkpoints.positions(), checkpoints.best()
     assert evaluation.load_model(workdir, "best").position == best
     assert evaluation.load_model(workdir, str(positions[0])).position == positions[0]
-    with pytest.raises(UserError, match=r"--checkpoint is '12345'; accepted: 'latest', 'best'"):
-        evaluation.load_model(workdir, "12345")
+    for wrong in ("12345", "²"):
+        sentence = rf"--checkpoint is '{wrong}'; accepted: 'latest', 'best'"
+        with pytest.raises(UserError, match=sentence):
+            evaluation.load_model(workdir, wrong)
 
 
 def test_a_damaged_newest_checkpoint_falls_back(run, tmp_path, capsys):

@@ -28,6 +28,7 @@ from jkmeans.methods import (
     example_keys,
     idec,
     make_method,
+    method_spec,
     n2d,
     swav,
     vade,
@@ -437,6 +438,39 @@ def test_what_clustering_does_not_use_rests(name):
     for path, value in start.parameters.items():
         same = np.array_equal(value, state.parameters[path])
         assert same == (path.startswith("decoder/") and not run.method.decodes), path
+
+
+# Data that a method cannot be of.
+
+
+def test_vade_of_values_that_are_no_probabilities_is_refused(tmp_path):
+    vectors = tiny.dataset()
+    sentence = r"likelihood is 'bernoulli', but the values of the examples go from -\d.* 'gaussian'"
+    with pytest.raises(UserError, match=sentence):
+        training.train(config_of("vade"), vectors, tmp_path / "w")
+    assert not (tmp_path / "w").exists()
+    check = method_spec("vade").check_data
+    check(config_of("vade", objective__likelihood="gaussian"), vectors)
+    check(config_of("vade"), images())
+    pixels = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    check(config_of("vade"), datasets.Dataset("pixels", pixels, 1 / 255, None))
+
+
+@pytest.mark.parametrize(
+    ("n", "fields", "sentence"),
+    [
+        (20, {}, "n_neighbors is 20, but there are 20 examples; accepted: 2 to 19"),
+        (5, {"objective__n_neighbors": 2, "objective__n_components": 4}, "4 dimensions .*: 1 to 3"),
+        (4, {"objective__n_neighbors": 2}, "means 3 dimensions of the layout, .* 1 to 2"),
+        (2, {}, "there are 2 examples; accepted: at least 3"),
+    ],
+)
+def test_n2d_of_too_few_examples_is_refused_before_anything_is_trained(n, fields, sentence):
+    data = datasets.from_arrays(tiny.blobs(n=n)[0], None)
+    with pytest.raises(UserError, match=sentence):
+        method_spec("n2d").check_data(config_of("n2d", **fields), data)
+    enough = datasets.from_arrays(tiny.blobs(n=21)[0], None)
+    method_spec("n2d").check_data(config_of("n2d"), enough)
 
 
 # Soft resets (BRB).

@@ -60,6 +60,10 @@ def test_equal_to_a_run_of_its_own(tmp_path, method, n_devices):
         config = with_method(config, method)
     summary = side_by_side(tmp_path / "together", config)
     check_summary(tmp_path / "together", summary)
+    # As if it had been killed before it was reported.
+    (tmp_path / "together" / "seed_4" / "results.json").unlink()
+    assert side_by_side(tmp_path / "together", config) == summary
+    assert (tmp_path / "together" / "seed_4" / "results.json").exists()
     first, seed = 3, 5  # Neither the first nor the last.
     one = alone(tmp_path / "alone", config, seed)
     folder = tmp_path / "together" / f"seed_{seed}"

@@ -161,6 +161,21 @@ def test_columns_of_parquet(tmp_path, rows):
         open_source(npy(tmp_path, rows), columns=["f0"])
 
 
+def test_the_index_of_a_data_frame_is_no_feature(tmp_path, rows):
+    pandas = pytest.importorskip("pandas")
+    pytest.importorskip("pyarrow")
+    shuffled = np.random.default_rng(0).permutation(len(rows))
+    pandas.DataFrame(rows, columns=["a", "b", "c"]).iloc[shuffled].to_parquet(
+        tmp_path / "x.parquet"
+    )
+    source = open_source(tmp_path / "x.parquet")
+    assert source.n_features == 3
+    np.testing.assert_array_equal(source.read(0, ROWS), rows[shuffled])
+    # Who asks for it has it.
+    asked = open_source(tmp_path / "x.parquet", columns=["__index_level_0__"])
+    np.testing.assert_array_equal(asked.read(0, ROWS)[:, 0], shuffled)
+
+
 def test_what_parquet_cannot_hold(tmp_path):
     arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     path = tmp_path / "x.parquet"
@@ -170,6 +185,16 @@ def test_what_parquet_cannot_hold(tmp_path):
 
     write(name=["a", "b"], x=[1.0, 2.0])
     with pytest.raises(UserError, match=r"column 'name' .* is of type string"):
+        open_source(path)
+    write()
+    with pytest.raises(UserError, match="has no columns"):
+        open_source(path)
+    write(x=[1.0, 2.0], y=[1.0, 2.0])
+    with pytest.raises(UserError, match=r"column 'x' .* more than once"):
+        open_source(path, columns=["x", "x"])
+    twice = arrow.Table.from_arrays([arrow.array([1.0]), arrow.array([2.0])], names=["x", "x"])
+    parquet.write_table(twice, path)
+    with pytest.raises(UserError, match=r"column 'x' .* more than once"):
         open_source(path)
     write(x=[1.0, 2.0, None], y=[1.0, 2.0, 3.0])
     with pytest.raises(UserError, match=r"column 'x' is null in 1 rows .* row 2"):

@@ -157,6 +157,22 @@ def test_a_finished_run_is_reported_again_and_left_alone(finished, files, capsys
     assert len(read_metrics(finished)) == 4
 
 
+def test_a_finished_run_is_scored_by_the_labels_of_now(finished, files, tmp_path):
+    before = json.loads((finished / "results.json").read_text())
+    np.save(tmp_path / "other.npy", np.arange(tiny.N_EXAMPLES) % 7)
+    other = files | {"data__labels_path": str(tmp_path / "other.npy")}
+    results = training.train_and_evaluate(tiny.config(**other), finished)
+    assert before["acc"] > 0.9
+    assert max(results["acc"], results["purity"]) < 0.5
+    assert list(results) == list(before)
+    assert json.loads((finished / "results.json").read_text()) == results
+    unlabelled = training.train_and_evaluate(
+        tiny.config(**files | {"data__labels_path": ""}), finished
+    )
+    assert set(before) - set(unlabelled) == {"acc", "nmi", "ari", "purity"}
+    assert training.train_and_evaluate(tiny.config(**files), finished) == before
+
+
 def test_labels_never_matter(tmp_path, files, whole_runs):
     """Shuffled labels and no labels at all: the same bits everywhere."""
     rng = np.random.default_rng(1)

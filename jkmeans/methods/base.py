@@ -174,6 +174,8 @@ class MethodSpec(NamedTuple):
       source: the paper.
       settings: what a config of this method says, by full names: its own fields as in the paper,
         and what it cannot do without. See `jkmeans.methods.with_method`.
+      check_data: ``(config, dataset)``; raises UserError where the method cannot be of such a
+        `jkmeans.datasets.Dataset`.
       pretraining: ``(config.objective) -> str``, what the network learns before there are clusters;
         methods of the same pretraining can share a network.
     """
@@ -183,6 +185,7 @@ class MethodSpec(NamedTuple):
     check: Callable[[Mapping[str, Any]], None]
     source: str
     settings: Mapping[str, Any]
+    check_data: Callable[[Any, Any], None] = lambda config, dataset: None
     pretraining: Callable[[Any], str] = lambda options: RECONSTRUCTION
 
 

@@ -119,6 +119,25 @@ def _check(values: Mapping[str, Any]) -> None:
         )
 
 
+def _check_data(config: Any, dataset: Any) -> None:
+    """What `manifold_clusters` would refuse once the network is trained."""
+    n, options = dataset.n_examples, config.objective
+    if n < 3:
+        raise UserError(f"there are {n} examples; accepted: at least 3 for a layout of them")
+    if options.n_neighbors > n - 1:
+        raise UserError(
+            f"config.objective.n_neighbors is {options.n_neighbors}, but there are {n:,} examples; "
+            f"accepted: 2 to {n - 1:,}, the number of examples less one"
+        )
+    of_layout = config.n_clusters if options.layout == "umap" else 2
+    if (options.n_components or of_layout) > n - 2:
+        raise UserError(
+            f"config.objective.n_components is {options.n_components}, which means "
+            f"{options.n_components or of_layout} dimensions of the layout, but there are {n:,} "
+            f"examples; accepted: 1 to {n - 2:,}, the number of examples less two"
+        )
+
+
 SPEC = MethodSpec(
     n2d,
     {
@@ -140,4 +159,5 @@ SPEC = MethodSpec(
         "objective.starts": 1,
         "training.n_epochs": 0,
     },
+    check_data=_check_data,
 )

@@ -63,6 +63,9 @@ from jkmeans.methods.base import (
 _LEAST_VARIANCE = 1e-6
 
 
+_ROUNDING = 1e-5  # By which values of 0 to 1 can be off once they are scaled.
+
+
 class Mixture(NamedTuple):
     """A mixture of Gaussians with diagonal covariance, all of it learned.
 
@@ -267,6 +270,20 @@ def _check(values: Mapping[str, Any]) -> None:
         check_bank_of_examples(values, "responsibilities")
 
 
+def _check_data(config: Any, dataset: Any) -> None:
+    """Refuses values that no Bernoulli distribution can have: the bound would have no end."""
+    if config.objective.likelihood != "bernoulli":
+        return
+    low, high = (
+        float(value) * dataset.scale for value in (dataset.examples.min(), dataset.examples.max())
+    )
+    if low < -_ROUNDING or high > 1 + _ROUNDING:
+        raise UserError(
+            "config.objective.likelihood is 'bernoulli', but the values of the examples go from "
+            f"{low:.4g} to {high:.4g}; accepted: values from 0 to 1, or 'gaussian'"
+        )
+
+
 def _pretraining(options: Any) -> str:
     gaussian = options.likelihood == "gaussian"
     return RECONSTRUCTION if gaussian else "cross-entropy"
@@ -292,5 +309,6 @@ SPEC = MethodSpec(
         "network.name": "variational",
         "network.normalize": False,
     },
+    check_data=_check_data,
     pretraining=_pretraining,
 )

@@ -118,7 +118,7 @@ def find_place(
 
 
 def _integer(name: str, text: str, least: int) -> int:
-    if not text.isdigit() or int(text) < least:
+    if not text.isdecimal() or int(text) < least:
         raise UserError(f"{name} is {text!r}; accepted: an integer of at least {least}")
     return int(text)
 
@@ -146,7 +146,7 @@ def _asked_of_jax(coordinator: str) -> tuple:
 
 def _split_address(coordinator: str) -> tuple[str, int]:
     host, separator, port = coordinator.rpartition(":")
-    if not separator or not host or not port.isdigit() or not 0 < int(port) < 65536:
+    if not separator or not host or not port.isdecimal() or not 0 < int(port) < 65536:
         raise UserError(
             f"--coordinator is {coordinator!r}; accepted: host:port of process 0, such as "
             "node0:29400"

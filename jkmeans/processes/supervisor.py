@@ -428,7 +428,7 @@ class Supervisor:
         except OSError:
             return
         least, most = self.options.min_processes, self.options.n_processes
-        if not text.isdigit() or not least <= int(text) <= most:
+        if not text.isdecimal() or not least <= int(text) <= most:
             self._say(f"{path} asks for {text!r}; accepted: {least} to {most} processes")
             return
         self._wanted, self._regroup = int(text), True

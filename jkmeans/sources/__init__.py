@@ -124,7 +124,7 @@ def _open_path(path: Path, columns: Sequence[str] | None) -> Source:
 def natural_order(path: Path) -> list[tuple[int, str]]:
     """A key for sorting: part-2 comes before part-10."""
     return [
-        (int(piece), "") if piece.isdigit() else (-1, piece)
+        (int(piece), "") if piece.isdecimal() else (-1, piece)
         for piece in re.split(r"(\d+)", path.name)
     ]
 

@@ -28,7 +28,15 @@ class ParquetSource(Source):
             self._opened = self._state()
             self._file = self._open()
         schema = self._file.schema_arrow
-        self._columns = [*schema.names] if columns is None else [*columns]
+        self._columns = _data_columns(schema) if columns is None else [*columns]
+        if not self._columns:
+            raise UserError(f"{path} has no columns: accepted is at least one of numbers.")
+        twice = [name for name in self._columns if [*self._columns, *schema.names].count(name) > 2]
+        if twice:
+            raise UserError(
+                f"column {twice[0]!r} of {path} is there, or asked for, more than once: accepted "
+                "are columns of different names."
+            )
         missing = [name for name in self._columns if name not in schema.names]
         if missing:
             raise UserError(
@@ -169,3 +177,9 @@ class ParquetSource(Source):
                 f"{self._next_row + int(flags.argmax()):,} (counted from 0): accepted are "
                 f"{accepted}."
             )
+
+
+def _data_columns(schema: Any) -> list[str]:
+    """All columns but those that pandas has written as the index of a data frame."""
+    index = (schema.pandas_metadata or {}).get("index_columns", ())
+    return [name for name in schema.names if name not in index]

@@ -20,7 +20,7 @@ from configs import (
 from jkmeans.consensus.experiment import run_experiment, validate
 from jkmeans.consensus.tasks import estimation
 from jkmeans.consensus.tasks.base import rounds_to, tables
-from jkmeans.errors import UserError
+from jkmeans.errors import CollapseError, UserError
 from jkmeans.interruption import Interrupted
 
 
@@ -122,6 +122,39 @@ def test_kmeans_on_digits(tmp_path):
         assert (tmp_path / "kmeans" / f"{name}.png").exists()
 
 
+def small_kmeans(folder, rows, **fields):
+    np.save(folder / "x.npy", np.asarray(rows, np.float32))
+    config = small(consensus_kmeans)
+    config.data.input = str(folder / "x.npy")
+    config.data.n_samples = config.data.n_features = 0
+    config.kmeans.n_clusters, config.kmeans.n_iter, config.loss.messages = 3, 3, 0.0
+    config.update_from_flattened_dict(fields)
+    return config
+
+
+def test_kmeans_of_points_in_one_place(tmp_path):
+    config = small_kmeans(tmp_path, np.ones((40, 3)))
+    for row in run_experiment(config, tmp_path / "w")["kmeans"]:
+        # Of nothing there are no percentages.
+        assert row["inertia of all, %"] is row["worst node on all points, %"] is None
+        assert row["disagreement"] == 0
+    assert (tmp_path / "w" / "results.json").exists()
+
+
+def test_kmeans_of_values_whose_squares_overflow(tmp_path):
+    rows = 1e25 * np.random.default_rng(0).normal(size=(40, 3))
+    with pytest.raises(UserError, match="such large values overflow float32"):
+        run_experiment(small_kmeans(tmp_path, rows), tmp_path / "w")
+
+
+def test_kmeans_of_nodes_that_hear_next_to_nothing(tmp_path):
+    rows = np.random.default_rng(0).normal(size=(40, 3))
+    fields = {"loss.messages": 0.99, "kmeans.rounds": 400, "kmeans.deals": ("shuffled",)}
+    with pytest.raises(CollapseError, match=r"lost their centroids on ring, 99% .* shuffled"):
+        run_experiment(small_kmeans(tmp_path, rows, **fields), tmp_path / "w")
+    assert (tmp_path / "w" / "kmeans.md").exists()
+
+
 @pytest.mark.slow
 def test_vq_and_training_as_experiments(tmp_path):
     config = small(consensus_vq)
@@ -174,6 +207,7 @@ def test_configs_are_complete(module):
         ({"estimation.matrix": ((5.0, 1.0), (1.0,))}, "rows of equally many numbers"),
         ({"estimation.matrix": ((5.0, 1.0),)}, "more nodes or measurements"),
         ({"estimation.noise": -1.0}, "at least 0"),
+        ({"estimation.x": (0.0, 0.0), "estimation.noise": 0.0}, "an x that is not 0"),
         ({"task": "sorting"}, "'estimation', 'kmeans'"),
         ({"gossip.tolerance": 0.0}, "above 0"),
     ],

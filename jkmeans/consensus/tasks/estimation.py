@@ -97,6 +97,11 @@ def make_task(config: Config) -> Task:
         )
     problem = _problem_of(config, next(iter(nets.values())))
     optimum = closed_form(problem)
+    if not np.any(optimum):
+        raise UserError(
+            f"config.estimation.x is {tuple(config.estimation.x)}, and the closed form 0: errors "
+            "are relative to its length; accepted: an x that is not 0"
+        )
     curved = curvature(problem)
     for net in nets.values():
         for method in config.estimation.methods:

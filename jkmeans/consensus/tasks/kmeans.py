@@ -34,7 +34,7 @@ from jkmeans.consensus.tasks.base import (
 from jkmeans.consensus.tasks.data import DEALS, check_enough, load_points, order_of, stretches
 from jkmeans.consensus.tasks.data import FIELDS as DATA_FIELDS
 from jkmeans.consensus.traffic import bytes_per_round
-from jkmeans.errors import UserError
+from jkmeans.errors import CollapseError, UserError, overflow_sentence
 from jkmeans.fields import Field, integer, number, words
 from jkmeans.kmeans.statistics import ClusterStatistics, inertia_of
 from jkmeans.sharding import BY_STEP, REPLICATED, SHARDED
@@ -84,6 +84,10 @@ class _Work:
     def __init__(self, config: Config, nets: dict[str, Net], points: np.ndarray):
         self.config, self.nets = config, nets
         self.points = points.astype(number_type(config))
+        with np.errstate(over="ignore", invalid="ignore"):
+            squares = float(np.sum((self.points - self.points.mean(axis=0)) ** 2))
+        if sentence := overflow_sentence(squares, self.points.dtype):
+            raise UserError(sentence)
         self.nodes = nodes_of(config)
         self.losses = {"none": 0.0}
         if config.loss.links:
@@ -207,7 +211,12 @@ class _Work:
         """Pictures, the table, and what is in ``results.json``."""
         central = found[_CENTRAL]
         end = float(central["end"])
-        rows = []
+        rows, lost_nodes = [], []
+
+        def above(inertia: np.ndarray) -> np.ndarray:
+            """In percent of where Lloyd's algorithm ends; NaN where that is 0."""
+            return 100 * (inertia / end - 1) if end else np.full_like(inertia, np.nan)
+
         panels: dict[str, list[figures.Curve]] = {}
         by: dict[str, int] = {}
         disagreement, bounds = {}, {}
@@ -218,7 +227,8 @@ class _Work:
                     arrays = found[f"{deal}_{name}_{loss}"]
                     n_rounds = int(arrays["n_rounds"])
                     sent = self.bytes_a_round(net, loss)
-                    excess = arrays["inertia"] / end - 1
+                    excess = above(arrays["inertia"])
+                    worst = above(arrays["everywhere"]).max()
                     lost = f", {self.losses[loss]:.0%} of {loss} lost" if loss != "none" else ""
                     label = name + lost
                     measured = int(arrays["measured_bytes"])
@@ -228,9 +238,8 @@ class _Work:
                             "topology": name,
                             "lost": loss if loss == "none" else f"{self.losses[loss]:.0%} {loss}",
                             "rounds an iteration": n_rounds,
-                            "inertia of all, %": 100 * float(excess[-1]),
-                            "worst node on all points, %": 100
-                            * (float(arrays["everywhere"].max()) / end - 1),
+                            "inertia of all, %": float(excess[-1]) if end else None,
+                            "worst node on all points, %": float(worst) if end else None,
                             "disagreement": float(arrays["disagreement"][-1]),
                             "its bound": float(arrays["bound"][-1]) if loss == "none" else None,
                             "bytes a round": sent,
@@ -239,7 +248,9 @@ class _Work:
                         }
                     )
                     style = "-" if loss == "none" else ("--" if loss == "messages" else ":")
-                    curves.append(figures.Curve(label, 100 * np.abs(excess), sent, style))
+                    curves.append(figures.Curve(label, np.abs(excess), sent, style))
+                    if not np.isfinite(arrays["inertia"][-1]):
+                        lost_nodes.append(f"{label} with points {deal}")
                     by[label] = n_rounds
                     if deal == self.config.kmeans.deals[-1]:
                         disagreement[label] = arrays["disagreement"]
@@ -255,14 +266,15 @@ class _Work:
             "points with the centroids of one node. Bytes are of all nodes together."
         )
         markdown = write_tables(workdir, "kmeans", "Decentralised k-means", text, rows)
-        figures.draw_curves(
-            workdir / "kmeans.png",
-            panels,
-            title="Decentralised k-means",
-            subtitle="how far its inertia is from where Lloyd's algorithm on all points ends",
-            value="|inertia − central|, %",
-            rounds_a_point=by,
-        )
+        if end:
+            figures.draw_curves(
+                workdir / "kmeans.png",
+                panels,
+                title="Decentralised k-means",
+                subtitle="how far its inertia is from where Lloyd's algorithm on all points ends",
+                value="|inertia − central|, %",
+                rounds_a_point=by,
+            )
         figures.draw_disagreement(
             workdir / "disagreement.png",
             disagreement,
@@ -271,11 +283,17 @@ class _Work:
         )
         self._draw_networks(workdir, found)
         print(markdown, flush=True)
+        if lost_nodes:
+            raise CollapseError(
+                f"nodes lost their centroids on {', '.join(lost_nodes)}: one that hears too little "
+                "gives its weight away until nothing is left of it; accepted: a smaller "
+                "loss.messages, or fewer kmeans.rounds"
+            )
         return {"inertia": end, "central_n_iter": int(central["n_iter"]), "kmeans": rows}
 
     def _draw_networks(self, workdir: Path, found: Mapping[str, Arrays]) -> None:
         deal = self.config.kmeans.deals[-1]
-        spread = np.sqrt(self.points.var(axis=0).sum())
+        spread = np.sqrt(self.points.var(axis=0).sum()) or 1.0  # All points in one place.
         rows = []
         for name, net in list(self.nets.items())[: figures.MOST_NETWORKS]:
             values = found[f"{deal}_{name}_none"]["spread"] / spread
