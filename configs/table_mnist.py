@@ -2,7 +2,8 @@
 
 python -m experiments.table --config configs/table_mnist.py --workdir runs/table_mnist
 
-What it reaches stands in docs/results.md.
+What it reaches stands in docs/results.md. A table begun before 2026-11-27 needs another --workdir:
+its rows on views are others now.
 """
 
 from ml_collections import ConfigDict

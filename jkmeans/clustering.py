@@ -80,7 +80,11 @@ FIELDS: dict[str, Field] = {
     "seed": integer(0, "the root of all random keys"),
     "n_devices": integer(0, "devices of the mesh; 0 for all"),
     "input": text(f"{', '.join(NAMED)}, or a .npy file, a folder of them, .zarr or Parquet"),
-    "columns": Field(_convert_texts, "a tuple of names", "columns of Parquet; () for all"),
+    "columns": Field(
+        _convert_texts,
+        "a tuple of names",
+        "columns of Parquet; () for all but the index of a data frame",
+    ),
     "memory_mebibytes": integer(0, "data above this is streamed; 0 for half of what is free"),
     "n_clusters": Field(
         _convert_n_clusters, "an integer of at least 1, or auto", "K, or auto for a sweep"
@@ -462,7 +466,7 @@ class _Job:
         if len(sample) < 3:
             raise UserError(
                 f"config.n_clusters is 'auto', but the sample has {len(sample):,} rows; accepted: "
-                "a number of clusters, or at least 3 rows"
+                "a number of clusters, or at least 3 rows (and sweep.sample_size 0 or at least 3)"
             )
         if not ks:
             raise UserError(

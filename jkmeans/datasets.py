@@ -101,6 +101,24 @@ class Dataset:
         """The shape of one example, without the leading n."""
         return self.examples.shape[1:]
 
+    def value_range(self, part: tuple[int, int] = (0, 1)) -> tuple[float, float]:
+        """The least and the largest value that the network can see.
+
+        Args:
+          part: (i, m) reads the i-th of m parts of the examples, chunk by chunk; of small unsigned
+            integers nothing is read, and the range is that of their type.
+        """
+        if self.examples.dtype.kind == "b":
+            return 0.0, self.scale
+        if self.examples.dtype == np.uint8:
+            return 0.0, 255 * self.scale
+        first, last = (self.n_examples * (part[0] + i) // part[1] for i in (0, 1))
+        rows = _chunk_rows(self.examples)
+        chunks = [self.examples[i : min(i + rows, last)] for i in range(first, last, rows)]
+        low = min((float(chunk.min()) for chunk in chunks), default=0.0)
+        high = max((float(chunk.max()) for chunk in chunks), default=0.0)
+        return low * self.scale, high * self.scale
+
 
 def load(
     name: str,
@@ -316,6 +334,11 @@ def _check_form(array: Any, expected_shape: Sequence[int] | None, name: str) -> 
         ) from error
 
 
+def _chunk_rows(array: np.ndarray) -> int:
+    """How many examples are looked at together."""
+    return max(1, _CHUNK_BYTES // (array.itemsize * math.prod(array.shape[1:])))
+
+
 def _check_values(
     array: np.ndarray, scale: float, name: str, part: tuple[int, int] = (0, 1)
 ) -> None:
@@ -323,7 +346,7 @@ def _check_values(
     if array.dtype.kind in "biu" and scale <= 1.0:
         return
     n = array.shape[0]
-    rows = max(1, _CHUNK_BYTES // (array.itemsize * math.prod(array.shape[1:])))
+    rows = _chunk_rows(array)
     # For each chunk that has any: how many rows, and the first of them. The second list includes
     # the first, but speaks only when the first is empty.
     not_finite: list[tuple[int, int]] = []

@@ -219,7 +219,7 @@ def make_programs(
     Raises:
       UserError: soft resets of a network that does not say what its hidden layers are.
     """
-    if config.reset.every and not blueprint.hidden_layers:
+    if 0 < config.reset.every < config.training.n_epochs and not blueprint.hidden_layers:
         raise UserError(
             f"config.reset.every is {config.reset.every}, but the network {config.network.name!r} "
             "has no hidden_layers for soft resets to mix; accepted: 0, or a network that has (see "

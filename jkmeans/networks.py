@@ -9,7 +9,8 @@ A network is made by a factory ``factory(example_shape, options, rngs) -> nnx.Mo
 * where ``options.precision`` is to have an effect, layers as `jkmeans.precision` says,
 * to save work, ``decoder_layers``, the same for the parameters that only ``decode`` uses,
 * ``unpretrained_layers``, the same for those that the pretraining of the methods here does not
-  reach (that of joint training and of your own objective trains all): it leaves them as drawn.
+  reach (that of joint training by Adam and of your own objective trains all): it leaves them as
+  drawn.
 
 `make_network` takes one of the names in `NETWORKS` or the user's own ``module:function``. A factory
 is traced (`blueprint`): parameters are drawn on all devices in one compiled program, and not at all

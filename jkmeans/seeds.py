@@ -53,7 +53,7 @@ def train_seeds(config: Config, workdir: str | os.PathLike, n_seeds: int) -> dic
     Args:
       config: as for `train_and_evaluate`; its seed is the first, the others follow.
       workdir: receives a folder ``seed_<i>`` for each run and ``seeds.json``. Runs that are there
-        already are gone on with, or only read.
+        already are gone on with, or reported again.
       n_seeds: at least 1.
 
     Returns:

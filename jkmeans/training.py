@@ -63,7 +63,7 @@ def train_and_evaluate(config: Config, workdir: str | os.PathLike) -> dict[str, 
       workdir: folder of the run. It receives ``config.json``, ``checkpoints/``,
         ``metrics.jsonl``, ``tensorboard/``, ``results.json``, ``report/`` and ``report.html``.
         Where it holds an unfinished run of the same config, that run goes on; a finished one is
-        reported again.
+        reported again, with scores by the labels that the data has now.
 
     Returns:
       The results that are in ``results.json``: ``n_examples``, ``n_clusters``, ``inertia``,
@@ -103,7 +103,10 @@ def train(config: Config, dataset: datasets.Dataset, workdir: str | os.PathLike)
     config = configuration.validate(config)
     workdir = Path(workdir).absolute()
     configuration.check_data(config, dataset.n_examples, dataset.example_shape)
-    method_spec(config.objective.name).check_data(config, dataset)
+    if not processes.on_first((workdir / CONFIG_FILE).exists):  # A run there has been checked.
+        part = processes.number(), processes.count()
+        check = method_spec(config.objective.name).check_data
+        processes.together(lambda: check(config, dataset, part))
     if config.n_seeds > 1:
         from jkmeans.seeds import train_side_by_side
 
@@ -536,10 +539,11 @@ class Run:
         """What to try where the phase of an epoch went wrong."""
         if epoch <= self.config.training.n_pretrain_epochs:
             return "a smaller training.learning_rate"
-        weight = (
-            " or objective.centroid_weight" if "centroid_weight" in self.config.objective else ""
-        )
-        return f"a smaller training.clustering_learning_rate{weight}"
+        # The user's own objective has that field, but is not called with it.
+        weighted = "centroid_weight" in self.config.objective
+        if not weighted or ":" in self.config.objective.name:
+            return "a smaller training.clustering_learning_rate"
+        return "a smaller training.clustering_learning_rate or objective.centroid_weight"
 
     def check_collapse(self, values: dict[str, float], reference: float, epoch: int) -> None:
         """Raises CollapseError where there is nothing left to cluster.
@@ -571,7 +575,7 @@ class Run:
                 f"the embeddings collapsed in epoch {epoch}: their variance is "
                 f"{values['embedding_variance']:.3g}, below training.collapse_ratio = "
                 f"{self.config.training.collapse_ratio:g} of the {reference:.3g} it began with; "
-                f"try a smaller objective.centroid_weight; {kept}"
+                f"try {self._remedies(epoch)}; {kept}"
             )
 
     # State and checkpoints

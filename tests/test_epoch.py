@@ -183,9 +183,11 @@ def test_an_optimizer_of_its_own_for_clustering_leaves_pretraining_as_it_was():
     run, state, _ = run_epochs(2, **plain, training__clustering_optimizer="adam")
     for name, value in on_host(descent.parameters).items():
         np.testing.assert_array_equal(state.parameters[name], value)
+    assert any(np.any(trace) for trace in state.optimizer[0].trace["network"].values())
+    state = run.initialize(state)
     momentum, before = on_host(state.optimizer)
     assert int(before.count) == 0
-    state, _ = run.run_epoch(run.initialize(state), 2)
+    state, _ = run.run_epoch(state, 2)
     momentum_after, moments = on_host(state.optimizer)
     assert int(moments.count) == run.layout.n_steps
     assert all(np.any(mu) for name, mu in moments.mu["network"].items() if "kernel" in name)

@@ -450,27 +450,32 @@ def test_vade_of_values_that_are_no_probabilities_is_refused(tmp_path):
         training.train(config_of("vade"), vectors, tmp_path / "w")
     assert not (tmp_path / "w").exists()
     check = method_spec("vade").check_data
-    check(config_of("vade", objective__likelihood="gaussian"), vectors)
-    check(config_of("vade"), images())
-    pixels = np.arange(256, dtype=np.uint8).reshape(16, 16)
-    check(config_of("vade"), datasets.Dataset("pixels", pixels, 1 / 255, None))
+    check(config_of("vade", objective__likelihood="gaussian"), vectors, (0, 1))
+    check(config_of("vade"), images(), (0, 1))
+    # Each process reads a part of its own.
+    half = images().examples.copy()
+    half[-1] = 2
+    half = datasets.Dataset("half", half, 1.0, None)
+    check(config_of("vade"), half, (0, 2))
+    with pytest.raises(UserError, match="to 2; accepted"):
+        check(config_of("vade"), half, (1, 2))
 
 
 @pytest.mark.parametrize(
     ("n", "fields", "sentence"),
     [
-        (20, {}, "n_neighbors is 20, but there are 20 examples; accepted: 2 to 19"),
-        (5, {"objective__n_neighbors": 2, "objective__n_components": 4}, "4 dimensions .*: 1 to 3"),
-        (4, {"objective__n_neighbors": 2}, "means 3 dimensions of the layout, .* 1 to 2"),
+        (20, {}, "n_neighbors is 20; accepted: an integer from 2 to 19"),
+        (5, {"objective__n_neighbors": 2, "objective__n_components": 4}, "is 4; .* from 1 to 3"),
+        (4, {"objective__n_neighbors": 2}, "n_components is 3; .* from 1 to 2"),
         (2, {}, "there are 2 examples; accepted: at least 3"),
     ],
 )
 def test_n2d_of_too_few_examples_is_refused_before_anything_is_trained(n, fields, sentence):
     data = datasets.from_arrays(tiny.blobs(n=n)[0], None)
     with pytest.raises(UserError, match=sentence):
-        method_spec("n2d").check_data(config_of("n2d", **fields), data)
+        method_spec("n2d").check_data(config_of("n2d", **fields), data, (0, 1))
     enough = datasets.from_arrays(tiny.blobs(n=21)[0], None)
-    method_spec("n2d").check_data(config_of("n2d"), enough)
+    method_spec("n2d").check_data(config_of("n2d"), enough, (0, 1))
 
 
 # Soft resets (BRB).
@@ -544,10 +549,13 @@ def test_only_joint_training_remembers_the_moments_of_pretraining(name):
 def test_joint_training_goes_on_with_the_moments_of_the_same_optimizer(
     pretraining, clustering, fresh
 ):
-    config = config_of(
-        "joint", training__optimizer=pretraining, training__clustering_optimizer=clustering
-    )
-    assert make_method(config, None).fresh_optimizer is fresh
+    optimizers = {
+        "training__optimizer": pretraining, "training__clustering_optimizer": clustering
+    }  # fmt: skip
+    assert make_method(config_of("joint", **optimizers), None).fresh_optimizer is fresh
+    # The user's own always pretrains its network itself.
+    users = tiny.config(objective__name="tests.user_code:objective", **optimizers)
+    assert not make_method(validate(users), None).fresh_optimizer
 
 
 def test_a_restart_forgets_moments_of_clusters_alone():
@@ -576,9 +584,10 @@ def test_a_restart_forgets_moments_of_clusters_alone():
 def test_a_network_without_hidden_layers_is_refused_before_anything_is_trained():
     fields = {"n_devices": 1, "network__name": "tests.user_code:good"}
     vectors = tiny.dataset()
-    with pytest.raises(UserError, match=r"reset\.every is 9, but .* has no hidden_layers"):
-        run_of("dec", vectors, **fields, reset__every=9)
-    assert run_of("dec", vectors, **fields).blueprint.hidden_layers == ()
+    with pytest.raises(UserError, match=r"reset\.every is 1, but .* has no hidden_layers"):
+        run_of("dec", vectors, **fields, reset__every=1)
+    # A run of two epochs is over before the second is reset.
+    assert run_of("dec", vectors, **fields, reset__every=2).blueprint.hidden_layers == ()
 
 
 def test_resets_come_every_so_many_epochs_of_clustering(monkeypatch):

@@ -391,22 +391,31 @@ def test_a_signal_from_outside_loses_at_most_the_work_since_a_checkpoint(tmp_pat
         assert f"goes on from epoch {record['epoch']}" in errors
 
 
+CLUSTERING, JOINT = "a smaller training.clustering_learning_rate", " or objective.centroid_weight;"
+
+
 @pytest.mark.parametrize(
-    ("loss", "variance", "message"),
+    ("loss", "variance", "epoch", "fields", "message"),
     [
-        (0.5, 2.0, None),
-        (0.5, 1e-3, "collapsed in epoch 7: their variance is 0.001, below"),
-        (0.5, 2e5, r"ran away in epoch 7: their variance is 2e\+05, and was 2 at first"),
-        (float("nan"), 2.0, "the loss is nan in epoch 7: training diverged"),
-        (0.5, float("inf"), "training diverged"),
+        (0.5, 2.0, 7, {}, None),
+        (0.5, 1e-3, 7, {}, "collapsed in epoch 7: their variance is 0.001, below"),
+        (0.5, 1e-3, 7, {}, f"try {CLUSTERING}{JOINT}"),
+        (0.5, 1e-3, 1, {}, "try a smaller training.learning_rate;"),
+        (0.5, 2e5, 7, {}, r"ran away in epoch 7: their variance is 2e\+05, and was 2 at first"),
+        (0.5, 2e5, 7, {}, f"try network.normalize = True or {CLUSTERING}{JOINT}"),
+        (0.5, 2e5, 7, {"network__normalize": True}, f"try {CLUSTERING}{JOINT}"),
+        (0.5, 2e5, 7, {"objective__name": "tests.user_code:objective"}, f"{CLUSTERING};"),
+        (float("nan"), 2.0, 7, {}, "the loss is nan in epoch 7: training diverged"),
+        (0.5, float("inf"), 7, {}, f"training diverged; try {CLUSTERING}{JOINT}"),
     ],
 )
-def test_what_stops_a_run(loss, variance, message, tmp_path):
-    run = make_run(training__collapse_ratio=1e-3, n_devices=1)
+def test_what_stops_a_run(loss, variance, epoch, fields, message, tmp_path):
+    run = make_run(training__collapse_ratio=1e-3, n_devices=1, **fields)
     run.workdir = tmp_path
     values = {"loss": loss, "embedding_variance": variance}
     if message is None:
-        run.check_collapse(values, 2.0, 7)
+        run.check_collapse(values, 2.0, epoch)
         return
+    # What was saved stands after the advice.
     with pytest.raises(CollapseError, match=message):
-        run.check_collapse(values, 2.0, 7)
+        run.check_collapse(values, 2.0, epoch)

@@ -174,8 +174,8 @@ class MethodSpec(NamedTuple):
       source: the paper.
       settings: what a config of this method says, by full names: its own fields as in the paper,
         and what it cannot do without. See `jkmeans.methods.with_method`.
-      check_data: ``(config, dataset)``; raises UserError where the method cannot be of such a
-        `jkmeans.datasets.Dataset`.
+      check_data: ``(config, dataset, part)``; raises UserError where the method cannot be of such a
+        `jkmeans.datasets.Dataset`, of which it reads part i of m where part is (i, m).
       pretraining: ``(config.objective) -> str``, what the network learns before there are clusters;
         methods of the same pretraining can share a network.
     """
@@ -185,7 +185,7 @@ class MethodSpec(NamedTuple):
     check: Callable[[Mapping[str, Any]], None]
     source: str
     settings: Mapping[str, Any]
-    check_data: Callable[[Any, Any], None] = lambda config, dataset: None
+    check_data: Callable[[Any, Any, tuple[int, int]], None] = lambda config, dataset, part: None
     pretraining: Callable[[Any], str] = lambda options: RECONSTRUCTION
 
 

@@ -18,7 +18,8 @@ algorithm 1. Deviations: the reconstruction error is a mean over pixels, as in C
 """
 
 import functools
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +33,7 @@ from jkmeans.methods.base import (
     MethodSpec,
     assign_by,
     assigned,
+    check_bank_of_examples,
     check_pretraining,
     first_kmeans,
     mean_terms,
@@ -122,6 +124,12 @@ def dcn(config, axis_name: AxisName) -> Method:
     )
 
 
+def _check(values: Mapping[str, Any]) -> None:
+    check_pretraining(values)
+    if values["objective.assignment"] == "stored":
+        check_bank_of_examples(values, "stored assignments")
+
+
 SPEC = MethodSpec(
     dcn,
     {
@@ -129,7 +137,7 @@ SPEC = MethodSpec(
         "assignment": choice(("nearest", "stored"), "of an example in a step"),
         "initial_count": number("examples that a first centroid stands for"),
     },
-    check_pretraining,
+    _check,
     "Yang et al. 2017, Towards k-means-friendly spaces",
     {
         "objective.centroid_weight": 0.05,

@@ -144,11 +144,12 @@ def joint(config, axis_name: AxisName) -> Method:
             decoder=config.network.decoder,
         )
     method = with_kmeans(config, axis_name, chosen, config.objective.warmup_epochs)
-    # Clustering is pretraining with one term more, at the same rate. Momentum is of ten steps: it
-    # is not worth a pretraining of one's own.
+    # Clustering is pretraining with one term more. Momentum is of ten steps: it is not worth a
+    # pretraining of one's own. What the user's objective pretrains, only it knows.
     options = config.training
     goes_on = options.clustering_optimizer == options.optimizer != "sgd"
-    return method._replace(fresh_optimizer=not goes_on)
+    ours = config.objective.name in OBJECTIVES
+    return method._replace(fresh_optimizer=ours and not goes_on)
 
 
 def _check(values: Mapping[str, Any]) -> None:

@@ -79,15 +79,10 @@ def manifold_clusters(
     n_clusters = _integer("n_clusters", n_clusters, 1, n, "the number of embeddings")
     if layout not in LAYOUTS:
         raise UserError(f"layout is {layout!r}; accepted: {', '.join(LAYOUTS)}")
-    if n_components is None:
-        n_components = n_clusters if layout == "umap" else 2
-    n_components = _integer("n_components", n_components, 1, n - 2, "embeddings less two")
-    if layout == "t-sne":
-        _integer("n_components", n_components, 1, 3, "what the trees of t-sne have")
+    n_components, n_neighbors = layout_sizes(n, n_clusters, layout, n_components, n_neighbors)
     if clusterer not in CLUSTERERS:
         raise UserError(f"clusterer is {clusterer!r}; accepted: {', '.join(CLUSTERERS)}")
     starts = _integer("starts", starts, 1, 2**31 - 1)
-    n_neighbors = _integer("n_neighbors", n_neighbors, 2, n - 1, "embeddings less one")
     seed = _integer("seed", seed, 0, 2**32 - 1)
     if isinstance(min_dist, bool) or not isinstance(min_dist, int | float):
         raise UserError(f"min_dist is {min_dist!r}; accepted: a number from 0 to 1")
@@ -119,6 +114,24 @@ def _t_sne(embeddings, seed, perplexity, n_components, metric) -> np.ndarray:
             random_state=seed,
         )
         return np.asarray(t_sne.fit_transform(embeddings), np.float32)
+
+
+def layout_sizes(
+    n: int, n_clusters: int, layout: str, n_components: int | None, n_neighbors: int
+) -> tuple[int, int]:
+    """Dimensions and neighbours of a layout of n embeddings, as `manifold_clusters` has them.
+
+    Raises:
+      UserError: there are too few embeddings for them.
+    """
+    if n < 3:
+        raise UserError(f"there are {n} examples; accepted: at least 3 for a layout of them")
+    if n_components is None:
+        n_components = n_clusters if layout == "umap" else 2
+    n_components = _integer("n_components", n_components, 1, n - 2, "embeddings less two")
+    if layout == "t-sne":
+        _integer("n_components", n_components, 1, 3, "what the trees of t-sne have")
+    return n_components, _integer("n_neighbors", n_neighbors, 2, n - 1, "embeddings less one")
 
 
 def _umap(embeddings, seed, n_neighbors, min_dist, n_components, metric) -> np.ndarray:

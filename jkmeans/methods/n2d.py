@@ -25,7 +25,7 @@ from jkmeans.fields import choice, integer, number
 from jkmeans.kmeans.collectives import AxisName
 from jkmeans.methods.autoencoder import objective, with_kmeans
 from jkmeans.methods.base import Method, MethodSpec, check_pretraining
-from jkmeans.methods.manifold import CLUSTERERS, LAYOUTS, manifold_clusters
+from jkmeans.methods.manifold import CLUSTERERS, LAYOUTS, layout_sizes, manifold_clusters
 
 # Numbers of the scores of a block of queries.
 _BLOCK_ENTRIES = 2**22
@@ -119,23 +119,17 @@ def _check(values: Mapping[str, Any]) -> None:
         )
 
 
-def _check_data(config: Any, dataset: Any) -> None:
+def _check_data(config: Any, dataset: Any, part: tuple[int, int]) -> None:
     """What `manifold_clusters` would refuse once the network is trained."""
-    n, options = dataset.n_examples, config.objective
-    if n < 3:
-        raise UserError(f"there are {n} examples; accepted: at least 3 for a layout of them")
-    if options.n_neighbors > n - 1:
-        raise UserError(
-            f"config.objective.n_neighbors is {options.n_neighbors}, but there are {n:,} examples; "
-            f"accepted: 2 to {n - 1:,}, the number of examples less one"
-        )
-    of_layout = config.n_clusters if options.layout == "umap" else 2
-    if (options.n_components or of_layout) > n - 2:
-        raise UserError(
-            f"config.objective.n_components is {options.n_components}, which means "
-            f"{options.n_components or of_layout} dimensions of the layout, but there are {n:,} "
-            f"examples; accepted: 1 to {n - 2:,}, the number of examples less two"
-        )
+    del part
+    options = config.objective
+    layout_sizes(
+        dataset.n_examples,
+        config.n_clusters,
+        options.layout,
+        options.n_components or None,
+        options.n_neighbors,
+    )
 
 
 SPEC = MethodSpec(

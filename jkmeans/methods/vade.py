@@ -270,13 +270,11 @@ def _check(values: Mapping[str, Any]) -> None:
         check_bank_of_examples(values, "responsibilities")
 
 
-def _check_data(config: Any, dataset: Any) -> None:
+def _check_data(config: Any, dataset: Any, part: tuple[int, int]) -> None:
     """Refuses values that no Bernoulli distribution can have: the bound would have no end."""
     if config.objective.likelihood != "bernoulli":
         return
-    low, high = (
-        float(value) * dataset.scale for value in (dataset.examples.min(), dataset.examples.max())
-    )
+    low, high = dataset.value_range(part)
     if low < -_ROUNDING or high > 1 + _ROUNDING:
         raise UserError(
             "config.objective.likelihood is 'bernoulli', but the values of the examples go from "

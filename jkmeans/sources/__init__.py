@@ -35,7 +35,8 @@ def open_source(what: Any, columns: Sequence[str] | None = None) -> Source:
         of a Parquet file or a folder of them; a ``zarr.Array``; a `Source`; or a list of those,
         one after the other. bfloat16 in .npy files is what NumPy makes of it, two bytes without a
         type.
-      columns: of Parquet only: numeric columns, or one column of vectors; None for all.
+      columns: of Parquet only: numeric columns, or one column of vectors; None for all but what
+        pandas has written as the index of a data frame.
 
     Returns:
       The source.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -30,8 +31,12 @@ class ParquetSource(Source):
         schema = self._file.schema_arrow
         self._columns = _data_columns(schema) if columns is None else [*columns]
         if not self._columns:
-            raise UserError(f"{path} has no columns: accepted is at least one of numbers.")
-        twice = [name for name in self._columns if [*self._columns, *schema.names].count(name) > 2]
+            raise UserError(
+                f"of {path} no column is taken: accepted is at least one of numbers, other than "
+                "the index of a data frame unless it is asked for by columns=[...]."
+            )
+        found = collections.Counter([*self._columns, *schema.names])
+        twice = [name for name in self._columns if found[name] > 2]
         if twice:
             raise UserError(
                 f"column {twice[0]!r} of {path} is there, or asked for, more than once: accepted "

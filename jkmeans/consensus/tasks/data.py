@@ -35,6 +35,17 @@ def load_points(config: Config) -> np.ndarray:
     wanted = {"input": config.data.input, "n_samples": config.data.n_samples, "patch": 0}
     points = load_samples(ConfigDict({"seed": config.seed, "data": wanted}))
     n_features = config.data.n_features
+    # Principal components are computed in the type of the points.
+    doubled = config.precision == "float64" and not n_features
+    seen = points.astype(np.float64) if doubled else points
+    with np.errstate(over="ignore", invalid="ignore"):
+        squares = float(np.sum((seen - seen.mean(axis=0)) ** 2))
+    if not np.isfinite(squares):
+        wider = "" if n_features else ", or config.precision 'float64'"
+        raise UserError(
+            f"squares of values as large as those of {config.data.input} overflow {seen.dtype}; "
+            f"accepted: rows scaled down{wider}"
+        )
     if not n_features:
         return points
     most = min(points.shape)

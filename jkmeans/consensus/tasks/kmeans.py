@@ -34,7 +34,7 @@ from jkmeans.consensus.tasks.base import (
 from jkmeans.consensus.tasks.data import DEALS, check_enough, load_points, order_of, stretches
 from jkmeans.consensus.tasks.data import FIELDS as DATA_FIELDS
 from jkmeans.consensus.traffic import bytes_per_round
-from jkmeans.errors import CollapseError, UserError, overflow_sentence
+from jkmeans.errors import CollapseError, UserError
 from jkmeans.fields import Field, integer, number, words
 from jkmeans.kmeans.statistics import ClusterStatistics, inertia_of
 from jkmeans.sharding import BY_STEP, REPLICATED, SHARDED
@@ -84,10 +84,9 @@ class _Work:
     def __init__(self, config: Config, nets: dict[str, Net], points: np.ndarray):
         self.config, self.nets = config, nets
         self.points = points.astype(number_type(config))
-        with np.errstate(over="ignore", invalid="ignore"):
-            squares = float(np.sum((self.points - self.points.mean(axis=0)) ** 2))
-        if sentence := overflow_sentence(squares, self.points.dtype):
-            raise UserError(sentence)
+        # What rounding makes of points that are all in one place.
+        rounding = 4 * np.finfo(self.points.dtype).eps * float(np.abs(self.points).max())
+        self.rounding = self.points.size * rounding**2
         self.nodes = nodes_of(config)
         self.losses = {"none": 0.0}
         if config.loss.links:
@@ -211,6 +210,7 @@ class _Work:
         """Pictures, the table, and what is in ``results.json``."""
         central = found[_CENTRAL]
         end = float(central["end"])
+        end = end if end > self.rounding else 0.0
         rows, lost_nodes = [], []
 
         def above(inertia: np.ndarray) -> np.ndarray:
@@ -287,13 +287,15 @@ class _Work:
             raise CollapseError(
                 f"nodes lost their centroids on {', '.join(lost_nodes)}: one that hears too little "
                 "gives its weight away until nothing is left of it; accepted: a smaller "
-                "loss.messages, or fewer kmeans.rounds"
+                "loss.messages"
             )
         return {"inertia": end, "central_n_iter": int(central["n_iter"]), "kmeans": rows}
 
     def _draw_networks(self, workdir: Path, found: Mapping[str, Arrays]) -> None:
         deal = self.config.kmeans.deals[-1]
-        spread = np.sqrt(self.points.var(axis=0).sum()) or 1.0  # All points in one place.
+        variance = self.points.var(axis=0).sum()
+        # Of points in one place there is no spread.
+        spread = np.sqrt(variance) if variance * len(self.points) > self.rounding else 1.0
         rows = []
         for name, net in list(self.nets.items())[: figures.MOST_NETWORKS]:
             values = found[f"{deal}_{name}_none"]["spread"] / spread
