@@ -464,7 +464,7 @@ def test_vade_of_values_that_are_no_probabilities_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("n", "fields", "sentence"),
     [
-        (20, {}, "n_neighbors is 20; accepted: an integer from 2 to 19"),
+        (20, {}, r"config\.objective\.n_neighbors is 20; accepted: an integer from 2 to 19"),
         (5, {"objective__n_neighbors": 2, "objective__n_components": 4}, "is 4; .* from 1 to 3"),
         (4, {"objective__n_neighbors": 2}, "n_components is 3; .* from 1 to 2"),
         (2, {}, "there are 2 examples; accepted: at least 3"),

@@ -117,9 +117,16 @@ def _t_sne(embeddings, seed, perplexity, n_components, metric) -> np.ndarray:
 
 
 def layout_sizes(
-    n: int, n_clusters: int, layout: str, n_components: int | None, n_neighbors: int
+    n: int,
+    n_clusters: int,
+    layout: str,
+    n_components: int | None,
+    n_neighbors: int,
+    prefix: str = "",
 ) -> tuple[int, int]:
     """Dimensions and neighbours of a layout of n embeddings, as `manifold_clusters` has them.
+
+    What stands before their names in an error is the ``prefix``.
 
     Raises:
       UserError: there are too few embeddings for them.
@@ -128,10 +135,11 @@ def layout_sizes(
         raise UserError(f"there are {n} examples; accepted: at least 3 for a layout of them")
     if n_components is None:
         n_components = n_clusters if layout == "umap" else 2
-    n_components = _integer("n_components", n_components, 1, n - 2, "embeddings less two")
+    n_components = _integer(f"{prefix}n_components", n_components, 1, n - 2, "embeddings less two")
     if layout == "t-sne":
-        _integer("n_components", n_components, 1, 3, "what the trees of t-sne have")
-    return n_components, _integer("n_neighbors", n_neighbors, 2, n - 1, "embeddings less one")
+        _integer(f"{prefix}n_components", n_components, 1, 3, "what the trees of t-sne have")
+    n_neighbors = _integer(f"{prefix}n_neighbors", n_neighbors, 2, n - 1, "embeddings less one")
+    return n_components, n_neighbors
 
 
 def _umap(embeddings, seed, n_neighbors, min_dist, n_components, metric) -> np.ndarray:

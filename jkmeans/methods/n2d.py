@@ -129,6 +129,7 @@ def _check_data(config: Any, dataset: Any, part: tuple[int, int]) -> None:
         options.layout,
         options.n_components or None,
         options.n_neighbors,
+        prefix="config.objective.",
     )
 
 
