@@ -102,21 +102,21 @@ class Dataset:
         return self.examples.shape[1:]
 
     def value_range(self, part: tuple[int, int] = (0, 1)) -> tuple[float, float]:
-        """The least and the largest value that the network can see.
+        """The least and the largest value that the network sees; (0, 0) of no examples.
 
         Args:
-          part: (i, m) reads the i-th of m parts of the examples, chunk by chunk; of small unsigned
-            integers nothing is read, and the range is that of their type.
+          part: (i, m) reads the i-th of m parts of the examples, chunk by chunk. Of a type whose
+            values can only be from 0 to 1 once they are scaled, nothing is read.
         """
-        if self.examples.dtype.kind == "b":
-            return 0.0, self.scale
-        if self.examples.dtype == np.uint8:
-            return 0.0, 255 * self.scale
+        kind = self.examples.dtype
+        most = {"b": 1, "u": np.iinfo(kind).max if kind.kind == "u" else 0}.get(kind.kind)
+        if most is not None and most * self.scale <= 1:
+            return 0.0, most * self.scale
         first, last = (self.n_examples * (part[0] + i) // part[1] for i in (0, 1))
         rows = _chunk_rows(self.examples)
-        chunks = [self.examples[i : min(i + rows, last)] for i in range(first, last, rows)]
-        low = min((float(chunk.min()) for chunk in chunks), default=0.0)
-        high = max((float(chunk.max()) for chunk in chunks), default=0.0)
+        chunks = (self.examples[i : min(i + rows, last)] for i in range(first, last, rows))
+        ends = [(float(chunk.min()), float(chunk.max())) for chunk in chunks] or [(0.0, 0.0)]
+        low, high = min(low for low, _ in ends), max(high for _, high in ends)
         return low * self.scale, high * self.scale
 
 

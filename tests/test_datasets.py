@@ -643,3 +643,23 @@ def test_the_import_is_light():
     code = f"import sys, jkmeans.datasets; print(sorted({heavy} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("examples", "scale", "expected"),
+    [
+        (np.array([[3, 250]], np.uint8), 1 / 255, (0.0, 1.0)),  # Of the type: nothing is read.
+        (np.array([[1, 0]], np.uint8), 1.0, (0.0, 1.0)),  # Of the values.
+        (np.array([[1, 0]], bool), 0.5, (0.0, 0.5)),
+        (np.array([[-3, 7]], np.int16), 0.5, (-1.5, 3.5)),
+        (np.linspace(-2, 5, 35).reshape(7, 5), 2.0, (-4.0, 10.0)),
+    ],
+)
+def test_range_of_values(examples, scale, expected, monkeypatch):
+    monkeypatch.setattr(datasets, "_CHUNK_BYTES", 80)  # Two rows of five float64.
+    data = datasets.Dataset("x", examples, scale, None)
+    assert data.value_range() == pytest.approx(expected)
+    parts = [data.value_range((i, 3)) for i in range(3)]
+    read = [part for part in parts if part != (0.0, 0.0)]
+    whole = min(low for low, _ in read), max(high for _, high in read)
+    assert whole == pytest.approx(expected)
