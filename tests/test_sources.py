@@ -1,3 +1,4 @@
+import json
 import os
 import subprocess
 import sys
@@ -162,18 +163,19 @@ def test_columns_of_parquet(tmp_path, rows):
 
 
 def test_the_index_of_a_data_frame_is_no_feature(tmp_path, rows):
-    pandas = pytest.importorskip("pandas")
-    pytest.importorskip("pyarrow")
-    shuffled = np.random.default_rng(0).permutation(len(rows))
-    pandas.DataFrame(rows, columns=["a", "b", "c"]).iloc[shuffled].to_parquet(
-        tmp_path / "x.parquet"
-    )
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    index = np.arange(len(rows))[::-1]
+    columns = {"a": rows[:, 0], "b": rows[:, 1], "c": rows[:, 2], "__index_level_0__": index}
+    # As pandas leaves it, which need not be here; a range that it has only described is no name.
+    about = {"index_columns": ["__index_level_0__", {"kind": "range", "name": None}]}
+    table = arrow.table(columns).replace_schema_metadata({"pandas": json.dumps(about)})
+    parquet.write_table(table, tmp_path / "x.parquet")
     source = open_source(tmp_path / "x.parquet")
     assert source.n_features == 3
-    np.testing.assert_array_equal(source.read(0, ROWS), rows[shuffled])
+    np.testing.assert_array_equal(source.read(0, ROWS), rows)
     # Who asks for it has it.
     asked = open_source(tmp_path / "x.parquet", columns=["__index_level_0__"])
-    np.testing.assert_array_equal(asked.read(0, ROWS)[:, 0], shuffled)
+    np.testing.assert_array_equal(asked.read(0, ROWS)[:, 0], index)
 
 
 def test_what_parquet_cannot_hold(tmp_path):
