@@ -15,7 +15,7 @@ import operator
 import os
 import tempfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -108,13 +108,12 @@ class Dataset:
           part: (i, m) reads the i-th of m parts of the examples, chunk by chunk. Of a type whose
             values can only be from 0 to 1 once they are scaled, nothing is read.
         """
-        kind = self.examples.dtype
-        most = {"b": 1, "u": np.iinfo(kind).max if kind.kind == "u" else 0}.get(kind.kind)
-        if most is not None and most * self.scale <= 1:
-            return 0.0, most * self.scale
-        first, last = (self.n_examples * (part[0] + i) // part[1] for i in (0, 1))
-        rows = _chunk_rows(self.examples)
-        chunks = (self.examples[i : min(i + rows, last)] for i in range(first, last, rows))
+        dtype = self.examples.dtype
+        if dtype.kind in "bu":
+            most = self.scale * (1 if dtype.kind == "b" else np.iinfo(dtype).max)
+            if most <= 1:
+                return 0.0, most
+        chunks = (chunk for _, chunk in _chunks(self.examples, part))
         ends = [(float(chunk.min()), float(chunk.max())) for chunk in chunks] or [(0.0, 0.0)]
         low, high = min(low for low, _ in ends), max(high for _, high in ends)
         return low * self.scale, high * self.scale
@@ -334,9 +333,12 @@ def _check_form(array: Any, expected_shape: Sequence[int] | None, name: str) -> 
         ) from error
 
 
-def _chunk_rows(array: np.ndarray) -> int:
-    """How many examples are looked at together."""
-    return max(1, _CHUNK_BYTES // (array.itemsize * math.prod(array.shape[1:])))
+def _chunks(array: np.ndarray, part: tuple[int, int]) -> Iterator[tuple[int, np.ndarray]]:
+    """Part i of m of the rows, where part is (i, m): chunks, with the number of their first row."""
+    first, last = (len(array) * (part[0] + end) // part[1] for end in (0, 1))
+    rows = max(1, _CHUNK_BYTES // (array.itemsize * math.prod(array.shape[1:])))
+    for start in range(first, last, rows):
+        yield start, array[start : min(start + rows, last)]
 
 
 def _check_values(
@@ -345,15 +347,11 @@ def _check_values(
     """Check that the values are finite as the float32 the network will see, chunk by chunk."""
     if array.dtype.kind in "biu" and scale <= 1.0:
         return
-    n = array.shape[0]
-    rows = _chunk_rows(array)
     # For each chunk that has any: how many rows, and the first of them. The second list includes
     # the first, but speaks only when the first is empty.
     not_finite: list[tuple[int, int]] = []
     not_finite_as_seen: list[tuple[int, int]] = []
-    first, last = n * part[0] // part[1], n * (part[0] + 1) // part[1]
-    for start in range(first, last, rows):
-        chunk = array[start : min(start + rows, last)]
+    for start, chunk in _chunks(array, part):
         with np.errstate(over="ignore", under="ignore", invalid="ignore"):
             seen = chunk.astype(np.float32, copy=False)
             if scale != 1.0:
@@ -374,8 +372,8 @@ def _check_values(
     ):
         if found:
             raise UserError(
-                f"{name} has {what} in {sum(count for count, _ in found):,} of {n:,} rows, "
-                f"the first is row {found[0][1]:,} (counted from 0): accepted are {accepted}."
+                f"{name} has {what} in {sum(count for count, _ in found):,} of {len(array):,} "
+                f"rows, the first is row {found[0][1]:,} (counted from 0): accepted are {accepted}."
             )
 
 

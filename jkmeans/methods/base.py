@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jkmeans import kmeans
 from jkmeans.augmentation import VIEWS
 from jkmeans.errors import UserError
-from jkmeans.fields import Field
+from jkmeans.fields import Field, choice
 from jkmeans.kmeans.collectives import AxisName, all_sum
 
 
@@ -116,6 +116,24 @@ class Assigned(NamedTuple):
 def nearest_centroid(clusters, embeddings: jax.Array) -> kmeans.Assignment:
     """The nearest centroid of each embedding, and the squared distance to it."""
     return kmeans.assign(embeddings, clusters.centroids)
+
+
+ASSIGNMENT = choice(("nearest", "stored"), "of an example in a step")
+"""The field of a method that asks for the cluster of an example; see `distances_of`."""
+
+
+def distances_of(z: jax.Array, centroids: jax.Array, batch: Batch, assignment: str) -> jax.Array:
+    """Squared distances [b] of embeddings [b, p] to the centroids of their clusters.
+
+    Args:
+      z: of the examples of the batch, or of views of them.
+      centroids: [k, p].
+      batch: has the clusters of the last re-computation.
+      assignment: "nearest" for the nearest centroid, "stored" for that of the last re-computation.
+    """
+    if assignment == "nearest":
+        return kmeans.assign(z, centroids).distances
+    return kmeans.squared_distances(z, centroids, batch.labels)
 
 
 class Method(NamedTuple):

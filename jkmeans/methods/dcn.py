@@ -25,9 +25,10 @@ import jax
 import jax.numpy as jnp
 
 from jkmeans import kmeans
-from jkmeans.fields import choice, number
+from jkmeans.fields import number
 from jkmeans.kmeans.collectives import AxisName
 from jkmeans.methods.base import (
+    ASSIGNMENT,
     Batch,
     Method,
     MethodSpec,
@@ -35,6 +36,7 @@ from jkmeans.methods.base import (
     assigned,
     check_bank_of_examples,
     check_pretraining,
+    distances_of,
     first_kmeans,
     mean_terms,
     nearest_centroid,
@@ -62,10 +64,7 @@ def objective(
     def terms_of(z):
         terms = {"reconstruction": reconstruction_error(network, z, batch.x)}
         if batch.clustering:
-            if assignment == "nearest":
-                distances = kmeans.assign(z, clusters.centroids).distances
-            else:
-                distances = kmeans.squared_distances(z, clusters.centroids, batch.labels)
+            distances = distances_of(z, clusters.centroids, batch, assignment)
             terms["centroid"] = 0.5 * centroid_weight * distances
         return terms
 
@@ -134,7 +133,7 @@ SPEC = MethodSpec(
     dcn,
     {
         "centroid_weight": number("λ"),
-        "assignment": choice(("nearest", "stored"), "of an example in a step"),
+        "assignment": ASSIGNMENT,
         "initial_count": number("examples that a first centroid stands for"),
     },
     _check,

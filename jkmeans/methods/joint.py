@@ -36,17 +36,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jkmeans import kmeans
 from jkmeans.errors import UserError
-from jkmeans.fields import choice, number
+from jkmeans.fields import number
 from jkmeans.kmeans.collectives import AxisName
 from jkmeans.methods.autoencoder import with_kmeans
 from jkmeans.methods.base import (
+    ASSIGNMENT,
     Batch,
     Clusters,
     Method,
     MethodSpec,
     all_squared_distances,
+    distances_of,
     mean_terms,
     reconstruction_error,
 )
@@ -92,10 +93,7 @@ def objective(
             terms["reconstruction"] = weight * reconstruction_error(network, z, batch.x)
         if batch.clustering:
             weight = centroid_weight * warmup(batch.progress, warmup_epochs)
-            if assignment == "nearest":
-                distances = kmeans.assign(z, clusters.centroids).distances
-            else:
-                distances = kmeans.squared_distances(z, clusters.centroids, batch.labels)
+            distances = distances_of(z, clusters.centroids, batch, assignment)
             terms["centroid"] = weight * distances / z.shape[-1]
             if balance_weight > 0:
                 value = imbalance(z, clusters.centroids, temperature, batch)
@@ -170,7 +168,7 @@ def _check(values: Mapping[str, Any]) -> None:
 SPEC = MethodSpec(
     joint,
     {
-        "assignment": choice(("nearest", "stored"), "of an example in a step"),
+        "assignment": ASSIGNMENT,
         "reconstruction_weight": number("ρ, while clustering"),
         "centroid_weight": number("λ"),
         "warmup_epochs": number("T, epochs over which λ rises"),

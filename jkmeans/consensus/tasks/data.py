@@ -6,6 +6,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from jkmeans.configuration import Config
+from jkmeans.consensus.tasks.base import number_type
 from jkmeans.errors import UserError
 from jkmeans.fields import Field, integer, text
 from jkmeans.vq.data import MIXTURE, NAMED, load_samples
@@ -36,8 +37,7 @@ def load_points(config: Config) -> np.ndarray:
     points = load_samples(ConfigDict({"seed": config.seed, "data": wanted}))
     n_features = config.data.n_features
     # Principal components are computed in the type of the points.
-    doubled = config.precision == "float64" and not n_features
-    seen = points.astype(np.float64) if doubled else points
+    seen = points if n_features else points.astype(number_type(config))
     with np.errstate(over="ignore", invalid="ignore"):
         squares = float(np.sum((seen - seen.mean(axis=0)) ** 2))
     if not np.isfinite(squares):
