@@ -15,7 +15,7 @@ from jkmeans.configuration import Config
 
 
 def get_config() -> Config:
-    """The config; every field is explained in jkmeans/clustering.py."""
+    """The config; every field is explained in jkmeans/clustering/settings.py."""
     config: Config = ConfigDict()
     config.seed = 0
     config.n_devices = 0  # All.

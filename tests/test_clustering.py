@@ -13,8 +13,9 @@ from ml_collections import ConfigDict
 from sklearn.cluster import KMeans
 from sklearn.metrics import adjusted_rand_score, silhouette_score
 
-from jkmeans import clustering, selection
-from jkmeans.clustering import FIELDS, _read_sweep, cluster, validate
+from jkmeans import selection
+from jkmeans.clustering import FIELDS, cluster, memory, stream, validate
+from jkmeans.clustering.folder import read_sweep
 from jkmeans.configuration import convert_fields, from_json, to_json
 from jkmeans.errors import UserError
 from jkmeans.interruption import Interrupted
@@ -277,16 +278,16 @@ def test_a_stopped_stream_goes_on(stage, large, tmp_path, monkeypatch):
         report__sample_size=500,
     )  # fmt: skip
     whole = cluster(config, tmp_path / "whole")
-    line = clustering._Job._stream_line
+    line = stream._line
 
-    def signal_at_stage(self, now):
+    def signal_at_stage(now, *arguments):
         if now.stage == stage:
             os.kill(os.getpid(), signal.SIGTERM)
             patch.undo()
-        return line(self, now)
+        return line(now, *arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(clustering._Job, "_stream_line", signal_at_stage)
+        patch.setattr(stream, "_line", signal_at_stage)
         with pytest.raises(Interrupted, match="SIGTERM"):
             cluster(config, tmp_path / "parts")
     assert not (tmp_path / "parts" / "summary.json").exists()
@@ -362,15 +363,15 @@ def test_resumed_is_uninterrupted(number, at, files, tmp_path, monkeypatch):
         input=str(files / "cloud.npy"), n_clusters="12", n_init=2, iterations_per_program=4, tol=0
     )
     whole = cluster(config, tmp_path / "whole")
-    tell = clustering._Job._tell
+    tell = memory._Fit._tell
 
-    def tell_and_signal(self, state, *arguments):
-        tell(self, state, *arguments)
-        if (state.restart, state.n_iter) == at:
+    def tell_and_signal(self, *arguments):
+        tell(self, *arguments)
+        if (self._state.restart, self._state.n_iter) == at:
             os.kill(os.getpid(), number)
 
     with monkeypatch.context() as patch:
-        patch.setattr(clustering._Job, "_tell", tell_and_signal)
+        patch.setattr(memory._Fit, "_tell", tell_and_signal)
         with pytest.raises(Interrupted, match=number.name):
             cluster(config, tmp_path / "parts")
     assert not (tmp_path / "parts" / "summary.json").exists()
@@ -411,14 +412,14 @@ def test_other_data_is_refused(done, files, tmp_path, monkeypatch):
         cluster(make_config(input=str(files / "cloud.npy"), n_clusters="4"), workdir)
     # The same before it is finished.
     config = make_config(input=str(files / "cloud.npy"), n_clusters="12", iterations_per_program=1)
-    tell = clustering._Job._tell
+    tell = memory._Fit._tell
 
     def signal_at_once(self, *arguments):
         tell(self, *arguments)
         os.kill(os.getpid(), signal.SIGTERM)
 
     with monkeypatch.context() as patch:
-        patch.setattr(clustering._Job, "_tell", signal_at_once)
+        patch.setattr(memory._Fit, "_tell", signal_at_once)
         with pytest.raises(Interrupted):
             cluster(config, tmp_path / "w")
     config.input = str(files / "x.npy")
@@ -519,7 +520,7 @@ def test_a_sweep_without_silhouettes_is_read_again(tmp_path):
         "stability": [1.0],
     })  # fmt: skip
     assert "NaN" not in path.read_text()
-    ((k, (inertia, silhouette, stability)),) = _read_sweep(path, "f").items()
+    ((k, (inertia, silhouette, stability)),) = read_sweep(path, "f").items()
     assert (k, inertia, stability) == (2, 0.0, 1.0)
     assert np.isnan(silhouette)
 

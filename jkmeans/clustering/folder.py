@@ -1,0 +1,185 @@
+"""The workdir of a job: what lies in it, whole and of the same config and data, or refused."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jkmeans import configuration, processes
+from jkmeans.clustering.settings import FIELDS, RUNTIME
+from jkmeans.configuration import Config, convert_fields, nest
+from jkmeans.errors import UserError
+from jkmeans.training import CONFIG_FILE
+from jkmeans.workdir import write_json
+
+SUMMARY_FILE = "summary.json"
+SWEEP_FILE = "sweep.json"
+STATE_FILE = "state.npz"
+_OUTPUTS = ("centroids", "labels", "distances", "sizes")
+
+
+def claim(workdir: Path, config: Config) -> None:
+    """Writes the config into a new workdir, or checks that the one there is the same."""
+    path = workdir / CONFIG_FILE
+    try:
+        if path.exists():
+            try:
+                there = nest(convert_fields(json.loads(path.read_text()), FIELDS))
+            except (ValueError, AttributeError, UserError) as error:
+                raise UserError(
+                    f"{path} is not the config of a job of this version of jkmeans ({error}); "
+                    "accepted: another --workdir"
+                ) from error
+            different = configuration.differences(config, there, FIELDS, RUNTIME)
+            if different:
+                more = f" (and {len(different) - 1} more)" if len(different) > 1 else ""
+                raise UserError(
+                    f"{workdir} holds a job with another config: {different[0]}{more}; accepted: "
+                    "the same config, or another --workdir"
+                )
+            return
+        workdir.mkdir(parents=True, exist_ok=True)
+        write_json(path, configuration.to_json(config))
+    except OSError as error:
+        raise UserError(f"cannot write to --workdir {workdir}: {error.strerror}") from error
+
+
+class State:
+    """What a job has found so far, and needs to go on: arrays in one file.
+
+    Attributes:
+      restart: restarts that are finished.
+      n_iter: iterations of the one that runs.
+      centroids: [k, d] of the one that runs; None before its initialisation.
+      best: [k, d] of the finished restart of least inertia; None before the first.
+      best_inertia: its inertia.
+      best_n_iter: its iterations.
+      best_converged: whether it came to rest.
+      history: (restart, iteration, inertia), in the order of time.
+      seconds: spent by all processes that ran this job.
+    """
+
+    def __init__(self):
+        self.restart = 0
+        self.n_iter = 0
+        self.centroids: np.ndarray | None = None
+        self.best: np.ndarray | None = None
+        self.best_inertia = float("inf")
+        self.best_n_iter = 0
+        self.best_converged = False
+        self.history: list[tuple[int, int, float]] = []
+        self.seconds = 0.0
+
+    def end_restart(self, inertia: float, converged: bool) -> None:
+        """Keeps the restart that runs if it is the best so far, and makes room for the next."""
+        if inertia < self.best_inertia or self.best is None:
+            self.best, self.best_inertia = self.centroids, inertia
+            self.best_n_iter, self.best_converged = self.n_iter, converged
+        self.restart, self.n_iter, self.centroids = self.restart + 1, 0, None
+
+    def save(self, path: Path, fingerprint: str) -> None:
+        """Writes the state, under its name only when it is complete."""
+        scalars = (
+            self.restart, self.n_iter, self.best_inertia, self.best_n_iter, self.best_converged,
+            self.seconds,
+        )  # fmt: skip
+        arrays = {
+            "scalars": np.asarray(scalars, np.float64),
+            "history": np.asarray(self.history, np.float64).reshape(-1, 3),
+            "fingerprint": np.asarray(fingerprint),
+        }
+        arrays |= {
+            name: array
+            for name in ("centroids", "best")
+            if (array := getattr(self, name)) is not None
+        }
+        temporary = path.with_name(path.name + ".tmp")
+        with open(temporary, "wb") as file:
+            np.savez(file, allow_pickle=False, **arrays)
+        os.replace(temporary, path)
+
+    @staticmethod
+    def load(path: Path, fingerprint: str) -> State:
+        """The state in a file; a new one where there is no file.
+
+        Raises:
+          UserError: the file is damaged, or of other data.
+        """
+        state = State()
+        if not path.exists():
+            return state
+        try:
+            with np.load(path, allow_pickle=False) as arrays:
+                found = {name: arrays[name] for name in arrays.files}
+            restart, n_iter, inertia, best_n_iter, converged, seconds = found["scalars"].tolist()
+            history = [(int(r), int(i), float(v)) for r, i, v in found["history"]]
+        except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile) as error:
+            raise UserError(
+                f"{path} is damaged ({error}); accepted: the state that the job wrote; delete it "
+                "to start anew"
+            ) from error
+        if str(found["fingerprint"]) != fingerprint:
+            raise _other_data(path.parent)
+        state.restart, state.n_iter, state.best_n_iter = int(restart), int(n_iter), int(best_n_iter)
+        state.best_inertia, state.best_converged = inertia, bool(converged)
+        state.seconds, state.history = seconds, history
+        state.centroids, state.best = found.get("centroids"), found.get("best")
+        return state
+
+
+def read_summary(workdir: Path, fingerprint: str) -> dict[str, Any] | None:
+    """What a finished job wrote; None where one is not, or lost an output.
+
+    Raises:
+      UserError: the file is damaged, or of other data.
+    """
+    path = workdir / SUMMARY_FILE
+    if not path.exists():
+        return None
+    try:
+        summary = json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}); delete it to do the job anew") from error
+    if summary.get("fingerprint") != fingerprint:
+        raise _other_data(workdir)
+    missing = [n for n in _OUTPUTS if not (workdir / f"{n}.npy").exists()]
+    return None if missing else summary
+
+
+def read_sweep(path: Path, fingerprint: str) -> dict[int, tuple]:
+    """Inertia, silhouette and stability of every K that an earlier process judged."""
+    if not path.exists():
+        return {}
+    try:
+        record = json.loads(path.read_text())
+        if record["fingerprint"] != fingerprint:
+            raise _other_data(path.parent)
+        columns = (
+            [math.nan if value is None else value for value in record[name]]
+            for name in ("inertia", "silhouette", "stability")
+        )
+        return dict(zip(record["n_clusters"], zip(*columns, strict=True), strict=True))
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is damaged ({error}); delete it to sweep anew") from error
+
+
+def _other_data(workdir: Path) -> UserError:
+    return UserError(
+        f"{workdir} holds a job on other data; accepted: the same data, or another --workdir"
+    )
+
+
+def write_npy(path: Path, array: np.ndarray) -> None:
+    """Writes an array under its name only when it is complete; process 0 does, for all."""
+    if not processes.is_first():
+        return
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        np.save(file, array, allow_pickle=False)
+    os.replace(temporary, path)

@@ -1,0 +1,77 @@
+"""The fit of rows that are streamed: its passes, and the one that writes what came out."""
+
+from __future__ import annotations
+
+import time
+
+from jkmeans.clustering.found import Found, refuse_overflow
+from jkmeans.clustering.session import Session
+from jkmeans.recorder import format_duration
+from jkmeans.streaming import StreamProgress, fit_stream, predict_stream
+from jkmeans.training import CHECKPOINT_FOLDER
+
+
+def fit_streamed(session: Session, k: int) -> Found:
+    """Fits rows that are streamed, or goes on where that stopped; writes labels and distances.
+
+    Args:
+      session: of the job.
+      k: the number of clusters.
+
+    Raises:
+      UserError: a row is not finite, the data changed meanwhile, or the inertia overflows.
+      Interrupted: the job was asked to stop; what it found is saved.
+    """
+    config, source = session.config, session.data.source
+    budget = config.memory_mebibytes * 2**20 or None
+    started = time.monotonic()
+
+    def tell(now: StreamProgress) -> None:
+        session.progress.update(_line(now, config.max_iter), often=True)
+
+    def tell_and_listen(now: StreamProgress) -> None:
+        tell(now)
+        session.stop_if_asked()
+
+    result = fit_stream(
+        session.key(2),
+        source,
+        k,
+        init=config.init,
+        n_init=config.n_init,
+        max_iter=config.max_iter,
+        tol=config.tol,
+        mesh=session.mesh,
+        memory_budget=budget,
+        checkpoint_folder=session.workdir / CHECKPOINT_FOLDER,
+        progress=tell,
+    )
+    session.stop_if_asked()
+    predicted = predict_stream(
+        source,
+        result.centroids,
+        session.workdir / "labels.npy",
+        distances_path=session.workdir / "distances.npy",
+        mesh=session.mesh,
+        memory_budget=budget,
+        progress=tell_and_listen,
+    )
+    refuse_overflow(predicted.inertia, result.centroids.dtype)
+    return Found(
+        centroids=result.centroids,
+        sizes=predicted.counts,
+        inertia=predicted.inertia,
+        n_iter=result.n_iter,
+        converged=result.n_iter < config.max_iter,
+        history=[],
+        seconds=time.monotonic() - started,
+    )
+
+
+def _line(now: StreamProgress, max_iter: int) -> str:
+    line = str(now)
+    iteration = now.stage.rpartition("iteration ")[2]
+    if iteration.isdecimal() and now.rows_per_second:
+        left = (max_iter - int(iteration)) * now.n_rows / now.rows_per_second
+        line += f" of this pass; at most {format_duration(left)} after it"
+    return line
