@@ -24,7 +24,7 @@ from jkmeans.consensus.averaging import check_loss
 from jkmeans.consensus.graphs import EDGES
 from jkmeans.consensus.mixing import MIXINGS
 from jkmeans.consensus.tasks.base import GEOMETRIC, GRAPH_NAMES, Arrays, Case, Task
-from jkmeans.errors import UserError
+from jkmeans.errors import CollapseError, UserError
 from jkmeans.fields import Field, choice, integer, number, text, words
 from jkmeans.interruption import Interruption
 from jkmeans.recorder import format_duration
@@ -106,7 +106,7 @@ def run_experiment(config: Config, workdir: str | os.PathLike[str]) -> dict[str,
 
     Raises:
       UserError: the config, a graph, the data or the workdir cannot be used.
-      CollapseError: a case diverged; all others are done.
+      CollapseError: a case diverged; all others are done, and everything is written.
       Interrupted: SIGTERM or Ctrl-C came; every case that had ended is saved.
     """
     config = validate(config)
@@ -116,8 +116,11 @@ def run_experiment(config: Config, workdir: str | os.PathLike[str]) -> dict[str,
         claim_config(workdir, config, fields_of(config), _RUNTIME, task.fingerprint)
         with only_process_in(workdir), Interruption() as interruption:
             found = _compute(task, workdir / CASES_FOLDER, interruption)
-            results = {"task": config.task, **task.write(workdir, found)}
+            outcome = task.write(workdir, found)
+            results = {"task": config.task, **outcome.results}
             write_json(workdir / RESULTS_FILE, results)
+            if outcome.collapse:
+                raise CollapseError(outcome.collapse)
             return results
 
 

@@ -157,6 +157,22 @@ def test_kmeans_of_nodes_that_hear_next_to_nothing(tmp_path):
     with pytest.raises(CollapseError, match=r"lost their centroids on ring, 99% .* shuffled"):
         run_experiment(small_kmeans(tmp_path, rows, **fields), tmp_path / "w")
     assert (tmp_path / "w" / "kmeans.md").exists()
+    results = json.loads((tmp_path / "w" / "results.json").read_text())
+    assert results["kmeans"][-1]["inertia of all, %"] is None
+
+
+def test_what_diverges_is_written_and_said(tmp_path):
+    config = small(consensus_vq)
+    config.vq.n_clusters, config.vq.duration, config.vq.n_evaluations = 2, 200, 4
+    config.vq.steps.name, config.vq.steps.a, config.vq.scheme = "constant", 3.0, "displacements"
+    config.vq.deals = ("shuffled",)
+    with pytest.raises(CollapseError, match="diverged on ring with samples shuffled; accepted"):
+        run_experiment(config, tmp_path)
+    (row,) = json.loads((tmp_path / "results.json").read_text())["vq"]
+    assert row["distortion"] is None
+    with open(tmp_path / "vq.csv") as file:
+        (cells,) = csv.DictReader(file)
+    assert cells["distortion"] == ""
 
 
 @pytest.mark.slow

@@ -51,18 +51,30 @@ class Case(NamedTuple):
     run: Callable[[Check], Arrays]
 
 
+class Outcome(NamedTuple):
+    """What a task makes of its cases, besides pictures and tables.
+
+    Attributes:
+      results: for ``results.json``.
+      collapse: what went wrong in a case, and the remedy, as one sentence; empty if nothing did.
+    """
+
+    results: dict[str, Any]
+    collapse: str = ""
+
+
 class Task(NamedTuple):
     """What an experiment computes, and what it makes of it.
 
     Attributes:
       fingerprint: of the data and the graphs.
       cases: in their order.
-      write: (workdir, arrays of each case by name) -> results; makes pictures and tables.
+      write: (workdir, arrays of each case by name) -> outcome; makes pictures and tables.
     """
 
     fingerprint: str
     cases: list[Case]
-    write: Callable[[Path, Mapping[str, Arrays]], dict[str, Any]]
+    write: Callable[[Path, Mapping[str, Arrays]], Outcome]
 
 
 class Net(NamedTuple):
@@ -172,7 +184,7 @@ def tables(title: str, text: str, rows: Sequence[Mapping[str, Any]]) -> tuple[st
     writer = csv.DictWriter(out, names, restval="", lineterminator="\n")
     writer.writeheader()
     for row in rows:
-        writer.writerow({name: "" if value is None else value for name, value in row.items()})
+        writer.writerow({name: value for name, value in row.items() if _is_known(value)})
     return "\n".join(lines) + "\n", out.getvalue()
 
 
@@ -199,18 +211,13 @@ def refuse_lost_messages(config: Config, what: str) -> None:
         )
 
 
-def plain(value: Any) -> Any:
-    """A value as JSON has it: NaN and infinity are no JSON."""
-    if isinstance(value, np.generic):
-        value = value.item()
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+def _is_known(value: Any) -> bool:
+    return value is not None and not (isinstance(value, float) and not math.isfinite(value))
 
 
 def _cell(value: Any) -> str:
-    if value is None:
+    if not _is_known(value):
         return "–"
     if isinstance(value, float):
-        if not math.isfinite(value):
-            return "–"
         return f"{value:.2e}" if value and not 1e-3 <= abs(value) < 1e5 else f"{value:.4g}"
     return f"{value:,}" if isinstance(value, int) else str(value)

@@ -31,13 +31,13 @@ from jkmeans.consensus.tasks.base import (
     Case,
     Check,
     Net,
+    Outcome,
     Task,
     fingerprint_of,
     measure,
     nets_of,
     nodes_of,
     number_type,
-    plain,
     refuse_lost_messages,
     rounds_to,
     write_tables,
@@ -253,12 +253,12 @@ class _Work:
             "step": np.array(step),
         }
 
-    def write(self, workdir: Path, found: Mapping[str, Arrays]) -> dict[str, Any]:
-        """Pictures, tables, and what is in ``results.json``."""
+    def write(self, workdir: Path, found: Mapping[str, Arrays]) -> Outcome:
+        """Pictures, tables, and what became of it all."""
         results = {"gossip": self._write_gossip(workdir, found)}
         results["estimation"] = self._write_estimation(workdir, found)
         self._draw_networks(workdir, found)
-        return results
+        return Outcome(results)
 
     def _write_gossip(self, workdir: Path, found: Mapping[str, Arrays]) -> list[dict[str, Any]]:
         tolerance, rows, curves = self.config.gossip.tolerance, [], []
@@ -277,7 +277,7 @@ class _Work:
                     "most neighbours": int(net.graph.degrees.max()),
                     "spectral gap": net.spectrum.gap,
                     "rate, predicted": self.predicted_rate(net),
-                    "rate, measured": plain(rate),
+                    "rate, measured": rate,
                     "rounds, predicted": predicted,
                     "rounds, slowest start": reached,
                     "rounds, random start": rounds_to(random, tolerance),

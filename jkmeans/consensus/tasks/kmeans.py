@@ -23,6 +23,7 @@ from jkmeans.consensus.tasks.base import (
     Case,
     Check,
     Net,
+    Outcome,
     Task,
     fingerprint_of,
     measure,
@@ -34,7 +35,7 @@ from jkmeans.consensus.tasks.base import (
 from jkmeans.consensus.tasks.data import DEALS, check_enough, load_points, order_of, stretches
 from jkmeans.consensus.tasks.data import FIELDS as DATA_FIELDS
 from jkmeans.consensus.traffic import bytes_per_round
-from jkmeans.errors import CollapseError, UserError
+from jkmeans.errors import UserError
 from jkmeans.fields import Field, integer, number, words
 from jkmeans.kmeans.statistics import ClusterStatistics, inertia_of
 from jkmeans.sharding import BY_STEP, REPLICATED, SHARDED
@@ -206,8 +207,8 @@ class _Work:
             "measured_bytes": np.array(-1 if measured is None else measured),
         }
 
-    def write(self, workdir: Path, found: Mapping[str, Arrays]) -> dict[str, Any]:
-        """Pictures, the table, and what is in ``results.json``."""
+    def write(self, workdir: Path, found: Mapping[str, Arrays]) -> Outcome:
+        """Pictures, the table, and what became of it all."""
         central = found[_CENTRAL]
         end = float(central["end"])
         end = end if end > self.rounding else 0.0
@@ -283,13 +284,15 @@ class _Work:
         )
         self._draw_networks(workdir, found)
         print(markdown, flush=True)
-        if lost_nodes:
-            raise CollapseError(
-                f"nodes lost their centroids on {', '.join(lost_nodes)}: one that hears too little "
-                "gives its weight away until nothing is left of it; accepted: a smaller "
-                "loss.messages"
-            )
-        return {"inertia": end, "central_n_iter": int(central["n_iter"]), "kmeans": rows}
+        collapse = (
+            f"nodes lost their centroids on {', '.join(lost_nodes)}: one that hears too little "
+            "gives its weight away until nothing is left of it; accepted: a smaller "
+            "loss.messages"
+        )
+        return Outcome(
+            {"inertia": end, "central_n_iter": int(central["n_iter"]), "kmeans": rows},
+            collapse if lost_nodes else "",
+        )
 
     def _draw_networks(self, workdir: Path, found: Mapping[str, Arrays]) -> None:
         deal = self.config.kmeans.deals[-1]

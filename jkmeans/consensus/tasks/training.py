@@ -21,6 +21,7 @@ from jkmeans.consensus.tasks.base import (
     Case,
     Check,
     Net,
+    Outcome,
     Task,
     fingerprint_of,
     measure,
@@ -31,7 +32,7 @@ from jkmeans.consensus.tasks.base import (
 )
 from jkmeans.consensus.traffic import all_reduce_bytes, bytes_per_round
 from jkmeans.consensus.training import DEALS, MODES, State, begin, deal_examples, train
-from jkmeans.errors import CollapseError, UserError
+from jkmeans.errors import UserError
 from jkmeans.fields import Field, choice, integer, integers, number, words
 from jkmeans.sharding import REPLICATED, SHARDED
 
@@ -150,8 +151,8 @@ class _Work:
             "measured_bytes": np.array(-1 if measured is None else measured),
         }
 
-    def write(self, workdir: Path, found: Mapping[str, Arrays]) -> dict[str, Any]:
-        """The picture, the table, and what is in ``results.json``."""
+    def write(self, workdir: Path, found: Mapping[str, Arrays]) -> Outcome:
+        """The picture, the table, and what became of it all."""
         ours, rows, lost = self.config.training, [], []
         panels: dict[str, list[figures.Curve]] = {}
         for deal in ours.deals:
@@ -205,8 +206,7 @@ class _Work:
             logarithmic=False,
         )
         print(markdown, flush=True)
-        if lost:
-            raise CollapseError(
-                f"the loss is not finite with {'; '.join(lost)}; accepted: a smaller learning rate"
-            )
-        return {"training": rows}
+        collapse = (
+            f"the loss is not finite with {'; '.join(lost)}; accepted: a smaller learning rate"
+        )
+        return Outcome({"training": rows}, collapse if lost else "")

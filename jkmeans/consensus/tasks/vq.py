@@ -19,6 +19,7 @@ from jkmeans.consensus.tasks.base import (
     Case,
     Check,
     Net,
+    Outcome,
     Task,
     fingerprint_of,
     measure,
@@ -31,7 +32,7 @@ from jkmeans.consensus.tasks.data import DEALS, check_enough, load_points, order
 from jkmeans.consensus.tasks.data import FIELDS as DATA_FIELDS
 from jkmeans.consensus.traffic import bytes_per_round
 from jkmeans.consensus.vq import GAINS, Trace, quantize_together
-from jkmeans.errors import CollapseError, UserError
+from jkmeans.errors import UserError
 from jkmeans.fields import Field, choice, integer, number, words
 from jkmeans.sharding import REPLICATED, SHARDED
 from jkmeans.sources.base import ArraySource
@@ -170,8 +171,8 @@ class _Work:
         weight = jax.ShapeDtypeStruct((), self.points.dtype)
         return bytes_per_round(net.graph, (one, weight) if self.config.loss.messages else one)
 
-    def write(self, workdir: Path, found: Mapping[str, Arrays]) -> dict[str, Any]:
-        """The picture, the table, and what is in ``results.json``."""
+    def write(self, workdir: Path, found: Mapping[str, Arrays]) -> Outcome:
+        """The picture, the table, and what became of it all."""
         ours, rows = self.config.vq, []
         panels: dict[str, list[figures.Curve]] = {}
         diverged = []
@@ -217,9 +218,8 @@ class _Work:
             a_point=int(self.times[1]),
         )
         print(markdown, flush=True)
-        if diverged:
-            raise CollapseError(
-                f"vector quantization diverged on {', '.join(diverged)}; accepted: smaller steps, "
-                "more rounds, or scheme 'averaging'"
-            )
-        return {"vq": rows}
+        collapse = (
+            f"vector quantization diverged on {', '.join(diverged)}; accepted: smaller steps, "
+            "more rounds, or scheme 'averaging'"
+        )
+        return Outcome({"vq": rows}, collapse if diverged else "")
