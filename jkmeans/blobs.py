@@ -21,12 +21,11 @@ from jkmeans.errors import UserError
 from jkmeans.generation import make_blobs
 from jkmeans.recorder import results_table
 from jkmeans.sharding import make_mesh
-from jkmeans.workdir import write_json
+from jkmeans.workdir import RESULTS_FILE, write_json
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-RESULTS_FILE = "results.json"
 PICTURE_FILE = "blobs.png"
 
 _PIXELS = 600

@@ -18,7 +18,7 @@ from jkmeans.fields import integer
 from jkmeans.interruption import Interruption
 from jkmeans.published import Published, published_result
 from jkmeans.recorder import results_table
-from jkmeans.workdir import write_json, write_whole
+from jkmeans.workdir import CONFIG_FILE, RESULTS_FILE, write_json, write_whole
 
 TABLE_NAMES = ("table.md", "table.tex", "table.csv", "runs.csv", "table.json", "table.png")
 PRETRAINED_FOLDER = "pretrained"
@@ -113,7 +113,7 @@ class _Run(NamedTuple):
 
     def check_folder(self) -> None:
         """Refuses a folder with another config now, not after hours of other runs."""
-        if (self.folder / training.CONFIG_FILE).exists():
+        if (self.folder / CONFIG_FILE).exists():
             training.claim_workdir(self.folder, self.config)
 
     def train(self) -> None:
@@ -128,7 +128,7 @@ class _Run(NamedTuple):
     def has_ended(self) -> bool:
         """Whether there is nothing to train; where its data may have changed, it sees to that."""
         results, collapse = self.outcome()
-        ended = training.RESULTS_FILE if results else COLLAPSE_FILE
+        ended = RESULTS_FILE if results else COLLAPSE_FILE
         return bool(results or collapse) and not self._data_may_differ(self.folder / ended)
 
     def outcome(self) -> tuple[dict[str, Any] | None, str | None]:
@@ -136,7 +136,7 @@ class _Run(NamedTuple):
         there = self._config_there()
         if there is None or configuration.differences(self.config, there):
             return None, None
-        results = _read_object(self.folder / training.RESULTS_FILE)
+        results = _read_object(self.folder / RESULTS_FILE)
         if results:
             return results, None
         collapse = _read_object(self.folder / COLLAPSE_FILE)
@@ -144,7 +144,7 @@ class _Run(NamedTuple):
 
     def _config_there(self) -> Config | None:
         try:
-            return configuration.from_json(_read_object(self.folder / training.CONFIG_FILE))
+            return configuration.from_json(_read_object(self.folder / CONFIG_FILE))
         except UserError:
             return None
 

@@ -37,8 +37,7 @@ from jkmeans.sharding import (
     read_to_devices,
     to_host,
 )
-from jkmeans.training import CHECKPOINT_FOLDER
-from jkmeans.workdir import write_json
+from jkmeans.workdir import CHECKPOINT_FOLDER, write_json
 
 EVALUATION_FILE = "evaluation.json"
 _FAR = 10.0  # Times the mean squared distance in training: other units, or other things.

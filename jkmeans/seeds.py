@@ -36,13 +36,12 @@ from jkmeans.sharding import (
     to_host,
 )
 from jkmeans.training import (
-    CHECKPOINT_FOLDER,
     Run,
     claim_workdir,
     scalars,
     train_and_evaluate,
 )
-from jkmeans.workdir import device_room, only_process_in, write_json
+from jkmeans.workdir import CHECKPOINT_FOLDER, device_room, only_process_in, write_json
 
 SEEDS_FILE = "seeds.json"
 

@@ -6,7 +6,6 @@ inside one: the epoch is a compiled program (`jkmeans.epoch`), the objective is 
 """
 
 import functools
-import json
 import os
 import resource
 import sys
@@ -42,12 +41,18 @@ from jkmeans.sharding import (
     relayout,
     to_host,
 )
-from jkmeans.workdir import device_room, only_process_in, versions, write_json
+from jkmeans.workdir import (
+    CHECKPOINT_FOLDER,
+    CONFIG_FILE,
+    REPORT_FOLDER,
+    RESULTS_FILE,
+    claim,
+    device_room,
+    only_process_in,
+    versions,
+    write_json,
+)
 
-CONFIG_FILE = "config.json"
-RESULTS_FILE = "results.json"
-CHECKPOINT_FOLDER = "checkpoints"
-REPORT_FOLDER = "report"
 PAGE_FILE = "report.html"
 
 _AFTER_SCORES = "train_seconds"  # Where results go on that are not of the labels of the data.
@@ -739,37 +744,17 @@ def claim_workdir(workdir: Path, config: Config) -> None:
     Raises:
       UserError: the folder holds a run with another config, or cannot be written.
     """
-    path = workdir / CONFIG_FILE
-    try:
-        if path.exists():
-            there = _read_config(path)
-            different = configuration.differences(config, there)
-            if different:
-                more = f" (and {len(different) - 1} more)" if len(different) > 1 else ""
-                raise UserError(
-                    f"{workdir} holds a run with another config: {different[0]}{more}; accepted: "
-                    "the same config, or another --workdir"
-                )
-            return
-        if (workdir / CHECKPOINT_FOLDER).exists():
-            raise UserError(
-                f"{workdir} holds checkpoints but no {CONFIG_FILE}, so they are not of a run of "
-                "jkmeans; accepted: a new folder or that of a run"
-            )
-        workdir.mkdir(parents=True, exist_ok=True)
-        write_json(path, configuration.to_json(config))
-    except OSError as error:
-        raise UserError(f"cannot write to --workdir {workdir}: {error.strerror}") from error
-
-
-def _read_config(path: Path) -> Config:
-    try:
-        return configuration.from_json(json.loads(path.read_text()))
-    except (ValueError, UserError) as error:
+    if (workdir / CHECKPOINT_FOLDER).exists() and not (workdir / CONFIG_FILE).exists():
         raise UserError(
-            f"{path} is not a config of this version of jkmeans ({error}); accepted: another "
-            "--workdir"
-        ) from error
+            f"{workdir} holds checkpoints but no {CONFIG_FILE}, so they are not of a run of "
+            "jkmeans; accepted: a new folder or that of a run"
+        )
+    claim(
+        workdir,
+        configuration.to_json(config),
+        lambda there: configuration.differences(config, configuration.from_json(there)),
+        kind="run",
+    )
 
 
 def describe_data(dataset: datasets.Dataset) -> dict[str, Any]:

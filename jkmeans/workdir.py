@@ -4,7 +4,7 @@ import contextlib
 import json
 import os
 import platform
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib import metadata as importlib_metadata
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,57 @@ import jkmeans
 from jkmeans import processes
 from jkmeans.errors import UserError
 
+CONFIG_FILE = "config.json"
+"""What a run, a job or an experiment begins with."""
+RESULTS_FILE = "results.json"
+CHECKPOINT_FOLDER = "checkpoints"
+REPORT_FOLDER = "report"
 LOCK_FILE = ".lock"
+
+
+def claim(
+    workdir: Path,
+    content: Any,
+    differences: Callable[[Any], list[str]],
+    *,
+    kind: str,
+    name: str = CONFIG_FILE,
+) -> None:
+    """Writes what decides the results into a new workdir, or checks that it is what is there.
+
+    Args:
+      workdir: made if missing.
+      content: for JSON.
+      differences: of the content that is there, as JSON has it; raises where it is of no such kind.
+      kind: "run", "job" or "experiment".
+      name: of the file.
+
+    Raises:
+      UserError: the folder holds another one, or cannot be written.
+    """
+    path = workdir / name
+    try:
+        if not path.exists():
+            workdir.mkdir(parents=True, exist_ok=True)
+            write_json(path, content)
+            return
+        text = path.read_text()
+    except OSError as error:
+        raise UserError(f"cannot write to --workdir {workdir}: {error.strerror}") from error
+    article = "an" if kind.startswith("e") else "a"
+    try:
+        different = differences(json.loads(text))
+    except (ValueError, KeyError, TypeError, AttributeError, UserError) as error:
+        raise UserError(
+            f"{path} is not the config of {article} {kind} of this version of jkmeans ({error}); "
+            "accepted: another --workdir"
+        ) from error
+    if different:
+        more = f" (and {len(different) - 1} more)" if len(different) > 1 else ""
+        raise UserError(
+            f"{workdir} holds {article} {kind} with another config: {different[0]}{more}; "
+            "accepted: the same config, or another --workdir"
+        )
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ from jkmeans import datasets, pretrained, training
 from jkmeans.configuration import validate
 from jkmeans.methods import with_method
 from jkmeans.pretrained import Pretrained
+from jkmeans.workdir import CHECKPOINT_FOLDER
 from tests import tiny
 
 # What compiles fast.
@@ -203,7 +204,7 @@ def run_in(workdir, name, networks, **changes):
     results = training.train(config, blobs(), workdir)
     results = {k: v for k, v in results.items() if not k.endswith(("seconds", "mebibytes"))}
     run = training.Run(config, workdir, blobs(), training.make_mesh(1))
-    with training.Checkpoints(workdir / training.CHECKPOINT_FOLDER, keep=2) as checkpoints:
+    with training.Checkpoints(workdir / CHECKPOINT_FOLDER, keep=2) as checkpoints:
         restored = run.restore(checkpoints)
     assert restored is not None
     state = restored[0]

@@ -6,29 +6,21 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from jkmeans import configuration
 from jkmeans.asynchronous import engine
 from jkmeans.asynchronous.rules import Tree
 from jkmeans.asynchronous.server import DIVERGED, Status
 from jkmeans.configuration import Config
 from jkmeans.errors import CollapseError, UserError
-from jkmeans.fields import Field
 from jkmeans.recorder import format_duration
 from jkmeans.vq.simulation import EXPLODED
-from jkmeans.workdir import write_json
 
 CURVE_FILE = "curve.jsonl"
-SETTINGS_FILE = "settings.json"
-RESULTS_FILE = "results.json"
-CONFIG_FILE = "config.json"
-"""What experiments begin with that have no server."""
-
 LAST_GOOD_FILE = "last_good.npz"
 _LINE_SECONDS = 5.0
 
@@ -81,102 +73,6 @@ class Curve:
         self.points.append(point)
         with open(self.path, "a") as file:
             file.write(json.dumps(point) + "\n")
-
-
-def claim(folder: Path, settings: Mapping[str, Any]) -> None:
-    """Writes what decides a result into a new folder, or checks that it is what is there.
-
-    Raises:
-      UserError: the folder holds a run with other settings or of another experiment, or cannot be
-        written.
-    """
-    path = folder / SETTINGS_FILE
-    settings = json.loads(json.dumps(settings))
-    refuse_foreign(folder, SETTINGS_FILE)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if not path.exists():
-            write_json(path, settings)
-            return
-        there = json.loads(path.read_text())
-    except OSError as error:
-        raise UserError(f"cannot write to --workdir {folder}: {error.strerror}") from error
-    except ValueError as error:
-        raise UserError(f"{path} is no JSON ({error}); accepted: another --workdir") from error
-    for name in settings:
-        if settings[name] != there.get(name):
-            raise UserError(
-                f"{folder} holds a run with another config: {name} is {settings[name]!r} here and "
-                f"{there.get(name)!r} there; accepted: the same config, or another --workdir"
-            )
-
-
-def claim_config(
-    workdir: Path,
-    config: Config,
-    fields: Mapping[str, Field],
-    runtime: tuple[str, ...],
-    fingerprint: str,
-) -> None:
-    """Writes the config of an experiment into its folder, or checks that it goes on with it.
-
-    Args:
-      workdir: made if missing.
-      config: validated.
-      fields: what it consists of.
-      runtime: starts of the names of fields that may differ when an experiment goes on.
-      fingerprint: of the data.
-
-    Raises:
-      UserError: the folder holds an experiment with another config, on other data or of another
-        kind, or cannot be written.
-    """
-    path = workdir / CONFIG_FILE
-    ours = {"fingerprint": fingerprint, "config": configuration.to_json(config)}
-    refuse_foreign(workdir, CONFIG_FILE)
-    try:
-        if not path.exists():
-            workdir.mkdir(parents=True, exist_ok=True)
-            write_json(path, ours)
-            return
-        record = json.loads(path.read_text())
-        there = configuration.nest(configuration.convert_fields(record["config"], fields))
-    except OSError as error:
-        raise UserError(f"cannot write to --workdir {workdir}: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError, AttributeError, UserError) as error:
-        raise UserError(
-            f"{path} is not the config of an experiment of this version of jkmeans ({error}); "
-            "accepted: another --workdir"
-        ) from error
-    different = configuration.differences(config, there, fields, runtime)
-    if record["fingerprint"] != fingerprint and not different:
-        different.append("the data are other ones")
-    if different:
-        more = f" (and {len(different) - 1} more)" if len(different) > 1 else ""
-        raise UserError(
-            f"{workdir} holds an experiment with another config: {different[0]}{more}; accepted: "
-            "the same config, or another --workdir"
-        )
-    write_json(path, ours)
-
-
-def refuse_foreign(folder: Path, own: str) -> None:
-    """Refuses a folder of another experiment, whose results would be taken for ours or replaced.
-
-    Args:
-      folder: of the results; need not be there.
-      own: the file that ours begins with, CONFIG_FILE or SETTINGS_FILE.
-
-    Raises:
-      UserError: ours did not begin there, but another did.
-    """
-    if (folder / own).exists():
-        return
-    for name in (CONFIG_FILE, SETTINGS_FILE, RESULTS_FILE):
-        if (folder / name).exists():
-            raise UserError(
-                f"{folder} has {name} of another experiment in it; accepted: another --workdir"
-            )
 
 
 def follow(

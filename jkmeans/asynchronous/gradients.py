@@ -19,9 +19,7 @@ from ml_collections import ConfigDict
 
 from jkmeans.asynchronous.curve import (
     CURVE_FILE,
-    RESULTS_FILE,
     Curve,
-    claim,
     follow,
     results_of,
 )
@@ -33,9 +31,10 @@ from jkmeans.asynchronous.work import Work, gradient_work
 from jkmeans.asynchronous.worker import Read
 from jkmeans.configuration import Config, convert_fields, nest
 from jkmeans.errors import UserError
+from jkmeans.experiment_folder import claim_settings
 from jkmeans.fields import Field, choice, integer, integers, number
 from jkmeans.recorder import results_table
-from jkmeans.workdir import only_process_in, write_json
+from jkmeans.workdir import RESULTS_FILE, only_process_in, write_json
 
 CURVES_PICTURE = "curves.png"
 MODES = ("asynchronous", "synchronous")
@@ -161,7 +160,7 @@ def run_sgd(config: Config, workdir: str | os.PathLike[str]) -> dict[str, Any]:
     config = validate(config)
     folder = Path(workdir).absolute()
     plain = config.to_dict()
-    claim(folder, {name: value for name, value in plain.items() if name != "ray"})
+    claim_settings(folder, {name: value for name, value in plain.items() if name != "ray"})
     with only_process_in(folder):
         problem = make_problem(config)
         n = len(jax.tree.leaves(problem.examples)[0])

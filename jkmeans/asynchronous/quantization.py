@@ -14,19 +14,20 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from jkmeans.asynchronous.curve import RESULTS_FILE, claim, follow, results_of
+from jkmeans.asynchronous.curve import follow, results_of
 from jkmeans.asynchronous.pictures import STALENESS_PICTURE, draw_curves, draw_staleness
 from jkmeans.asynchronous.rules import Rule, displacement_rule
 from jkmeans.asynchronous.work import Work, quantization_work
 from jkmeans.asynchronous.worker import Read
 from jkmeans.configuration import Config
 from jkmeans.errors import UserError
+from jkmeans.experiment_folder import claim_settings
 from jkmeans.kmeans.assignment import assign
 from jkmeans.recorder import results_table
 from jkmeans.sources.base import ArraySource
 from jkmeans.vq import make_steps
 from jkmeans.vq.data import first_prototypes, load_samples
-from jkmeans.workdir import only_process_in, write_json
+from jkmeans.workdir import RESULTS_FILE, only_process_in, write_json
 
 PROTOTYPES_FILE = "prototypes.npy"
 CURVE_PICTURE = "distortion.png"
@@ -142,7 +143,7 @@ def quantize_in_parallel(
       CollapseError: the prototypes diverged; the last good ones are kept.
       Interrupted: Ctrl-C or SIGTERM came; the same call goes on.
     """
-    claim(folder, settings)
+    claim_settings(folder, settings)
     with only_process_in(folder):
         if (folder / RESULTS_FILE).exists():
             results = json.loads((folder / RESULTS_FILE).read_text())

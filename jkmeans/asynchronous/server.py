@@ -30,9 +30,9 @@ from jkmeans.asynchronous.journal import Journal
 from jkmeans.asynchronous.rules import Rule, Tree
 from jkmeans.checkpoints import Checkpoints, DamagedError
 from jkmeans.errors import UserError
+from jkmeans.workdir import CHECKPOINT_FOLDER
 
 JOURNAL_FILE = "journal.bin"
-CHECKPOINT_FOLDER = "checkpoints"
 
 FINISHED, STOPPED, DIVERGED = "finished", "stopped", "diverged"
 

@@ -11,8 +11,7 @@ from jkmeans import metrics, processes, selection
 from jkmeans.clustering.folder import SUMMARY_FILE, write_npy
 from jkmeans.clustering.found import Found
 from jkmeans.clustering.session import Session
-from jkmeans.training import REPORT_FOLDER
-from jkmeans.workdir import versions, write_json
+from jkmeans.workdir import REPORT_FOLDER, versions, write_json
 
 
 def conclude(session: Session, found: Found, sweep: dict[str, Any] | None) -> dict[str, Any]:

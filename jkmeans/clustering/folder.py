@@ -15,8 +15,7 @@ from jkmeans import configuration, processes
 from jkmeans.clustering.settings import FIELDS, RUNTIME
 from jkmeans.configuration import Config, convert_fields, nest
 from jkmeans.errors import UserError
-from jkmeans.training import CONFIG_FILE
-from jkmeans.workdir import write_json
+from jkmeans.workdir import claim
 
 SUMMARY_FILE = "summary.json"
 SWEEP_FILE = "sweep.json"
@@ -24,30 +23,18 @@ STATE_FILE = "state.npz"
 _OUTPUTS = ("centroids", "labels", "distances", "sizes")
 
 
-def claim(workdir: Path, config: Config) -> None:
-    """Writes the config into a new workdir, or checks that the one there is the same."""
-    path = workdir / CONFIG_FILE
-    try:
-        if path.exists():
-            try:
-                there = nest(convert_fields(json.loads(path.read_text()), FIELDS))
-            except (ValueError, AttributeError, UserError) as error:
-                raise UserError(
-                    f"{path} is not the config of a job of this version of jkmeans ({error}); "
-                    "accepted: another --workdir"
-                ) from error
-            different = configuration.differences(config, there, FIELDS, RUNTIME)
-            if different:
-                more = f" (and {len(different) - 1} more)" if len(different) > 1 else ""
-                raise UserError(
-                    f"{workdir} holds a job with another config: {different[0]}{more}; accepted: "
-                    "the same config, or another --workdir"
-                )
-            return
-        workdir.mkdir(parents=True, exist_ok=True)
-        write_json(path, configuration.to_json(config))
-    except OSError as error:
-        raise UserError(f"cannot write to --workdir {workdir}: {error.strerror}") from error
+def claim_workdir(workdir: Path, config: Config) -> None:
+    """Writes the config into a new workdir, or checks that the one there is the same.
+
+    Raises:
+      UserError: the folder holds a job with another config, or cannot be written.
+    """
+
+    def differences(there: Any) -> list[str]:
+        there = nest(convert_fields(there, FIELDS))
+        return configuration.differences(config, there, FIELDS, RUNTIME)
+
+    claim(workdir, configuration.to_json(config), differences, kind="job")
 
 
 class State:

@@ -9,7 +9,7 @@ from typing import Any
 from jkmeans import processes
 from jkmeans.clustering.conclusion import conclude
 from jkmeans.clustering.data import open_data
-from jkmeans.clustering.folder import claim, read_summary
+from jkmeans.clustering.folder import claim_workdir, read_summary
 from jkmeans.clustering.memory import fit_in_memory
 from jkmeans.clustering.session import Session
 from jkmeans.clustering.settings import AUTO, validate
@@ -61,7 +61,7 @@ def cluster(config: Config, workdir: str | os.PathLike[str]) -> dict[str, Any]:
     session = Session(config, workdir, data, make_mesh(config.n_devices))
     processes.agree("the data", {"checksum": session.fingerprint})
     # Not before all is read and checked: a file that cannot be clustered leaves no trace.
-    processes.on_first(lambda: claim(workdir, config))
+    processes.on_first(lambda: claim_workdir(workdir, config))
     processes.same_folder(workdir)
     with only_process_in(workdir):
         return _execute(session)

@@ -8,7 +8,7 @@ from jkmeans.clustering.found import Found, refuse_overflow
 from jkmeans.clustering.session import Session
 from jkmeans.recorder import format_duration
 from jkmeans.streaming import StreamProgress, fit_stream, predict_stream
-from jkmeans.training import CHECKPOINT_FOLDER
+from jkmeans.workdir import CHECKPOINT_FOLDER
 
 
 def fit_streamed(session: Session, k: int) -> Found:

@@ -18,17 +18,17 @@ from typing import Any
 import jax
 import numpy as np
 
-from jkmeans.asynchronous.curve import RESULTS_FILE, claim_config
 from jkmeans.configuration import Config, convert_fields, nest
 from jkmeans.consensus.averaging import check_loss
 from jkmeans.consensus.graphs import EDGES
 from jkmeans.consensus.mixing import MIXINGS
 from jkmeans.consensus.tasks.base import GEOMETRIC, GRAPH_NAMES, Arrays, Case, Task
 from jkmeans.errors import CollapseError, UserError
+from jkmeans.experiment_folder import claim_config
 from jkmeans.fields import Field, choice, integer, number, text, words
 from jkmeans.interruption import Interruption
 from jkmeans.recorder import format_duration
-from jkmeans.workdir import only_process_in, write_json
+from jkmeans.workdir import RESULTS_FILE, only_process_in, write_json
 
 CASES_FOLDER = "cases"
 TASKS = ("estimation", "kmeans", "vq", "training")

@@ -35,6 +35,7 @@ from jkmeans.estimators.base import at_least
 from jkmeans.interruption import Interrupted
 from jkmeans.methods import METHODS, with_method
 from jkmeans.recorder import METRICS_FILE, read_metrics, silence
+from jkmeans.workdir import CHECKPOINT_FOLDER, CONFIG_FILE, RESULTS_FILE
 
 BASE: dict[str, Any] = {
     "seed": 0,  # Root of all random keys: from random_state.
@@ -376,9 +377,9 @@ class DeepClustering(
           ValueError: it holds no checkpoint that can be read.
         """
         folder = Path(folder).expanduser().absolute()
-        if not (folder / training.CONFIG_FILE).is_file():
+        if not (folder / CONFIG_FILE).is_file():
             raise ValueError(
-                f"{folder} holds no {training.CONFIG_FILE}; accepted: a folder that "
+                f"{folder} holds no {CONFIG_FILE}; accepted: a folder that "
                 f"{cls.__name__}.save has written, or that of a run"
             )
         with _value_errors(), _said(verbose=False):
@@ -440,7 +441,7 @@ class DeepClustering(
             return int(self.random_state)
         if self.random_state is None and self.workdir is not None:
             with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-                path = Path(self.workdir) / training.CONFIG_FILE
+                path = Path(self.workdir) / CONFIG_FILE
                 return int(json.loads(path.read_text())["seed"])
         return int(check_random_state(self.random_state).randint(_LARGEST_SEED))
 
@@ -552,7 +553,7 @@ class _RunFolder:
     def results(self) -> dict[str, Any] | None:
         """What results.json holds; None where the run has not come so far."""
         try:
-            return json.loads((self.path / training.RESULTS_FILE).read_text())
+            return json.loads((self.path / RESULTS_FILE).read_text())
         except FileNotFoundError:
             return None
 
@@ -563,10 +564,10 @@ class _RunFolder:
           ValueError: the folder is gone.
         """
         position = max(self._loaded.values(), key=lambda model: model.position).position
-        checkpoint = self.path / training.CHECKPOINT_FOLDER / str(position)
-        optional = [self.path / name for name in (training.RESULTS_FILE, METRICS_FILE)]
+        checkpoint = self.path / CHECKPOINT_FOLDER / str(position)
+        optional = [self.path / name for name in (RESULTS_FILE, METRICS_FILE)]
         paths = [
-            self.path / training.CONFIG_FILE,
+            self.path / CONFIG_FILE,
             *(path for path in optional if path.exists()),
             *(path for path in sorted(checkpoint.rglob("*")) if path.is_file()),
         ]
@@ -599,7 +600,7 @@ def _remove(path: Path, process: int) -> None:
 def _refuse_to_replace(folder: Path) -> None:
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return
-    if not (folder / FITTED_FILE).is_file() or not (folder / training.CONFIG_FILE).is_file():
+    if not (folder / FITTED_FILE).is_file() or not (folder / CONFIG_FILE).is_file():
         raise ValueError(
             f"{folder} is there already and was not written by save; accepted: a new or empty "
             "folder, or one of an earlier save"

@@ -17,10 +17,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jkmeans.asynchronous.curve import RESULTS_FILE, claim_config
 from jkmeans.asynchronous.fields import RAY_FIELDS
 from jkmeans.configuration import Config, Field, choice, convert_fields, integer, integers, nest
 from jkmeans.errors import CollapseError, UserError
+from jkmeans.experiment_folder import claim_config
 from jkmeans.fields import number, text
 from jkmeans.interruption import Interruption
 from jkmeans.recorder import format_duration
@@ -40,7 +40,7 @@ from jkmeans.vq.figures import (
 )
 from jkmeans.vq.simulation import Setting, run
 from jkmeans.vq.steps import STEPS
-from jkmeans.workdir import only_process_in, write_json, write_whole
+from jkmeans.workdir import RESULTS_FILE, only_process_in, write_json, write_whole
 
 SIMULATIONS_FOLDER = "simulations"
 TABLE_FILE = "speed_ups.md"
@@ -263,7 +263,7 @@ class _Experiment:
                 self.workdir / f"{name}.png", picture(title, drawn, logarithmic=name == SCALING)
             )
             results[name] = {
-                label(curve.setting): _finite(speed_up(drawn[0], curve, threshold)._asdict())
+                label(curve.setting): speed_up(drawn[0], curve, threshold)._asdict()
                 for curve in drawn
             }
         text_of_table = table(self.figures, curves, threshold)
@@ -345,8 +345,3 @@ def _check_sizes(config: Config, samples: np.ndarray) -> None:
                 f"config.figures asks for {most:,} workers, but there are {len(samples):,} "
                 f"samples; accepted: 1 to {len(samples):,}"
             )
-
-
-def _finite(values: dict[str, Any]) -> dict[str, Any]:
-    """NaN is no JSON."""
-    return {name: value if np.isfinite(value) else None for name, value in values.items()}
