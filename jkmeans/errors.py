@@ -2,6 +2,8 @@
 
 import math
 
+import numpy as np
+
 
 class UserError(Exception):
     """Something the user gave cannot be used; launchers print the sentence and exit with 2.
@@ -38,4 +40,20 @@ def overflow_sentence(inertia: float, dtype: object) -> str:
     return (
         f"the inertia is {inertia}: squares of such large values overflow {dtype}; accepted: rows "
         "scaled down, or as float64"
+    )
+
+
+def underflow_sentence(centroids: np.ndarray) -> str:
+    """What to say of rows so small that their squares vanish; empty if they are not.
+
+    Args:
+      centroids: [k, d] float, somewhere among the rows.
+    """
+    largest = float(np.max(np.abs(centroids), initial=0))
+    if largest == 0 or largest >= np.sqrt(np.finfo(centroids.dtype).tiny):
+        return ""
+    return (
+        f"no value is above {largest:.2g} in size: squares of such small ones vanish in "
+        f"{centroids.dtype}, and with them the differences between rows; scale the rows up"
+        + (", or give them as float64" if centroids.dtype == np.float32 else "")
     )

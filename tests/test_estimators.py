@@ -527,6 +527,22 @@ def test_values_whose_squares_overflow(make, blobs):
         make(3, random_state=0).fit(x)
 
 
+@pytest.mark.parametrize("make", [KMeans, MiniBatchKMeans])
+@pytest.mark.parametrize(("dtype", "scale"), [(np.float32, 1e-25), (np.float64, 1e-200)])
+def test_values_whose_squares_vanish(make, dtype, scale, blobs):
+    x = (np.asarray(blobs, np.float64) * scale).astype(dtype)
+    with pytest.warns(ConvergenceWarning, match=f"vanish in {np.dtype(dtype).name}, .* scale"):
+        make(3, random_state=0).fit(x)
+
+
+def test_integers_of_jax_are_those_of_numpy():
+    x = np.array([[2**24 + 1], [2**24], [5], [6]], np.int32)
+    model = KMeans(4, random_state=0).fit(jnp.asarray(x))
+    assert model.cluster_centers_.dtype == np.float64
+    np.testing.assert_array_equal(np.sort(model.cluster_centers_, axis=0), np.sort(x, axis=0))
+    np.testing.assert_array_equal(model.predict(jnp.asarray(x)), model.labels_)
+
+
 def test_bad_input(make, blobs):
     with pytest.raises(ValueError, match=r"n_samples=2 should be >= n_clusters=3"):
         make().fit(blobs[:2])

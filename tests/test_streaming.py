@@ -200,6 +200,16 @@ def test_empty_clusters_as_in_memory(path, x):
         assert found.n_relocated == reference.n_relocated
 
 
+def test_rows_far_from_the_origin():
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(3000, 3)) + 20 * rng.normal(size=(6, 3))[rng.integers(6, size=3000)]
+    far = (x + np.array([1e5, -3e4, 10])).astype(np.float32)
+    result = fit_stream(KEY, far, 6, init=far[:6], tol=0, chunk_rows=500, mesh=make_mesh(2))
+    sk = sklearn.cluster.KMeans(6, init=far[:6], n_init=1, tol=0).fit(far)
+    np.testing.assert_allclose(result.centroids, sk.cluster_centers_, atol=0.01)
+    assert result.inertia == pytest.approx(sk.inertia_, rel=1e-5)
+
+
 @pytest.mark.slow
 def test_fewer_distinct_rows_than_clusters():
     x = np.repeat(np.eye(2, D, dtype=np.float32), 20, axis=0)
@@ -237,7 +247,10 @@ def test_counts_and_inertia_are_right_where_float32_is_not(monkeypatch):
     )
     partial = passes.Partial(0, start, np.zeros_like(start), nothing)
     numbers, _ = passes.run_pass(
-        feeder, passes.statistics, (np.zeros((1, 1), np.float32),), partial=partial
+        feeder,
+        passes.statistics,
+        (np.zeros((1, 1), np.float32), np.zeros(1, np.float32)),
+        partial=partial,
     )
     np.testing.assert_array_equal(numbers, [2**24 + 10, 2**24 + 15, 2**24 + 10])
 
@@ -256,7 +269,7 @@ def test_one_all_reduce_a_pass_and_none_a_chunk():
         None,
         np.uint32(0),
         np.int32(64),
-        (jnp.zeros((K, D)),),
+        (jnp.zeros((K, D)), jnp.zeros(D)),
         program=passes.statistics,
         mesh=mesh,
         n_picked=K,

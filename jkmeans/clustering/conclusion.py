@@ -11,6 +11,7 @@ from jkmeans import metrics, processes, selection
 from jkmeans.clustering.folder import SUMMARY_FILE, write_npy
 from jkmeans.clustering.found import Found
 from jkmeans.clustering.session import Session
+from jkmeans.errors import underflow_sentence
 from jkmeans.workdir import REPORT_FOLDER, versions, write_json
 
 
@@ -63,6 +64,8 @@ def conclude(session: Session, found: Found, sweep: dict[str, Any] | None) -> di
             f"{summary['n_empty']:,} of {k:,} clusters are empty: there are fewer different "
             "rows than clusters, or config.empty is 'keep'"
         )
+    if vanishing := underflow_sentence(found.centroids):
+        session.progress.say(vanishing)
     # Last: it says that all the rest is there.
     if processes.is_first():
         write_json(session.workdir / SUMMARY_FILE, summary)

@@ -63,7 +63,8 @@ def read_rows(estimator: Any, X: Any, *, reset: bool) -> np.ndarray | jax.Array:
             raise ValueError("Complex data not supported")
         validate_data(estimator, matrix, reset=reset, skip_check_array=True)
         if X.dtype not in KEPT_DTYPES:
-            X = X.astype(jnp.float32)
+            with jax.enable_x64(True):
+                X = X.astype(jnp.float64)
     else:
         X = validate_data(
             estimator,

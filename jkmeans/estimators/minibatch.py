@@ -15,7 +15,7 @@ from sklearn.utils import check_random_state
 from jkmeans import sharded
 from jkmeans.estimators.base import COMMON_CONSTRAINTS, CentroidEstimator, at_least, to_numpy
 from jkmeans.estimators.inputs import random_key, read_centroids, read_rows, read_weights
-from jkmeans.estimators.kmeans import CORE_NAMES, refuse_overflow, resolve_n_init
+from jkmeans.estimators.kmeans import CORE_NAMES, refuse_overflow, resolve_n_init, warn_of_underflow
 from jkmeans.kmeans.minibatch import (
     MiniBatchResult,
     MiniBatchState,
@@ -154,6 +154,7 @@ class MiniBatchKMeans(CentroidEstimator):
                 self.inertia_ = float(result.ewa_inertia) * total
                 if self.n_steps_ > 1:  # Of one step there is no average.
                     refuse_overflow(self.inertia_, self.cluster_centers_.dtype)
+        warn_of_underflow(self)
         if self.verbose:
             print(f"{self.n_steps_} steps, inertia {self.inertia_}.")
         return self

@@ -34,6 +34,7 @@ from jkmeans.kmeans.statistics import (
     all_reduce,
     centroids_from,
     cluster_statistics,
+    far_origin,
     inertia_of,
 )
 
@@ -204,6 +205,7 @@ def _iterate(
         return vary_like(value, x, weights, centroids, reduced=axis_name)
 
     centroids = of_centroids(centroids.astype(dtype))
+    shift_d = far_origin(centroids)
     if dtype == jnp.float64:
         x = x.astype(dtype)  # Sums of float32 rows would be float32.
 
@@ -229,7 +231,9 @@ def _iterate(
 
     def statistics_of(labels: jax.Array):
         # Labels of other devices' centroids are out of range, and left out.
-        return cluster_statistics(x, labels - first, k, weights=weights, axis_name=axis_name)
+        return cluster_statistics(
+            x, labels - first, k, weights=weights, shift=shift_d, axis_name=axis_name
+        )
 
     def step(state: _State) -> _State:
         labels, known, recomputed = assign_rows(state)
@@ -251,7 +255,7 @@ def _iterate(
                 return statistics_of(filled), moved
 
             statistics, moved = lax.cond((n_empty > 0) & ~last, fill, lambda: (statistics, moved))
-        means = centroids_from(statistics, state.centroids)
+        means = centroids_from(statistics, state.centroids, shift_d)
         return _State(
             centroids=jnp.where(last, state.centroids, means),
             previous=state.centroids,
@@ -300,7 +304,7 @@ def _iterate(
         counts=of_centroids(jnp.zeros(k, dtype)),
         labels_fit=replicated(False),
         known=bounds.nothing_known(x, centroids) if bounded else None,
-        sums=no_sums(x, centroids) if bounded and weights is None else None,
+        sums=no_sums(x, centroids, shift_d) if bounded and weights is None else None,
         # Of this device's rows, summed over the assignments.
         recomputed=of_rows(jnp.zeros((), jnp.float32)) if certifies else None,
     )
@@ -312,7 +316,7 @@ def _iterate(
         # Means of their rows again, without the rounding that sums gathered on the way.
         centroids = lax.cond(
             at_rest(state),
-            lambda: of_centroids(centroids_from(statistics_of(state.labels), centroids)),
+            lambda: of_centroids(centroids_from(statistics_of(state.labels), centroids, shift_d)),
             lambda: centroids,
         )
     distances = distances_to(x, centroids, state.labels)

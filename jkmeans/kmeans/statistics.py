@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from jkmeans.kmeans.assignment import accumulation_dtype
@@ -23,6 +24,8 @@ _FEW_SUMS = 16
 _MANY_ROWS = 2**15
 _LANES = 256
 _STEPS = 8
+# How many times as far from 0 as from each other centroids are where sums are made around one.
+_FAR = 8
 # Entries of the one-hot matrix in memory at a time elsewhere.
 _ONE_HOT_ENTRIES = 2**24
 
@@ -34,7 +37,7 @@ class ClusterStatistics(NamedTuple):
     """What k-means needs to know of a set of rows; the statistics of two sets add up.
 
     Attributes:
-      sums: [k, d] float, the weighted sum of each cluster's rows.
+      sums: [k, d] float, the weighted sum of each cluster's rows, less what was taken from each.
       counts: [k] float, the sum of their weights.
       inertia: [] float, the weighted sum of the squared distances.
     """
@@ -51,6 +54,7 @@ def cluster_statistics(
     *,
     weights: jax.Array | None = None,
     distances: jax.Array | None = None,
+    shift: jax.Array | None = None,
     axis_name: AxisName = None,
 ) -> ClusterStatistics:
     """Sums, counts and inertia of the clusters.
@@ -62,6 +66,9 @@ def cluster_statistics(
       weights: [n] float, at least 0; None for ones. A row of weight 0 never counts, not even one
         that holds NaN.
       distances: [n] float, squared distances to the centroids; None leaves the inertia at 0.
+      shift: [d] float, what is taken from every row before it is added, the same on all devices;
+        None for nothing. Sums of rows far from the origin leave no digits for what differs between
+        them; around a shift among them they do. It counts as a constant in derivatives.
       axis_name: the mesh axis to sum over (one all-reduce), or None.
 
     Returns:
@@ -73,17 +80,18 @@ def cluster_statistics(
     dtype = accumulation_dtype(x)
     x, labels = jnp.asarray(x), jnp.asarray(labels)
     weights = None if weights is None else jnp.asarray(weights, dtype)
+    shift = None if shift is None else lax.stop_gradient(jnp.asarray(shift, dtype))
 
-    def of_local_rows(x, labels, weights, distances) -> ClusterStatistics:
+    def of_local_rows(x, labels, weights, distances, shift) -> ClusterStatistics:
         inertia = vary_like(jnp.zeros((), dtype), x)
         if distances is not None:
             inertia = inertia_of(distances, weights)
         zeros = (jnp.zeros((n_clusters, x.shape[1]), dtype), jnp.zeros(n_clusters, dtype))
-        zeros = jax.tree.map(lambda leaf: vary_like(leaf, x, labels, weights), zeros)
-        sums, counts = _sums_of(zeros, x, labels, weights)
+        zeros = jax.tree.map(lambda leaf: vary_like(leaf, x, labels, weights, shift), zeros)
+        sums, counts = _sums_of(zeros, x, labels, weights, shift)
         return ClusterStatistics(sums, counts, inertia)
 
-    local = per_block(of_local_rows, axis_name)(x, labels, weights, distances)
+    local = per_block(of_local_rows, axis_name)(x, labels, weights, distances, shift)
     return all_reduce(local, axis_name)
 
 
@@ -188,8 +196,31 @@ def two_sum(total: jax.Array, error: jax.Array, value: jax.Array) -> tuple[jax.A
     return new, error + ((total - (new - virtual)) + (value - virtual))
 
 
+def far_origin(centroids: Any) -> Any:
+    """What to take from rows before they are added: [d].
+
+    Args:
+      centroids: [k, d], NumPy or JAX, somewhere among the rows.
+
+    Returns:
+      In a feature that is far from 0 beside how far centroids are apart, that of a centroid in
+      their middle: rows less it are exact, and so is a mean with it added again. Elsewhere 0, as
+      rounding would be no less.
+    """
+    xp = np if isinstance(centroids, np.ndarray) else jnp
+    to_mean = xp.sum((centroids - centroids.mean(axis=0, keepdims=True)) ** 2, axis=1)
+    middle = xp.take(centroids, xp.argmin(to_mean), axis=0)
+    spread = xp.max(xp.abs(centroids - middle[None, :]), axis=0)
+    return xp.where(xp.abs(middle) > _FAR * spread, middle, xp.zeros_like(middle))
+
+
 def move_rows(
-    sums: jax.Array, x: jax.Array, rows: jax.Array, before: jax.Array, after: jax.Array
+    sums: jax.Array,
+    x: jax.Array,
+    rows: jax.Array,
+    before: jax.Array,
+    after: jax.Array,
+    shift: jax.Array,
 ) -> jax.Array:
     """Sums of clusters after some rows of weight 1 have changed their cluster.
 
@@ -199,13 +230,14 @@ def move_rows(
       rows: [b] int32, the rows that move; those outside 0 … n-1 do not count.
       before: [b] int32, their old labels.
       after: [b] int32, their new ones.
+      shift: [d], what the sums have of every row taken away.
 
     Returns:
       [k, d]. Each move leaves a rounding error behind; whoever calls this often sums anew from
       time to time.
     """
     k, n = sums.shape[0], x.shape[0]
-    x_bd = x.at[rows].get(mode="clip").astype(sums.dtype)
+    x_bd = x.at[rows].get(mode="clip").astype(sums.dtype) - shift[None, :]
     counted = (rows >= 0) & (rows < n)
     sums = sums.at[jnp.where(counted, after, k)].add(x_bd, mode="drop")
     return sums.at[jnp.where(counted, before, k)].add(-x_bd, mode="drop")
@@ -233,12 +265,15 @@ def all_reduce(statistics: ClusterStatistics, axis_name: AxisName) -> ClusterSta
     return ClusterStatistics(packed[:size].reshape(shape), packed[size:-1], packed[-1])
 
 
-def centroids_from(statistics: ClusterStatistics, previous: jax.Array) -> jax.Array:
+def centroids_from(
+    statistics: ClusterStatistics, previous: jax.Array, shift: jax.Array | None = None
+) -> jax.Array:
     """The mean of each cluster; an empty cluster keeps its previous centroid.
 
     Args:
       statistics: of all rows.
       previous: [k, d].
+      shift: [d], what the sums have of every row taken away; None for nothing.
 
     Returns:
       [k, d], of the dtype of ``previous``.
@@ -246,29 +281,30 @@ def centroids_from(statistics: ClusterStatistics, previous: jax.Array) -> jax.Ar
     counts = statistics.counts[:, None]
     # The inner where keeps 0/0 out of the gradient.
     means = statistics.sums / jnp.where(counts > 0, counts, 1)
+    means = means if shift is None else means + shift[None, :]
     return jnp.where(counts > 0, means.astype(previous.dtype), previous)
 
 
 @jax.custom_jvp
-def _sums_of(zeros: _Sums, x, labels, weights) -> _Sums:
+def _sums_of(zeros: _Sums, x, labels, weights, shift) -> _Sums:
     """Sums and counts of the local rows, in the way that suits the platform and the shapes."""
     k, d = zeros[0].shape
     arrays = (x, labels) if weights is None else (x, labels, weights)
     on_cpu = _scattered
     if k * (d + 1) <= _FEW_SUMS and x.shape[0] >= _MANY_ROWS:
         on_cpu = _in_one_pass
-    return lax.platform_dependent(zeros, *arrays, cpu=on_cpu, default=_one_hot)
+    return lax.platform_dependent(zeros, shift, *arrays, cpu=on_cpu, default=_one_hot)
 
 
 @_sums_of.defjvp
 def _sums_and_directions(primals, directions):
     # Loops and reductions with several results have no reverse derivative; a scatter has.
-    zeros, x, labels, weights = primals
+    zeros, x, labels, weights, shift = primals
     given = (x,) if weights is None else (x, weights)
 
     def scatter(x, *weights) -> _Sums:
         ones = weights[0] if weights else jnp.ones(labels.shape, zeros[1].dtype)
-        rows = jnp.where(ones[:, None] > 0, x.astype(zeros[0].dtype) * ones[:, None], 0)
+        rows = jnp.where(ones[:, None] > 0, _shifted(x, shift, zeros) * ones[:, None], 0)
         return (
             jax.ops.segment_sum(rows, labels, zeros[1].size),
             jax.ops.segment_sum(ones, labels, zeros[1].size),
@@ -276,6 +312,12 @@ def _sums_and_directions(primals, directions):
 
     _, changes = jax.jvp(scatter, given, (directions[1], directions[3])[: len(given)])
     return _sums_of(*primals), changes
+
+
+def _shifted(x: jax.Array, shift: jax.Array | None, sums: _Sums) -> jax.Array:
+    """Rows as they are added."""
+    x = x.astype(sums[0].dtype)
+    return x if shift is None else x - shift[None, :]
 
 
 def _over_blocks(add_rows, zeros: _Sums, arrays, rows: int, n_in_part: int) -> _Sums:
@@ -307,7 +349,7 @@ def _over_blocks(add_rows, zeros: _Sums, arrays, rows: int, n_in_part: int) -> _
     return sums
 
 
-def _in_one_pass(zeros: _Sums, x, labels, weights=None) -> _Sums:
+def _in_one_pass(zeros: _Sums, shift, x, labels, weights=None) -> _Sums:
     """The same sums as one reduction with k (d + 1) results, which several cores share."""
     k, d = zeros[0].shape
     dtype = zeros[0].dtype
@@ -317,13 +359,17 @@ def _in_one_pass(zeros: _Sums, x, labels, weights=None) -> _Sums:
     def blocks(values: jax.Array) -> jax.Array:
         return values[:most].reshape(parts, _STEPS, _LANES)
 
+    def column(j: int) -> jax.Array:
+        values = blocks(x[:, j]).astype(dtype)
+        return values if shift is None else values - shift[j]
+
     ones = jnp.ones((), dtype) if weights is None else blocks(weights)
-    columns = [blocks(x[:, j]).astype(dtype) * ones for j in range(d)] + [ones]
+    columns = [column(j) * ones for j in range(d)] + [ones]
     members = [blocks(labels) == i for i in range(k)]
     if weights is not None:
         members = [member & (ones > 0) for member in members]
     terms = [jnp.where(member, column, 0) for member in members for column in columns]
-    zero = vary_like(jnp.zeros((), dtype), x, labels, weights)
+    zero = vary_like(jnp.zeros((), dtype), x, labels, weights, shift)
     sums = lax.reduce(
         terms, [zero] * len(terms), lambda a, b: [p + q for p, q in zip(a, b, strict=True)], (1,)
     )
@@ -332,15 +378,16 @@ def _in_one_pass(zeros: _Sums, x, labels, weights=None) -> _Sums:
     if not rest:
         return total
     arrays = (x, labels) if weights is None else (x, labels, weights)
-    return jax.tree.map(jnp.add, total, _scattered(zeros, *(array[most:] for array in arrays)))
+    left = (array[most:] for array in arrays)
+    return jax.tree.map(jnp.add, total, _scattered(zeros, shift, *left))
 
 
-def _scattered(zeros: _Sums, *arrays: jax.Array) -> _Sums:
+def _scattered(zeros: _Sums, shift: jax.Array | None, *arrays: jax.Array) -> _Sums:
     """Row by row; ``arrays`` are x [n, d], labels [n] and, unless all are 1, weights [n]."""
     k, d = zeros[0].shape
 
     def add_rows(sums: _Sums, x, labels, weights=None) -> _Sums:
-        rows, ones = x.astype(sums[0].dtype), jnp.ones(labels.shape, sums[1].dtype)
+        rows, ones = _shifted(x, shift, sums), jnp.ones(labels.shape, sums[1].dtype)
         if weights is not None:
             rows, ones = jnp.where(weights[:, None] > 0, rows * weights[:, None], 0), weights
         # Like segment_sum: a label out of range, negative ones too, is dropped.
@@ -355,13 +402,13 @@ def _scattered(zeros: _Sums, *arrays: jax.Array) -> _Sums:
     return _over_blocks(add_rows, zeros, arrays, rows, n_in_part)
 
 
-def _one_hot(zeros: _Sums, *arrays: jax.Array) -> _Sums:
+def _one_hot(zeros: _Sums, shift: jax.Array | None, *arrays: jax.Array) -> _Sums:
     """The same sums as one-hot matrix products, in an order that never changes."""
     k = zeros[0].shape[0]
 
     def add_rows(sums: _Sums, x, labels, weights=None) -> _Sums:
         one_hot = jax.nn.one_hot(labels, k, dtype=sums[0].dtype)
-        rows, ones = x.astype(sums[0].dtype), jnp.ones(labels.shape, sums[1].dtype)
+        rows, ones = _shifted(x, shift, sums), jnp.ones(labels.shape, sums[1].dtype)
         if weights is not None:
             rows, ones = jnp.where(weights[:, None] > 0, rows * weights[:, None], 0), weights
         product = jnp.matmul(one_hot.T, rows, precision=lax.Precision.HIGHEST)

@@ -22,6 +22,7 @@ from jax.sharding import Mesh
 from jkmeans import kmeans, processes
 from jkmeans.errors import UserError
 from jkmeans.interruption import Interruption
+from jkmeans.kmeans.statistics import far_origin
 from jkmeans.sharding import DATA_AXIS, make_mesh
 from jkmeans.sources import Source, open_source, open_weights
 from jkmeans.streaming import passes, resident
@@ -310,7 +311,8 @@ class _Fit:
             return passes.counts, (arrays["candidates"],), 0
         # A single cluster cannot be empty.
         n_far = min(self.n_clusters, kmeans.MAX_RELOCATIONS) if self.n_clusters > 1 else 0
-        return passes.statistics, (arrays["centroids"],), n_far if state.stage == "lloyd" else 0
+        parameters = arrays["centroids"], self._shift(state)
+        return passes.statistics, parameters, n_far if state.stage == "lloyd" else 0
 
     def describe(self, state: State) -> str:
         """The next pass in words."""
@@ -404,24 +406,31 @@ class _Fit:
     def _first_iteration(self, state: State) -> State:
         if self.tol > 0 and "tolerance" not in state.numbers:
             return dataclasses.replace(state, stage="first", step=0)
+        state.arrays["shift"] = far_origin(state.arrays["centroids"])
         stage = "lloyd" if self.max_iter > 0 else "final"
         return dataclasses.replace(state, stage=stage, step=0)
+
+    def _shift(self, state: State) -> np.ndarray:
+        """What is taken from every row before it is added, [d]."""
+        # A state that was saved before there was any goes on without.
+        return state.arrays.get("shift", np.zeros(self.source.n_features, self.dtype))
 
     def _after_lloyd(self, state: State, numbers: np.ndarray, picked: passes.Picked) -> State:
         centroids = state.arrays["centroids"]
         sums, counts, inertia = _unpack(numbers, centroids.shape)
         _refuse_no_weight(counts)
-        sums, counts, n_moved = _relocate(sums, counts.copy(), picked)
-        means = sums / np.where(counts > 0, counts, 1)[:, None]
+        shift = self._shift(state).astype(np.float64)
+        sums, counts, n_moved = _relocate(sums, counts.copy(), picked, shift)
+        means = shift + sums / np.where(counts > 0, counts, 1)[:, None]
         moved = np.where(counts[:, None] > 0, means, centroids).astype(self.dtype)
-        shift = float(np.sum((moved.astype(np.float64) - centroids) ** 2))
+        moved_by = float(np.sum((moved.astype(np.float64) - centroids) ** 2))
         state.arrays["centroids"] = moved
         state.numbers["n_relocated"] += n_moved
         state.step += 1
-        if shift == 0:
+        if moved_by == 0:
             # Centroids that did not move have the statistics they were made from.
             return self._end_of_restart(state, counts, inertia)
-        if shift <= state.numbers.get("tolerance", 0.0) or state.step >= self.max_iter:
+        if moved_by <= state.numbers.get("tolerance", 0.0) or state.step >= self.max_iter:
             return dataclasses.replace(state, stage="final")
         return state
 
@@ -464,7 +473,7 @@ def _refuse_no_weight(counts: np.ndarray) -> None:
 
 
 def _relocate(
-    sums: np.ndarray, counts: np.ndarray, picked: passes.Picked
+    sums: np.ndarray, counts: np.ndarray, picked: passes.Picked, shift: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, int]:
     """Gives each empty cluster one of the farthest rows, which leaves its old cluster."""
     empty = np.flatnonzero(counts == 0)
@@ -472,7 +481,7 @@ def _relocate(
     if not n_moved:
         return sums, counts, 0
     sums = sums.copy()
-    rows = picked.rows[:n_moved].astype(np.float64)
+    rows = picked.rows[:n_moved].astype(np.float64) - shift
     for cluster, row, old, weight in zip(empty, rows, picked.labels, picked.weights, strict=False):
         sums[old] -= weight * row
         counts[old] -= weight

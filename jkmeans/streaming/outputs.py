@@ -169,7 +169,7 @@ def score_stream(
         numbers, _ = passes.run_pass(
             feeder,
             passes.statistics,
-            (centroids,),
+            (centroids, jnp.zeros_like(centroids[0])),
             on_chunk=lambda done, snapshot: reporter.advance(done),
         )
     return -float(numbers[-1])

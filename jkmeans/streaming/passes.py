@@ -112,14 +112,16 @@ class Partial(NamedTuple):
     picked: Picked
 
 
-def statistics(rows: Rows, centroids: jax.Array) -> Contribution:
-    """Sums [k, d], counts [k] and inertia of the clusters; farthest rows first."""
+def statistics(rows: Rows, centroids: jax.Array, shift: jax.Array) -> Contribution:
+    """Sums [k, d] of x − shift, counts [k] and inertia of the clusters; farthest rows first."""
     k = centroids.shape[0]
     nearest = kmeans.nearest(rows.x, centroids)
     distances = jnp.where(rows.valid, _distances(rows.x, centroids, nearest), 0)
     # Out of range: padding is left out of sums and counts.
     labels = jnp.where(rows.valid, nearest, k)
-    added = kmeans.cluster_statistics(rows.x, labels, k, weights=rows.weights, distances=distances)
+    added = kmeans.cluster_statistics(
+        rows.x, labels, k, weights=rows.weights, distances=distances, shift=shift
+    )
     numbers = jnp.concatenate([added.sums.reshape(-1), added.counts, added.inertia[None]])
     return Contribution(numbers, jnp.where(rows.valid, distances, -jnp.inf), nearest)
 

@@ -284,6 +284,30 @@ def test_first_centroids_far_from_the_data():
 
 
 @_one_is_slow
+def test_rows_far_from_the_origin(algorithm):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(4000, 4)) + 20 * rng.normal(size=(8, 4))[rng.integers(8, size=4000)]
+    far = (x + np.array([1e5, -3e4, 0, 10])).astype(np.float32)
+    result = lloyd(far, far[:8], algorithm=algorithm)
+    best = sum(
+        np.sum((rows - rows.mean(axis=0)) ** 2)
+        for rows in (far[np.asarray(result.labels) == i].astype(np.float64) for i in range(8))
+    )
+    np.testing.assert_allclose(result.inertia, best, rtol=1e-5)
+    # Centroids are known to .004 there, which a row between two of them can feel.
+    sk = KMeans(8, init=far[:8], n_init=1, tol=0, algorithm="lloyd").fit(far)
+    assert np.mean(result.labels != sk.labels_) < 0.001
+    assert result.inertia == pytest.approx(sk.inertia_, rel=1e-5)
+
+
+def test_rows_in_one_place():
+    for value in (0.1, 1e8):
+        x = np.full((100_000, 3), value, np.float32)
+        result = lloyd(x, x[:1])
+        assert float(result.inertia) == 0
+        np.testing.assert_array_equal(result.centroids, x[:1])
+
+
 def test_rows_in_float32_and_centroids_in_float64(blobs):
     with jax.enable_x64(True):
         result = run(blobs, blobs[:6].astype(np.float64))

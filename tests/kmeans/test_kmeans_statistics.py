@@ -55,6 +55,21 @@ def test_agrees_with_numpy(path, data, weighted):
     np.testing.assert_allclose(got.inertia, inertia, rtol=1e-5)
 
 
+@pytest.mark.parametrize("weighted", [False, True])
+def test_rows_far_from_the_origin_around_a_shift(path, data, weighted):
+    x, labels, weights, _ = data
+    x = x + np.float32(1e5)
+    shift = x[7]
+    given = weights if weighted else None
+    got = cluster_statistics(x, jnp.asarray(labels), K, weights=given, shift=shift)
+    ones = weights if weighted else np.ones(N, np.float32)
+    sums, counts, _ = expected_statistics(x.astype(np.float64) - shift, labels, ones, ones)
+    np.testing.assert_allclose(got.sums, sums, rtol=1e-4, atol=1e-3)
+    # To the last bit of what float32 holds there.
+    means = centroids_from(got, jnp.zeros((K, D)), shift)
+    np.testing.assert_allclose(means, shift + sums / counts[:, None], atol=0.004)
+
+
 @pytest.mark.parametrize("weighted", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_derivatives_of_the_sums(path, data, weighted):
     # d/dx Σ_k ‖s_k‖² = 2 w_i s_label(i), and forward along x itself: 2 Σ_k ‖s_k‖².
