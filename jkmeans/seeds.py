@@ -9,7 +9,7 @@ other.
 import contextlib
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +86,8 @@ def train_side_by_side(
     Args:
       config: validated; ``n_seeds`` at least 2.
       dataset: the examples, which must have room on the devices.
-      workdir: as for `train_seeds`; an interrupted run goes on.
+      workdir: as for `train_seeds`; an interrupted run goes on. Seeds that have ended are only
+        reported, so that a larger ``n_seeds`` trains the new ones.
 
     Returns:
       As `train_seeds`.
@@ -96,7 +97,7 @@ def train_side_by_side(
       CollapseError: of any of the seeds.
       Interrupted: everything up to the last epoch is saved.
     """
-    return _SideBySide(config, dataset, Path(workdir).absolute()).execute()
+    return _Seeds(config, dataset, Path(workdir).absolute()).execute()
 
 
 def summarize(results: Sequence[dict[str, Any]], workdir: Path) -> dict[str, Any]:
@@ -126,8 +127,40 @@ def _of_seed(config: Config, seed: int) -> Config:
     return one
 
 
-class _SideBySide:
-    """Runs of several seeds as one: their states stacked, their folders their own."""
+class _Member:
+    """The run of a seed among those of others, and where it stands.
+
+    Attributes:
+      run: of the seed.
+      checkpoints: of its folder.
+      state: where it goes on; None where it begins.
+      record: of that checkpoint.
+    """
+
+    def __init__(self, run: Run, checkpoints: Checkpoints):
+        self.run = run
+        self.checkpoints = checkpoints
+        self.state: TrainState | None = None
+        self.record: dict[str, Any] | None = None
+
+    def go_back(self, among: Collection[int] | None = None) -> bool:
+        """Takes the newest whole checkpoint, see `Run.restore`; whether there is one."""
+        self.state, self.record = self.run.restore(self.checkpoints, among) or (None, None)
+        return self.state is not None
+
+    @property
+    def seed(self) -> int:
+        """Of the run."""
+        return self.run.config.seed
+
+    @property
+    def epoch(self) -> int:
+        """Epochs that are done."""
+        return 0 if self.state is None else int(self.state.epoch)
+
+
+class _Seeds:
+    """The runs of all seeds, each in a folder of its own: what has ended is only reported."""
 
     def __init__(self, config: Config, dataset: datasets.Dataset, workdir: Path):
         if processes.count() > 1:
@@ -149,6 +182,97 @@ class _SideBySide:
                 f"config.n_seeds is {config.n_seeds}, but the examples are fed from the host; "
                 "accepted: 1, or data.placement = 'device' and room for all examples"
             )
+
+    def execute(self) -> dict[str, Any]:
+        """Trains what is left to train, and reports."""
+        with contextlib.ExitStack() as stack:
+            left, results = [], {}
+            for run in self.runs:
+                claim_workdir(run.workdir, run.config)
+                stack.enter_context(only_process_in(run.workdir))
+                folder, keep = run.workdir / CHECKPOINT_FOLDER, run.config.checkpoint.keep
+                left.append(_Member(run, stack.enter_context(Checkpoints(folder, keep=keep))))
+            for member in [*left]:
+                member.go_back()
+                if member.record and member.record["results"]:
+                    with silence():
+                        found = member.run.report_again(member.state, member.record["results"])
+                    results[member.seed] = found
+                    left.remove(member)
+            if not left:
+                print(f"{self.workdir} holds finished runs of this config; nothing to train")
+            elif results:
+                print(f"{self.workdir} holds the finished runs of seeds {_listed(results)}")
+            for group in _groups(left):
+                results |= self._train(group)
+            return summarize([results[run.config.seed] for run in self.runs], self.workdir)
+
+    def _train(self, group: Sequence[_Member]) -> dict[int, dict[str, Any]]:
+        """Trains seeds that stand at the same place; the results of each."""
+        seeds = [member.seed for member in group]
+        if len(seeds) == len(self.runs):
+            results = _SideBySide(self.config, self.dataset, self.workdir, group).execute()
+        else:
+            print(f"training seeds {_listed(seeds)} from epoch {group[0].epoch} on")
+            config = self.config.copy_and_resolve_references()
+            config.n_seeds = len(seeds)
+            # The means of all seeds, which the workdir may hold, are not those of some.
+            folder = self.workdir / f"seeds_{'_'.join(map(str, seeds))}"[:100]
+            if len(seeds) == 1:
+                results = [group[0].run.execute(group[0].checkpoints)]
+            else:
+                results = _SideBySide(config, self.dataset, folder, group).execute()
+        return dict(zip(seeds, results, strict=True))
+
+
+def _groups(members: Sequence[_Member]) -> list[list[_Member]]:
+    """Seeds that train together: those that have begun, from where they last stood together.
+
+    Where they never did, as when a run that keeps one checkpoint of each was killed between the
+    saves of two, each place makes a group; and so do those that have not begun.
+    """
+    begun = [member for member in members if member.state is not None]
+    while len({member.epoch for member in begun}) > 1:
+        common = set.intersection(*(set(one.checkpoints.positions()) for one in begun))
+        if not common:
+            break
+        if not all(member.go_back({max(common)}) for member in begun):
+            # It was damaged, and is out of the way now.
+            for member in begun:
+                member.go_back()
+    groups: dict[int, list[_Member]] = {}
+    for member in members:
+        groups.setdefault(member.epoch if member in begun else -1, []).append(member)
+    return [groups[place] for place in sorted(groups, reverse=True)]
+
+
+def _listed(seeds: Iterable[int]) -> str:
+    return ", ".join(map(str, sorted(seeds)))
+
+
+class _SideBySide:
+    """Runs of several seeds as one: their states stacked, their folders their own.
+
+    Args:
+      config: of all, with their number.
+      dataset: the examples.
+      workdir: for the means of their metrics.
+      members: the seeds, which stand at the same place.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        dataset: datasets.Dataset,
+        workdir: Path,
+        members: Sequence[_Member],
+    ):
+        self.config = config
+        self.workdir = workdir
+        self.dataset = dataset
+        self.members = members
+        self.runs = [member.run for member in members]
+        self.mesh = self.runs[0].mesh
         one_layout = self.runs[0].layout
         self.layout = one_layout
         if self._deal_seeds():
@@ -182,59 +306,32 @@ class _SideBySide:
         room = device_room(self.mesh)
         return n_devices > 1 and self.config.n_seeds % n_devices == 0 and n_bytes <= room
 
-    def execute(self) -> dict[str, Any]:
-        """Trains what is left to train, and reports."""
+    def execute(self) -> list[dict[str, Any]]:
+        """Trains what is left to train, and reports each seed; their results."""
         with contextlib.ExitStack() as stack:
-            for run in self.runs:
-                claim_workdir(run.workdir, run.config)
-                stack.enter_context(only_process_in(run.workdir))
-            checkpoints = [
-                stack.enter_context(
-                    Checkpoints(run.workdir / CHECKPOINT_FOLDER, keep=run.config.checkpoint.keep)
-                )
-                for run in self.runs
-            ]
-            states, records = self._begin(checkpoints)
-            finished = [record["results"] for record in records if record and record["results"]]
-            if len(finished) == len(self.runs):
-                print(f"{self.workdir} holds finished runs of this config; nothing to train")
-                with silence():
-                    finished = [
-                        run.report_again(state, results)
-                        for run, state, results in zip(self.runs, states, finished, strict=True)
-                    ]
-                return summarize(finished, self.workdir)
-            return self._train(stack, checkpoints, states, records)
+            return self._train(stack, *self._begin())
 
-    def _begin(self, checkpoints: Sequence[Checkpoints]):
-        """The states of all seeds at the same place of training, with their records."""
-        common = set.intersection(*(set(one.positions()) for one in checkpoints))
-        restored = [
-            run.restore(one, common) if common else None
-            for run, one in zip(self.runs, checkpoints, strict=True)
-        ]
-        found = [one for one in restored if one is not None]
-        places = {(int(state.epoch), bool(record["results"])) for state, record in found}
-        if len(found) == len(self.runs) and len(places) == 1:
-            return [state for state, _ in found], [record for _, record in found]
-        if common:
-            raise UserError(
-                f"the seeds in {self.workdir} have no checkpoint in common that can be read; "
-                "accepted: another --workdir, or the seeds one by one"
-            )
+    def _begin(self) -> tuple[list[TrainState], float, bool]:
+        """The states of all seeds, the seconds they stand for, and whether records go on."""
+        states = [member.state for member in self.members if member.state is not None]
+        if states:
+            # Each record has the seconds of all that trained together.
+            seconds = [member.record["seconds"] for member in self.members if member.record]
+            return states, float(np.mean(seconds)), True
         begun = [run.create_pretrained() for run in self.runs]
         if len({int(state.epoch) for state, _ in begun}) > 1:
-            return [run.create() for run in self.runs], [None] * len(self.runs)
-        seconds = sum(one for _, one in begun)
-        return [state for state, _ in begun], [{"seconds": seconds, "results": None}] * len(begun)
+            return [run.create() for run in self.runs], 0.0, False
+        return [state for state, _ in begun], sum(seconds for _, seconds in begun), False
 
-    def _train(self, stack, checkpoints, states, records) -> dict[str, Any]:
+    def _train(
+        self, stack: contextlib.ExitStack, states: list[TrainState], seconds: float, resumed: bool
+    ) -> list[dict[str, Any]]:
         config, n_epochs = self.config, self.runs[0].n_epochs
-        seconds = records[0]["seconds"] if records[0] else 0.0
         epoch = int(states[0].epoch)
-        resumed = records[0] is not None and "epoch" in records[0]
         state = self._stack(states)
         del states
+        for member in self.members:
+            member.state = None  # They take room on the devices.
         interruption = stack.enter_context(Interruption())
         position: dict[str, Any] = {"n_epochs": n_epochs, "position": epoch, "resumed": resumed}
         recorder = stack.enter_context(Recorder(self.workdir, **position))
@@ -271,7 +368,7 @@ class _SideBySide:
             due = epoch % config.checkpoint.every == 0 or epoch == n_epochs
             if due or pretrained or interruption.requested:
                 ones = self._unstack(state)
-                self._save(checkpoints, ones, seconds, named, [None] * len(ones))
+                self._save(ones, seconds, named, [None] * len(ones))
                 if pretrained:
                     for run, one in zip(self.runs, ones, strict=True):
                         run.keep_pretrained(one, seconds / len(ones))
@@ -279,11 +376,11 @@ class _SideBySide:
                 recorder.say(f"saved; the same command goes on from epoch {epoch}")
                 interruption.leave()
         results, ones = self._finish(state, seconds)
-        self._save(checkpoints, ones, seconds, [None] * len(ones), results)
+        self._save(ones, seconds, [None] * len(ones), results)
         for run, one, found in zip(self.runs, ones, results, strict=True):
             with silence():
                 run.report(one, found)
-        return summarize(results, self.workdir)
+        return results
 
     # One epoch, one end
 
@@ -365,12 +462,12 @@ class _SideBySide:
             )
         return ones
 
-    def _save(self, checkpoints, states, seconds, values, results) -> None:
-        each = zip(self.runs, checkpoints, states, values, results, strict=True)
-        for run, one, state, named, found in each:
-            run.save(one, state, seconds, named, found)
-        for one in checkpoints:
-            one.wait()
+    def _save(self, states, seconds, values, results) -> None:
+        each = zip(self.members, states, values, results, strict=True)
+        for member, state, named, found in each:
+            member.run.save(member.checkpoints, state, seconds, named, found)
+        for member in self.members:
+            member.checkpoints.wait()
 
     # Programs
 

@@ -618,6 +618,9 @@ class Run:
         Args:
           checkpoints: of the run.
           among: only these positions; all if None.
+
+        Raises:
+          UserError: the run is on other data, or of all its checkpoints none can be read.
         """
         positions = [p for p in checkpoints.positions() if among is None or p in among]
         for position in reversed(positions):
@@ -634,7 +637,7 @@ class Run:
                 processes.tell(
                     f"warning: {error}; moved to {aside.name}, going back to the one before"
                 )
-        if positions or any(checkpoints.folder.glob("damaged-*")):
+        if among is None and (positions or any(checkpoints.folder.glob("damaged-*"))):
             raise UserError(
                 f"no checkpoint in {checkpoints.folder} can be read; accepted: one whole "
                 "checkpoint, or another --workdir"

@@ -1,6 +1,7 @@
 """Several seeds in one program are the runs that each of them would be."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -127,6 +128,80 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, monkeypatch):
     # And a finished one is only read.
     again = side_by_side(tmp_path / "parts", tiny.config())
     assert again["inertia"] == parts["inertia"]
+
+
+def kept(**changes):
+    """A config that keeps the state after every epoch."""
+    return tiny.config(checkpoint__every=1, checkpoint__keep=9, **changes)
+
+
+def files(workdir):
+    """Contents by name, of what a finished run must keep."""
+    names = ("metrics.jsonl", "config.json", "checkpoints/*/*/*")
+    return {path: path.read_bytes() for n in names for path in workdir.glob(n) if path.is_file()}
+
+
+def damage(folder):
+    for path in folder.glob("training/**/d/*"):
+        path.write_bytes(path.read_bytes()[:100])
+
+
+def test_more_seeds_train_the_new_ones_only(tmp_path, capfd):
+    two = side_by_side(tmp_path / "w", tiny.config(), n_seeds=2)
+    before = files(tmp_path / "w" / "seed_3") | files(tmp_path / "w" / "seed_4")
+    three = side_by_side(tmp_path / "w", tiny.config(), n_seeds=3)
+    assert "holds the finished runs of seeds 3, 4" in capfd.readouterr().out
+    assert files(tmp_path / "w" / "seed_3") | files(tmp_path / "w" / "seed_4") == before
+    assert three["inertia"]["values"][:2] == two["inertia"]["values"]
+    assert three["inertia"]["values"][2] == alone(tmp_path / "one", tiny.config(), 5)["inertia"]
+
+
+@pytest.mark.slow
+def test_more_seeds_than_one_train_together(tmp_path):
+    side_by_side(tmp_path / "w", tiny.config(), n_seeds=2)
+    means = (tmp_path / "w" / "metrics.jsonl").read_bytes()
+    four = side_by_side(tmp_path / "w", tiny.config())
+    whole = side_by_side(tmp_path / "whole", tiny.config())
+    np.testing.assert_allclose(four["inertia"]["values"], whole["inertia"]["values"], rtol=1e-3)
+    assert (tmp_path / "w" / "metrics.jsonl").read_bytes() == means
+    assert len(read_metrics(tmp_path / "w" / "seeds_5_6")) == 4
+
+
+# Orbax leaves what it could not read to the garbage collector.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("lost", "damaged", "trained"),
+    [
+        # Of seeds 3 and 4, the numbers of their newest checkpoints that are gone, and that of a
+        # checkpoint of seed 4 that is damaged.
+        ((1, 1), 0, "nothing"),
+        ((1, 2), 0, "together"),
+        ((1, 1), 2, "together"),
+        ((1, 4), 0, "apart"),
+    ],
+)
+def test_seeds_that_stopped_at_different_places(lost, damaged, trained, tmp_path, capfd):
+    whole = side_by_side(tmp_path, kept(), n_seeds=2)
+    capfd.readouterr()
+    for seed, n_lost in zip((3, 4), lost, strict=True):
+        folder = tmp_path / f"seed_{seed}" / "checkpoints"
+        newest = sorted(map(int, (p.name for p in folder.iterdir() if p.name.isdecimal())))
+        for position in newest[-n_lost:]:
+            shutil.rmtree(folder / str(position))
+        if seed == 4 and damaged:
+            damage(folder / str(newest[-damaged]))
+        if trained == "apart" and seed == 3:
+            for position in newest[:-2]:
+                shutil.rmtree(folder / str(position))
+    again = side_by_side(tmp_path, kept(), n_seeds=2)
+    said = capfd.readouterr()
+    assert ("training seeds" in said.out) == (trained == "apart")
+    assert ("going back to the one before" in said.err + said.out) == bool(damaged)
+    rtol = 1e-4 if trained == "apart" else 0
+    np.testing.assert_allclose(again["inertia"]["values"], whole["inertia"]["values"], rtol=rtol)
+    for seed in (3, 4):
+        assert [r["epoch"] for r in read_metrics(tmp_path / f"seed_{seed}")] == [1, 2, 3, 4]
 
 
 @pytest.mark.slow
