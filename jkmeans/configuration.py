@@ -108,6 +108,11 @@ def validate(config: Config) -> Config:
     Raises:
       UserError: a field is unknown, missing, of a wrong type or value, or contradicts another.
     """
+    if isinstance(config.get("runs"), ConfigDict | dict):
+        raise UserError(
+            "config has runs, which is what a table has; accepted: the config of one run (a table "
+            "is trained by experiments.table)"
+        )
     objective = config.get("objective")
     if isinstance(objective, ConfigDict | dict):
         # First: without a method the fields of none are known.

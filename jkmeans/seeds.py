@@ -387,7 +387,10 @@ class _SideBySide:
     def _epoch(self, state: TrainState, epoch: int):
         n_done = epoch - self.config.training.n_pretrain_epochs
         if n_done == 0:
-            state, _ = self._call("initialize", self._call("refresh", state, self.rows), self.rows)
+            state = self._call("refresh", state, self.rows)
+            state, values = self._call("initialize", state, self.rows)
+            for i, run in enumerate(self.runs):
+                run.check_pretrained(scalars({n: to_host(v)[i] for n, v in values.items()}))
         elif n_done > 0 and self.config.reset.every and n_done % self.config.reset.every == 0:
             state = self._call("refresh", self._call("reset", state), self.rows)
             state, _ = self._call("restart", state, self.rows)

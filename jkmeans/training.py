@@ -384,6 +384,7 @@ class Run:
         state, values = self._program("initialize", state, self.rows)(state, self.rows)
         self.await_devices(values, 0.0)
         found = scalars(values)
+        self.check_pretrained(found)
         text = (
             f"first centroids ({self.config.centroids.init}): inertia {found['inertia']:.4g}, "
             f"variance of the embeddings {found['embedding_variance']:.4g}, "
@@ -397,6 +398,8 @@ class Run:
     def keep_pretrained(self, state: TrainState, seconds: float) -> None:
         """Leaves the network for other runs that would pretrain the same one."""
         parameters = {name: to_host(value) for name, value in state.parameters.items()}
+        if not all(np.isfinite(value).all() for value in parameters.values()):
+            return  # The last step diverged, as `check_pretrained` will say.
         variance = float(state.reference_variance)
         if processes.is_first():
             pretrained.save(
@@ -549,6 +552,18 @@ class Run:
         if not weighted or ":" in self.config.objective.name:
             return "a smaller training.clustering_learning_rate"
         return "a smaller training.clustering_learning_rate or objective.centroid_weight"
+
+    def check_pretrained(self, found: dict[str, float]) -> None:
+        """Raises CollapseError where the embeddings to be clustered first are not finite.
+
+        The loss of an epoch is that before its last step, and does not show it.
+        """
+        if not np.isfinite(found["embedding_variance"]):
+            raise CollapseError(
+                f"the embeddings are not finite after {self.config.training.n_pretrain_epochs} "
+                "epochs of pretraining: it diverged; try a smaller training.learning_rate; what "
+                f"was saved before is in {self.workdir / CHECKPOINT_FOLDER}"
+            )
 
     def check_collapse(self, values: dict[str, float], reference: float, epoch: int) -> None:
         """Raises CollapseError where there is nothing left to cluster.

@@ -369,6 +369,15 @@ def uneven_problem(config):
             },
             "config.data.n_examples is 5, of which none is held out; accepted: at least 6",
         ),
+        (
+            {
+                "problem.name": "multilayer_perceptron",
+                "data.name": "digits",
+                "data.n_examples": 12,
+                "workers": 12,
+            },
+            "config.workers is 12, but there are 10 examples; accepted: 1 to 10",
+        ),
         ({"workers": 0}, "config.workers is 0; accepted: an integer of at least 1"),
         ({"ray.checkpoint_exchanges": 5}, "is 5, but a round has 3; accepted: at least 6"),
         ({"asynchronous.learning_rate": 0.0}, "learning_rate is 0.0; accepted: a number above 0"),
@@ -379,7 +388,8 @@ def test_what_cannot_be_trained_is_refused(tmp_path, changes, message):
     config.problem.name = f"{__name__}:own_problem"
     config.update_from_flattened_dict(changes)
     with pytest.raises(UserError, match=message):
-        gradients.run_sgd(config, tmp_path)
+        gradients.run_sgd(config, tmp_path / "w")
+    assert not (tmp_path / "w").exists()  # So that the corrected command can have it.
 
 
 # With Ray.

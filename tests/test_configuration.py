@@ -238,6 +238,12 @@ def test_an_unknown_field_that_is_near_to_nothing_lists_all():
     assert all(name in message for name in ALL)
 
 
+def test_the_config_of_a_table_is_none_of_a_run():
+    table = importlib.import_module("configs.table_digits").get_config()
+    with pytest.raises(UserError, match=r"has runs, .* trained by experiments.table"):
+        configuration.validate(table)
+
+
 @pytest.mark.parametrize("name", ALL)
 def test_a_missing_field_is_named(name):
     config = tiny.config()

@@ -284,6 +284,8 @@ def test_folders_that_are_something_else(fitted, tmp_path):
             fitted.save(folder)
         with pytest.raises(ValueError, match=r"holds no config\.json; accepted: a folder that"):
             DeepClustering.load(folder)
+    with pytest.raises(NotADirectoryError, match=r"notes.txt is a file; accepted: a new or empty"):
+        fitted.save(tmp_path / "notes.txt" / "model")
     (tmp_path / "empty").mkdir()
     fitted.save(tmp_path / "empty")
     assert DeepClustering.load(tmp_path / "empty").inertia_ == fitted.inertia_
@@ -376,6 +378,7 @@ def test_bad_parameters(blobs):
         ({"options": {"objective": 1}}, "options has a key 'objective'; accepted: full names"),
         ({"options": {"seed.x": 1}}, "options has a key 'seed.x'; accepted: full names"),
         ({"options": {"n_seeds": 2}}, "options has n_seeds = 2; accepted: 1"),
+        ({"options": {"data.n_examples": 20}}, "options has a key 'data.n_examples'; accepted"),
         ({"random_state": -1}, "'random_state' parameter of DeepClustering must be"),
         ({"n_devices": 99}, "99"),
     ):

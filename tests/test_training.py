@@ -310,6 +310,24 @@ def test_divergence_stops_the_run(tmp_path, files):
         training.train_and_evaluate(config, tmp_path / "run")
 
 
+@pytest.mark.parametrize("n_seeds", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_divergence_in_the_last_step_of_pretraining_is_not_kept(n_seeds, tmp_path, files):
+    config = tiny.config(
+        n_seeds=n_seeds,
+        objective__name="joint",
+        training__optimizer="sgd",
+        training__clustering_optimizer="sgd",
+        training__learning_rate=1e30,
+        training__n_pretrain_epochs=1,
+        training__batch_size=203,  # One step.
+        training__pretrained_folder=str(tmp_path / "pretrained"),
+        **files,
+    )
+    with pytest.raises(CollapseError, match=r"diverged; try a smaller training\.learning_rate;"):
+        training.train_and_evaluate(config, tmp_path / "run")
+    assert not list((tmp_path / "pretrained").glob("*"))
+
+
 @pytest.mark.slow
 def test_without_a_decoder_the_embedding_keeps_its_spread(tmp_path, files):
     config = tiny.config(

@@ -160,15 +160,16 @@ def run_sgd(config: Config, workdir: str | os.PathLike[str]) -> dict[str, Any]:
     config = validate(config)
     folder = Path(workdir).absolute()
     plain = config.to_dict()
+    # Before the workdir is touched: a config that cannot be used leaves no trace.
+    problem = make_problem(config)
+    n = len(jax.tree.leaves(problem.examples)[0])
+    if n < config.workers:
+        raise UserError(
+            f"config.workers is {config.workers}, but there are {n:,} examples; accepted: 1 to "
+            f"{n:,}"
+        )
     claim_settings(folder, {name: value for name, value in plain.items() if name != "ray"})
     with only_process_in(folder):
-        problem = make_problem(config)
-        n = len(jax.tree.leaves(problem.examples)[0])
-        if n < config.workers:
-            raise UserError(
-                f"config.workers is {config.workers}, but there are {n:,} examples; accepted: 1 to "
-                f"{n:,}"
-            )
         results, curves = {}, {}
         for mode in MODES:
             results[mode], curves[mode] = _train(config, mode, folder / mode, problem, n)

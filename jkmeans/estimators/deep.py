@@ -342,7 +342,13 @@ class DeepClustering(
         check_is_fitted(self)
         folder = Path(folder).expanduser().absolute()
         _refuse_to_replace(folder)
-        folder.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError) as error:
+            raise NotADirectoryError(
+                f"{folder} cannot be made: {error.filename} is a file; accepted: a new or empty "
+                "folder"
+            ) from error
         new = folder.with_name(f".{folder.name}.new-{os.getpid()}")
         old = folder.with_name(f".{folder.name}.old-{os.getpid()}")
         try:
@@ -428,6 +434,12 @@ class DeepClustering(
                 raise ValueError(
                     f"options has a key {name!r}; accepted: full names of fields, such as "
                     "'objective.cluster_weight'"
+                )
+        for name in _OF_THE_DATA:
+            if name in options:
+                raise ValueError(
+                    f"options has a key {name!r}; accepted: other fields, for the data are what is "
+                    "given to fit"
                 )
         if options.get("n_seeds", 1) != 1:
             raise ValueError(
