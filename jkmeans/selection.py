@@ -334,10 +334,14 @@ def _lloyd(x, weights, start, k, max_iter, tol) -> _Fits:
         labels = kmeans.nearest(x, centroids)
         return jnp.where(labels < k, labels, 0)
 
+    origin = kmeans.far_origin(start)
+
     def step(carry):
         centroids, _, n_iter = carry
-        statistics = kmeans.cluster_statistics(x, label(centroids), width, weights=weights)
-        moved = on_first(kmeans.centroids_from(statistics, centroids))
+        statistics = kmeans.cluster_statistics(
+            x, label(centroids), width, weights=weights, shift=origin
+        )
+        moved = on_first(kmeans.centroids_from(statistics, centroids, origin))
         return moved, jnp.sum((moved - centroids) ** 2), n_iter + 1
 
     def unfinished(carry):

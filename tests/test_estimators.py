@@ -19,6 +19,7 @@ from scipy.sparse import csr_array
 from sklearn.base import clone
 from sklearn.datasets import make_blobs
 from sklearn.exceptions import ConvergenceWarning, NotFittedError
+from sklearn.metrics import adjusted_rand_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.utils.estimator_checks import parametrize_with_checks
@@ -525,6 +526,17 @@ def test_values_whose_squares_overflow(make, blobs):
     x = np.asarray(blobs, np.float32) * 1e30
     with pytest.raises(ValueError, match=r"inertia is (nan|inf): squares .* overflow float32"):
         make(3, random_state=0).fit(x)
+
+
+@pytest.mark.parametrize("kind", [KMeans, MiniBatchKMeans, BisectingKMeans])
+def test_rows_far_from_the_origin(kind, mesh):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(3001, 4)) + 20 * rng.normal(size=(6, 4))[rng.integers(6, size=3001)]
+    near = kind(6, random_state=0, mesh=mesh).fit(x)  # In float64.
+    far = (x + np.array([1e5, 0, -3e4, 5])).astype(np.float32)
+    model = kind(6, random_state=0, mesh=mesh).fit(far)
+    assert model.inertia_ == pytest.approx(near.inertia_, rel=1e-3)
+    assert adjusted_rand_score(model.labels_, near.labels_) > 0.999
 
 
 @pytest.mark.parametrize("make", [KMeans, MiniBatchKMeans])

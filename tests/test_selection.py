@@ -164,6 +164,17 @@ def test_float64_far_from_the_origin(swept):
     )
 
 
+def test_float32_far_from_the_origin():
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(400, 3)) + 20 * rng.normal(size=(4, 3))[rng.integers(4, size=400)]
+    found = [
+        sweep(jax.random.key(0), rows.astype(np.float32), [2, 4, 6], n_refits=2)
+        for rows in (x, x + np.array([1e5, 0, -3e4]))
+    ]
+    np.testing.assert_allclose(found[1].inertia[1], found[0].inertia[1], rtol=1e-3)
+    np.testing.assert_allclose(found[1].silhouette[:2], found[0].silhouette[:2], atol=1e-3)
+
+
 def test_samples():
     x = np.arange(2000.0).reshape(1000, 2)
     rows = selection.sample(jax.random.key(0), x, 100)

@@ -23,6 +23,8 @@ from jkmeans.estimators.base import (
 from jkmeans.estimators.inputs import random_key, read_centroids, read_rows, read_weights
 from jkmeans.estimators.kmeans import CORE_NAMES, check_outcome
 from jkmeans.kmeans import KMeansResult, cluster_statistics
+from jkmeans.kmeans.assignment import accumulation_dtype
+from jkmeans.kmeans.collectives import all_sum, axis_index
 from jkmeans.kmeans.hierarchical import BISECTING_STRATEGIES, Split, bisect, descend
 
 _SMALLEST = 256
@@ -197,10 +199,12 @@ def padded_size(n_rows: int) -> int:
 
 
 def _mean(x, weights, *, axis_name):
-    found = cluster_statistics(
-        x, jnp.zeros_like(x[:, 0], jnp.int32), 1, weights=weights, axis_name=axis_name
-    )
-    return found.sums / found.counts[:, None]
+    labels = jnp.zeros_like(x[:, 0], jnp.int32)
+    # Around some row, lest rows far from the origin leave no digits for their differences.
+    row = x[0].astype(accumulation_dtype(x))
+    row = all_sum(jnp.where(axis_index(axis_name) == 0, row, 0), axis_name)
+    found = cluster_statistics(x, labels, 1, weights=weights, shift=row, axis_name=axis_name)
+    return row[None, :] + found.sums / found.counts[:, None]
 
 
 def _descend(x, weights, tree, *, axis_name):

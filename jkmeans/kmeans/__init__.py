@@ -23,6 +23,7 @@ from jkmeans.kmeans.statistics import (
     all_reduce,
     centroids_from,
     cluster_statistics,
+    far_origin,
     mean_variance,
 )
 
@@ -42,6 +43,7 @@ __all__ = [
     "centroids_from",
     "certified_nearest",
     "cluster_statistics",
+    "far_origin",
     "fit",
     "kmeans_parallel",
     "kmeans_plus_plus",
