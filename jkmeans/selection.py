@@ -334,7 +334,7 @@ def _lloyd(x, weights, start, k, max_iter, tol) -> _Fits:
         labels = kmeans.nearest(x, centroids)
         return jnp.where(labels < k, labels, 0)
 
-    origin = kmeans.far_origin(start)
+    origin = kmeans.far_origin(*kmeans.column_moments(x))
 
     def step(carry):
         centroids, _, n_iter = carry

@@ -441,16 +441,29 @@ def distances(x: Any, centroids: Any, *, mesh: Mesh | None = None) -> jax.Array:
         return unpadded(result, rows.n_rows)
 
 
-def mean_variance(x: jax.Array, n_rows: jax.Array | int, axis_name: AxisName) -> jax.Array:
-    """The mean over columns of their variance over the first ``n_rows`` rows: [] float."""
-    return kmeans.mean_variance(x, row_numbers(x, axis_name) < n_rows, axis_name)
+def scale_and_origin(
+    x: jax.Array, n_rows: jax.Array | int, axis_name: AxisName
+) -> tuple[jax.Array, jax.Array]:
+    """The unit of relative tolerances, and the ``origin`` of `kmeans.lloyd`, by one pass.
+
+    Args:
+      x: [n, d], the local rows inside ``shard_map``, with padding at the end.
+      n_rows: [] int, the rows that are no padding.
+      axis_name: the mesh axis of the rows.
+
+    Returns:
+      The mean over columns of their variance, [] float, and [d] float.
+    """
+    counted = row_numbers(x, axis_name) < n_rows
+    mean, variance = kmeans.column_moments(x, counted, axis_name)
+    return jnp.mean(variance), kmeans.far_origin(mean, variance)
 
 
 def scaled_tol(tol: Any, x: jax.Array, n_rows: Any, axis_name: AxisName) -> jax.Array:
     """``tol`` times the mean variance of the columns, which takes no pass where it is 0."""
     return lax.cond(
         tol > 0,
-        lambda: tol * mean_variance(x, n_rows, axis_name),
+        lambda: tol * scale_and_origin(x, n_rows, axis_name)[0],
         lambda: jnp.zeros((), jnp.promote_types(x.dtype, jnp.float32)),
     )
 
@@ -576,8 +589,9 @@ def _fit(
     oversampling_factor=None,
     **options,
 ):
+    scale, origin = scale_and_origin(x, n_rows, axis_name)
     if relative_tol:
-        tol = scaled_tol(tol, x, n_rows, axis_name)
+        tol = tol * scale
     if oversampling_factor is not None:
         centroids = kmeans.kmeans_parallel(
             jax.random.fold_in(key, restart),
@@ -595,6 +609,7 @@ def _fit(
         init=centroids if init is None else init,
         max_iter=max_iter,
         tol=tol,
+        origin=origin,
         weights=weights,
         axis_name=axis_name,
         **options,
@@ -635,8 +650,9 @@ def _fit_large_k(
     n_init,
 ):
     del n_init
+    scale, origin = scale_and_origin(x, n_rows, axis_name)
     if relative_tol:
-        tol = scaled_tol(tol, x, n_rows, axis_name)
+        tol = tol * scale
     if init is not None:
         centroids = kmeans.sample(
             jax.random.fold_in(key, restart),
@@ -652,6 +668,7 @@ def _fit_large_k(
         weights=weights,
         max_iter=max_iter,
         tol=tol,
+        origin=origin,
         axis_name=axis_name,
         centroid_axis=sharding.CENTROID_AXIS,
         algorithm="lloyd",

@@ -166,13 +166,13 @@ def test_float64_far_from_the_origin(swept):
 
 def test_float32_far_from_the_origin():
     rng = np.random.default_rng(0)
-    x = rng.normal(size=(400, 3)) + 20 * rng.normal(size=(4, 3))[rng.integers(4, size=400)]
-    found = [
-        sweep(jax.random.key(0), rows.astype(np.float32), [2, 4, 6], n_refits=2)
-        for rows in (x, x + np.array([1e5, 0, -3e4]))
-    ]
-    np.testing.assert_allclose(found[1].inertia[1], found[0].inertia[1], rtol=1e-3)
-    np.testing.assert_allclose(found[1].silhouette[:2], found[0].silhouette[:2], atol=1e-3)
+    x = rng.normal(size=(8000, 3)) + 20 * rng.normal(size=(4, 3))[rng.integers(4, size=8000)]
+    near, far = (
+        sweep(jax.random.key(0), rows.astype(np.float32), [2, 4], n_refits=2)
+        for rows in (x, x + np.array([1e6, 0, -3e5]))
+    )
+    np.testing.assert_allclose(far.inertia, near.inertia, rtol=2e-3)
+    np.testing.assert_allclose(far.silhouette, near.silhouette, atol=2e-3)
 
 
 def test_samples():

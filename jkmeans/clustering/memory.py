@@ -55,9 +55,8 @@ class _Fit:
                 if state.restart < config.n_init
                 else "going on after the last iteration"
             )
-        tol = 0.0
-        if config.tol > 0:
-            tol = config.tol * float(self._run(_mean_variance, self._rows.n_rows))
+        scale, self._origin = self._run(_scale_and_origin, self._rows.n_rows)
+        tol = config.tol * float(scale)
         saved = time.monotonic()
         while state.restart < config.n_init:
             started = time.monotonic()
@@ -86,7 +85,7 @@ class _Fit:
         )
         started = time.monotonic()
         found = self._run(
-            _iterate, state.centroids, asked, tol, empty=config.empty,
+            _iterate, state.centroids, asked, tol, self._origin, empty=config.empty,
             algorithm="lloyd" if config.deterministic else "auto", out_specs=sharded.RESULT_SPECS,
         )  # fmt: skip
         done, inertia = int(found.n_iter), float(found.inertia)
@@ -155,10 +154,9 @@ class _Fit:
 # Functions of the core on placed rows, as `jkmeans.sharded.run` takes them.
 
 
-def _mean_variance(x, weights, n_rows, *, axis_name):
-    """The mean variance of the features: [] float."""
+def _scale_and_origin(x, weights, n_rows, *, axis_name):
     del weights
-    return sharded.mean_variance(x, n_rows, axis_name)
+    return sharded.scale_and_origin(x, n_rows, axis_name)
 
 
 def _initialize(x, weights, key, *, n_clusters, init, axis_name):
@@ -166,13 +164,14 @@ def _initialize(x, weights, key, *, n_clusters, init, axis_name):
     return initialize(key, x, n_clusters, weights=weights, axis_name=axis_name)
 
 
-def _iterate(x, weights, centroids, max_iter, tol, *, empty, algorithm, axis_name):
+def _iterate(x, weights, centroids, max_iter, tol, origin, *, empty, algorithm, axis_name):
     return kmeans.lloyd(
         x,
         centroids,
         weights=weights,
         max_iter=max_iter,
         tol=tol,
+        origin=origin,
         empty=empty,
         algorithm=algorithm,
         axis_name=axis_name,

@@ -22,9 +22,8 @@ from jkmeans.estimators.base import (
 )
 from jkmeans.estimators.inputs import random_key, read_centroids, read_rows, read_weights
 from jkmeans.estimators.kmeans import CORE_NAMES, check_outcome
-from jkmeans.kmeans import KMeansResult, cluster_statistics
+from jkmeans.kmeans import KMeansResult, centroids_from, cluster_statistics
 from jkmeans.kmeans.assignment import accumulation_dtype
-from jkmeans.kmeans.collectives import all_sum, axis_index
 from jkmeans.kmeans.hierarchical import BISECTING_STRATEGIES, Split, bisect, descend
 
 _SMALLEST = 256
@@ -200,11 +199,14 @@ def padded_size(n_rows: int) -> int:
 
 def _mean(x, weights, *, axis_name):
     labels = jnp.zeros_like(x[:, 0], jnp.int32)
-    # Around some row, lest rows far from the origin leave no digits for their differences.
-    row = x[0].astype(accumulation_dtype(x))
-    row = all_sum(jnp.where(axis_index(axis_name) == 0, row, 0), axis_name)
-    found = cluster_statistics(x, labels, 1, weights=weights, shift=row, axis_name=axis_name)
-    return row[None, :] + found.sums / found.counts[:, None]
+    mean = jnp.zeros((1, x.shape[1]), accumulation_dtype(x))
+    # Again around what was found, which has more digits where rows are far from the origin.
+    for _ in range(2):
+        found = cluster_statistics(
+            x, labels, 1, weights=weights, shift=mean[0], axis_name=axis_name
+        )
+        mean = centroids_from(found, mean, mean[0])
+    return mean
 
 
 def _descend(x, weights, tree, *, axis_name):

@@ -23,6 +23,7 @@ from jkmeans.kmeans.statistics import (
     all_reduce,
     centroids_from,
     cluster_statistics,
+    column_moments,
     far_origin,
     mean_variance,
 )
@@ -43,6 +44,7 @@ __all__ = [
     "centroids_from",
     "certified_nearest",
     "cluster_statistics",
+    "column_moments",
     "far_origin",
     "fit",
     "kmeans_parallel",

@@ -23,6 +23,7 @@ def fit(
     n_init: int = 1,
     max_iter: int | jax.Array = 300,
     tol: float | jax.Array = 0.0,
+    origin: jax.Array | None = None,
     empty: str = "farthest",
     weights: jax.Array | None = None,
     index: jax.Array | None = None,
@@ -45,6 +46,7 @@ def fit(
       n_init: restarts, at least 1.
       max_iter: [] int, iterations of a restart at most.
       tol: [] float, an absolute bound on the squared shift of the centroids.
+      origin: [d], a point among rows that are far from 0, see ``lloyd``.
       empty: what happens to empty clusters, see ``lloyd``.
       weights: [n] float, at least 0; None for ones.
       index: [n] int32, the global number of each row, see ``sample``.
@@ -70,6 +72,7 @@ def fit(
             weights=weights,
             max_iter=max_iter,
             tol=tol,
+            origin=origin,
             empty=empty,
             algorithm=algorithm,
             axis_name=axis_name,

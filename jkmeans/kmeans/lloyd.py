@@ -34,7 +34,6 @@ from jkmeans.kmeans.statistics import (
     all_reduce,
     centroids_from,
     cluster_statistics,
-    far_origin,
     inertia_of,
 )
 
@@ -91,6 +90,7 @@ def lloyd(
     weights: jax.Array | None = None,
     max_iter: int | jax.Array = 300,
     tol: float | jax.Array = 0.0,
+    origin: jax.Array | None = None,
     empty: str = "farthest",
     algorithm: str = "auto",
     axis_name: AxisName = None,
@@ -112,6 +112,9 @@ def lloyd(
       weights: [n] float, at least 0; None for ones. Rows of weight 0 are labelled but not counted.
       max_iter: [] int; 0 only assigns. May be traced.
       tol: [] float, an absolute bound on the squared shift. May be traced.
+      origin: [d], what is taken from every row before it is added to others: where rows are far
+        from 0, a point among them (`far_origin`) saves the digits that tell them apart; None for
+        0. Centroids are the same but for rounding.
       empty: what happens to a cluster without weight. "keep": it keeps its centroid. "farthest":
         it moves to the row farthest from its own centroid, which leaves its old cluster; several
         take the farthest rows in turn (at most MAX_RELOCATIONS in an iteration). Rows that lie
@@ -166,7 +169,7 @@ def lloyd(
         algorithm == "bounds", empty, axis_name, centroid_axis, block_size, precision
     )
     solve = _solve if centroid_axis is None else _iterate
-    return solve(options, x, weights, centroids, max_iter, tol)
+    return solve(options, x, weights, centroids, max_iter, tol, origin)
 
 
 class _Options(NamedTuple):
@@ -185,6 +188,7 @@ def _iterate(
     centroids: jax.Array,
     max_iter: int | jax.Array,
     tol: float | jax.Array,
+    origin: jax.Array | None,
 ) -> KMeansResult:
     """The loop; see `lloyd`."""
     bounded, empty, axis_name, centroid_axis, block_size, precision = options
@@ -205,7 +209,7 @@ def _iterate(
         return vary_like(value, x, weights, centroids, reduced=axis_name)
 
     centroids = of_centroids(centroids.astype(dtype))
-    shift_d = far_origin(centroids)
+    origin = None if origin is None else jnp.asarray(origin, dtype)
     if dtype == jnp.float64:
         x = x.astype(dtype)  # Sums of float32 rows would be float32.
 
@@ -232,7 +236,7 @@ def _iterate(
     def statistics_of(labels: jax.Array):
         # Labels of other devices' centroids are out of range, and left out.
         return cluster_statistics(
-            x, labels - first, k, weights=weights, shift=shift_d, axis_name=axis_name
+            x, labels - first, k, weights=weights, shift=origin, axis_name=axis_name
         )
 
     def step(state: _State) -> _State:
@@ -240,7 +244,7 @@ def _iterate(
         if state.sums is None:
             sums, statistics = None, statistics_of(labels)
         else:
-            sums, statistics = follow(x, state.labels, labels, state.sums)
+            sums, statistics = follow(x, state.labels, labels, state.sums, origin)
             statistics = all_reduce(statistics, axis_name)
         last, moved = is_final(state), jnp.zeros_like(state.n_relocated)
         if empty == "farthest":
@@ -255,7 +259,7 @@ def _iterate(
                 return statistics_of(filled), moved
 
             statistics, moved = lax.cond((n_empty > 0) & ~last, fill, lambda: (statistics, moved))
-        means = centroids_from(statistics, state.centroids, shift_d)
+        means = centroids_from(statistics, state.centroids, origin)
         return _State(
             centroids=jnp.where(last, state.centroids, means),
             previous=state.centroids,
@@ -304,7 +308,7 @@ def _iterate(
         counts=of_centroids(jnp.zeros(k, dtype)),
         labels_fit=replicated(False),
         known=bounds.nothing_known(x, centroids) if bounded else None,
-        sums=no_sums(x, centroids, shift_d) if bounded and weights is None else None,
+        sums=no_sums(x, centroids) if bounded and weights is None else None,
         # Of this device's rows, summed over the assignments.
         recomputed=of_rows(jnp.zeros((), jnp.float32)) if certifies else None,
     )
@@ -316,7 +320,7 @@ def _iterate(
         # Means of their rows again, without the rounding that sums gathered on the way.
         centroids = lax.cond(
             at_rest(state),
-            lambda: of_centroids(centroids_from(statistics_of(state.labels), centroids, shift_d)),
+            lambda: of_centroids(centroids_from(statistics_of(state.labels), centroids, origin)),
             lambda: centroids,
         )
     distances = distances_to(x, centroids, state.labels)

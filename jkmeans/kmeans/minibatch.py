@@ -26,7 +26,7 @@ from jkmeans.kmeans.collectives import (
     vary_like,
 )
 from jkmeans.kmeans.initialization import INITIALIZATIONS
-from jkmeans.kmeans.statistics import centroids_from, cluster_statistics, far_origin
+from jkmeans.kmeans.statistics import centroids_from, cluster_statistics
 from jkmeans.kmeans.updates import move_towards
 
 
@@ -110,13 +110,12 @@ def minibatch_step(
     """
     k, dtype = state.centroids.shape[0], state.centroids.dtype
     labels, distances = assign(x, state.centroids)
-    shift = far_origin(state.centroids)
     found = cluster_statistics(
-        x, labels, k, weights=weights, distances=distances, shift=shift, axis_name=axis_name
+        x, labels, k, weights=weights, distances=distances, axis_name=axis_name
     )
     counts = state.counts + found.counts.astype(dtype)
     rates = found.counts.astype(dtype) / jnp.where(found.counts > 0, counts, 1)
-    means = centroids_from(found, state.centroids, shift)
+    means = centroids_from(found, state.centroids)
     centroids = move_towards(state.centroids, means, rates[:, None])
 
     n_batch = x.shape[0] * n_devices(axis_name)

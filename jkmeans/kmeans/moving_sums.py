@@ -25,28 +25,25 @@ class MovingSums(NamedTuple):
       sums: [k, d].
       peak: [k], the largest count of each cluster since the sums were last made anew.
       n_updates: [] int32, the iterations since then.
-      shift: [d], what is taken from every row before it is added.
     """
 
     sums: jax.Array
     peak: jax.Array
     n_updates: jax.Array
-    shift: jax.Array
 
 
-def no_sums(x: jax.Array, centroids: jax.Array, shift: jax.Array) -> MovingSums:
-    """Sums around a shift [d], that `follow` has to make anew."""
+def no_sums(x: jax.Array, centroids: jax.Array) -> MovingSums:
+    """Sums that `follow` has to make anew."""
     k, d = centroids.shape
     return MovingSums(
         vary_like(jnp.zeros((k, d), centroids.dtype), x),
         vary_like(jnp.full(k, jnp.inf, centroids.dtype), x),
         vary_like(jnp.zeros((), jnp.int32), x),
-        shift,
     )
 
 
 def follow(
-    x: jax.Array, before: jax.Array, after: jax.Array, old: MovingSums
+    x: jax.Array, before: jax.Array, after: jax.Array, old: MovingSums, origin: jax.Array | None
 ) -> tuple[MovingSums, ClusterStatistics]:
     """The statistics of the local rows for new labels, from the sums for the labels before.
 
@@ -59,9 +56,10 @@ def follow(
       before: [n] int32, the labels that ``old`` belongs to.
       after: [n] int32.
       old: from the last iteration, or `no_sums`.
+      origin: [d], what is taken from every row, always the same; None for nothing.
 
     Returns:
-      The sums for ``after``, and the statistics made of them, around the shift and without inertia.
+      The sums for ``after``, and the statistics made of them, without inertia.
     """
     n, k = x.shape[0], old.sums.shape[0]
     # Only counts are wanted, so rows without features are summed.
@@ -72,8 +70,8 @@ def follow(
     anew = many | jnp.any(8 * counts < old.peak)
 
     def sum_anew() -> MovingSums:
-        sums = cluster_statistics(x, after, k, shift=old.shift).sums
-        return MovingSums(sums, counts, jnp.zeros_like(old.n_updates), old.shift)
+        sums = cluster_statistics(x, after, k, shift=origin).sums
+        return MovingSums(sums, counts, jnp.zeros_like(old.n_updates))
 
     def move() -> MovingSums:
         size = min(n, _MOVED_ROWS)
@@ -85,10 +83,10 @@ def follow(
             # A block that reaches back must not move rows twice.
             rows = jnp.where((position >= i * size) & (position < moved.count), rows, n)
             labels = (labels.at[rows].get(mode="clip") for labels in (before, after))
-            return move_rows(sums, x, rows, *labels, shift=old.shift)
+            return move_rows(sums, x, rows, *labels, shift=origin)
 
         sums = lax.fori_loop(0, -(-moved.count // size), step, old.sums)
-        return MovingSums(sums, jnp.maximum(old.peak, counts), old.n_updates + 1, old.shift)
+        return MovingSums(sums, jnp.maximum(old.peak, counts), old.n_updates + 1)
 
     new = lax.cond(anew, sum_anew, move)
     no_inertia = vary_like(jnp.zeros((), counts.dtype), x)

@@ -24,8 +24,8 @@ _FEW_SUMS = 16
 _MANY_ROWS = 2**15
 _LANES = 256
 _STEPS = 8
-# How many times as far from 0 as from each other centroids are where sums are made around one.
-_FAR = 8
+# Standard deviations from 0 from which on sums of a column are made around its mean.
+_FAR = 64
 # Entries of the one-hot matrix in memory at a time elsewhere.
 _ONE_HOT_ENTRIES = 2**24
 
@@ -98,7 +98,7 @@ def cluster_statistics(
 def mean_variance(
     x: jax.Array, counted: jax.Array | None = None, axis_name: AxisName = None
 ) -> jax.Array:
-    """The mean over the features of their variance over the rows: the unit of relative tolerances.
+    """The mean over the columns of `column_moments`' variance: the unit of relative tolerances.
 
     Args:
       x: [n, d], any real dtype; the local rows inside ``shard_map``.
@@ -106,12 +106,30 @@ def mean_variance(
       axis_name: the mesh axis that rows are sharded over, or None.
 
     Returns:
-      [] float, the same on all devices: Σ (x − m)² / (n d) with the mean m of each feature.
+      [] float, the same on all devices.
+    """
+    return jnp.mean(column_moments(x, counted, axis_name)[1])
+
+
+def column_moments(
+    x: jax.Array, counted: jax.Array | None = None, axis_name: AxisName = None
+) -> tuple[jax.Array, jax.Array]:
+    """Mean m and variance Σ (x − m)² / n of each column, over the rows: by one pass.
+
+    Args:
+      x: [n, d], any real dtype; the local rows inside ``shard_map``.
+      counted: [n] bool, which rows count; None for all.
+      axis_name: the mesh axis that rows are sharded over, or None.
+
+    Returns:
+      [d] and [d] float, the same on all devices.
     """
     dtype = accumulation_dtype(x)
     n, d = x.shape
     # Around some row, lest squares far from the origin leave no digits for their difference.
-    shift = all_sum(jnp.where(axis_index(axis_name) == 0, x[:1].astype(dtype), 0), axis_name)
+    row = x[:1].astype(dtype)
+    row = jnp.where((axis_index(axis_name) == 0) & jnp.isfinite(row), row, 0)
+    shift = all_sum(row, axis_name)
 
     def moments_of(x, counted, shift) -> tuple[jax.Array, jax.Array]:
         rows = min(n, 1024)
@@ -136,7 +154,7 @@ def mean_variance(
     n_rows = jnp.asarray(n, dtype) if counted is None else jnp.sum(counted.astype(dtype))
     n_rows = vary_like(n_rows, total[0])
     sums, squares, n_rows = all_sum((*total, n_rows), axis_name)
-    return jnp.mean(jnp.maximum(squares / n_rows - (sums / n_rows) ** 2, 0))
+    return shift[0] + sums / n_rows, jnp.maximum(squares / n_rows - (sums / n_rows) ** 2, 0)
 
 
 def inertia_of(distances: jax.Array, weights: jax.Array | None = None) -> jax.Array:
@@ -196,22 +214,19 @@ def two_sum(total: jax.Array, error: jax.Array, value: jax.Array) -> tuple[jax.A
     return new, error + ((total - (new - virtual)) + (value - virtual))
 
 
-def far_origin(centroids: Any) -> Any:
+def far_origin(mean: Any, variance: Any) -> Any:
     """What to take from rows before they are added: [d].
 
     Args:
-      centroids: [k, d], NumPy or JAX, somewhere among the rows.
+      mean: [d] of the rows, NumPy or JAX; see `column_moments`.
+      variance: [d].
 
     Returns:
-      In a feature that is far from 0 beside how far centroids are apart, that of a centroid in
-      their middle: rows less it are exact, and so is a mean with it added again. Elsewhere 0, as
-      rounding would be no less.
+      The mean of a column that is more than _FAR standard deviations from 0: rows less it keep
+      their digits, which sums of the rows themselves would not. Elsewhere 0.
     """
-    xp = np if isinstance(centroids, np.ndarray) else jnp
-    to_mean = xp.sum((centroids - centroids.mean(axis=0, keepdims=True)) ** 2, axis=1)
-    middle = xp.take(centroids, xp.argmin(to_mean), axis=0)
-    spread = xp.max(xp.abs(centroids - middle[None, :]), axis=0)
-    return xp.where(xp.abs(middle) > _FAR * spread, middle, xp.zeros_like(middle))
+    xp = np if isinstance(mean, np.ndarray) else jnp
+    return xp.where(xp.abs(mean) > _FAR * xp.sqrt(variance), mean, xp.zeros_like(mean))
 
 
 def move_rows(
@@ -220,7 +235,7 @@ def move_rows(
     rows: jax.Array,
     before: jax.Array,
     after: jax.Array,
-    shift: jax.Array,
+    shift: jax.Array | None,
 ) -> jax.Array:
     """Sums of clusters after some rows of weight 1 have changed their cluster.
 
@@ -230,14 +245,14 @@ def move_rows(
       rows: [b] int32, the rows that move; those outside 0 … n-1 do not count.
       before: [b] int32, their old labels.
       after: [b] int32, their new ones.
-      shift: [d], what the sums have of every row taken away.
+      shift: [d], what the sums have of every row taken away; None for nothing.
 
     Returns:
       [k, d]. Each move leaves a rounding error behind; whoever calls this often sums anew from
       time to time.
     """
     k, n = sums.shape[0], x.shape[0]
-    x_bd = x.at[rows].get(mode="clip").astype(sums.dtype) - shift[None, :]
+    x_bd = _shifted(x.at[rows].get(mode="clip"), shift, sums.dtype)
     counted = (rows >= 0) & (rows < n)
     sums = sums.at[jnp.where(counted, after, k)].add(x_bd, mode="drop")
     return sums.at[jnp.where(counted, before, k)].add(-x_bd, mode="drop")
@@ -281,7 +296,8 @@ def centroids_from(
     counts = statistics.counts[:, None]
     # The inner where keeps 0/0 out of the gradient.
     means = statistics.sums / jnp.where(counts > 0, counts, 1)
-    means = means if shift is None else means + shift[None, :]
+    # Of the shift, a constant, sums have no derivative either.
+    means = means if shift is None else means + lax.stop_gradient(shift)[None, :]
     return jnp.where(counts > 0, means.astype(previous.dtype), previous)
 
 
@@ -304,7 +320,7 @@ def _sums_and_directions(primals, directions):
 
     def scatter(x, *weights) -> _Sums:
         ones = weights[0] if weights else jnp.ones(labels.shape, zeros[1].dtype)
-        rows = jnp.where(ones[:, None] > 0, _shifted(x, shift, zeros) * ones[:, None], 0)
+        rows = jnp.where(ones[:, None] > 0, _shifted(x, shift, zeros[0].dtype) * ones[:, None], 0)
         return (
             jax.ops.segment_sum(rows, labels, zeros[1].size),
             jax.ops.segment_sum(ones, labels, zeros[1].size),
@@ -314,9 +330,9 @@ def _sums_and_directions(primals, directions):
     return _sums_of(*primals), changes
 
 
-def _shifted(x: jax.Array, shift: jax.Array | None, sums: _Sums) -> jax.Array:
+def _shifted(x: jax.Array, shift: jax.Array | None, dtype: Any) -> jax.Array:
     """Rows as they are added."""
-    x = x.astype(sums[0].dtype)
+    x = x.astype(dtype)
     return x if shift is None else x - shift[None, :]
 
 
@@ -387,7 +403,7 @@ def _scattered(zeros: _Sums, shift: jax.Array | None, *arrays: jax.Array) -> _Su
     k, d = zeros[0].shape
 
     def add_rows(sums: _Sums, x, labels, weights=None) -> _Sums:
-        rows, ones = _shifted(x, shift, sums), jnp.ones(labels.shape, sums[1].dtype)
+        rows, ones = _shifted(x, shift, sums[0].dtype), jnp.ones(labels.shape, sums[1].dtype)
         if weights is not None:
             rows, ones = jnp.where(weights[:, None] > 0, rows * weights[:, None], 0), weights
         # Like segment_sum: a label out of range, negative ones too, is dropped.
@@ -408,7 +424,7 @@ def _one_hot(zeros: _Sums, shift: jax.Array | None, *arrays: jax.Array) -> _Sums
 
     def add_rows(sums: _Sums, x, labels, weights=None) -> _Sums:
         one_hot = jax.nn.one_hot(labels, k, dtype=sums[0].dtype)
-        rows, ones = _shifted(x, shift, sums), jnp.ones(labels.shape, sums[1].dtype)
+        rows, ones = _shifted(x, shift, sums[0].dtype), jnp.ones(labels.shape, sums[1].dtype)
         if weights is not None:
             rows, ones = jnp.where(weights[:, None] > 0, rows * weights[:, None], 0), weights
         product = jnp.matmul(one_hot.T, rows, precision=lax.Precision.HIGHEST)

@@ -22,7 +22,6 @@ from jax.sharding import Mesh
 from jkmeans import kmeans, processes
 from jkmeans.errors import UserError
 from jkmeans.interruption import Interruption
-from jkmeans.kmeans.statistics import far_origin
 from jkmeans.sharding import DATA_AXIS, make_mesh
 from jkmeans.sources import Source, open_source, open_weights
 from jkmeans.streaming import passes, resident
@@ -297,8 +296,7 @@ class _Fit:
         key = jax.random.fold_in(self.key, state.restart)
         arrays, step = state.arrays, state.step
         if state.stage == "first":
-            shift = self.source.read(0, 1)[0].astype(self.dtype)
-            shift = np.where(np.isfinite(shift), shift, 0)
+            shift = self._first_row()
             if self.init_name == "sample":
                 return passes.moments_and_sample, (shift, key), self.n_clusters
             return passes.moments, (shift, jax.random.fold_in(key, 0)), 1
@@ -355,6 +353,8 @@ class _Fit:
             raise UserError("all weights are 0: accepted is at least one weight above 0.")
         variance = np.maximum(squares / n - (sums / n) ** 2, 0)
         state.numbers["tolerance"] = self.tol * float(np.mean(variance))
+        mean = self._first_row().astype(np.float64) + sums / n
+        state.arrays["shift"] = kmeans.far_origin(mean, variance).astype(self.dtype)
         if not isinstance(self.init, str):
             return self._first_iteration(state)
         if self.init_name == "sample":
@@ -406,13 +406,17 @@ class _Fit:
     def _first_iteration(self, state: State) -> State:
         if self.tol > 0 and "tolerance" not in state.numbers:
             return dataclasses.replace(state, stage="first", step=0)
-        state.arrays["shift"] = far_origin(state.arrays["centroids"])
         stage = "lloyd" if self.max_iter > 0 else "final"
         return dataclasses.replace(state, stage=stage, step=0)
 
+    def _first_row(self) -> np.ndarray:
+        """What the first pass makes its sums around, [d]."""
+        row = self.source.read(0, 1)[0].astype(self.dtype)
+        return np.where(np.isfinite(row), row, 0)
+
     def _shift(self, state: State) -> np.ndarray:
         """What is taken from every row before it is added, [d]."""
-        # A state that was saved before there was any goes on without.
+        # There is none without that pass, nor in a state that an older version has saved.
         return state.arrays.get("shift", np.zeros(self.source.n_features, self.dtype))
 
     def _after_lloyd(self, state: State, numbers: np.ndarray, picked: passes.Picked) -> State:

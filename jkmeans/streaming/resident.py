@@ -8,11 +8,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jax.sharding import Mesh, NamedSharding
 
 from jkmeans import kmeans, processes
-from jkmeans.kmeans.assignment import accumulation_dtype
 from jkmeans.sharding import DATA_AXIS, REPLICATED, SHARDED, data_parallel, place
 from jkmeans.sources import Source
 from jkmeans.streaming.pipeline import Feeder, check_weights, refuse_not_finite, streamed_dtype
@@ -124,12 +122,15 @@ def _fit(
             centroids = kmeans.INITIALIZATIONS[init](
                 key, x, n_clusters, weights=weights, axis_name=DATA_AXIS, **extra
             )
+        counted = None if weights is None else weights > 0
+        mean, variance = kmeans.column_moments(x, counted, DATA_AXIS)
         result = kmeans.lloyd(
             x,
             centroids,
             weights=weights,
             max_iter=max_iter,
-            tol=tol * _mean_variance(x, weights),
+            tol=tol * jnp.mean(variance),
+            origin=kmeans.far_origin(mean, variance),
             axis_name=DATA_AXIS,
         )
         # Labels and distances stay behind: they are sharded, and not asked for.
@@ -139,16 +140,3 @@ def _fit(
     return data_parallel(local, mesh, in_specs, REPLICATED)(
         key, x, weights, centroids, max_iter, tol
     )
-
-
-def _mean_variance(x: jax.Array, weights: jax.Array | None) -> jax.Array:
-    """The mean of the features' variances, rows of weight 0 left out."""
-    dtype = accumulation_dtype(x)
-    valid = jnp.ones(x.shape[0], bool) if weights is None else weights > 0
-
-    def mean(values: jax.Array) -> jax.Array:
-        total = jnp.sum(jnp.where(valid[:, None], values, 0), axis=0)
-        return lax.psum(total, DATA_AXIS) / lax.psum(jnp.sum(valid).astype(dtype), DATA_AXIS)
-
-    centre = mean(x.astype(dtype))
-    return jnp.mean(mean((x.astype(dtype) - centre[None, :]) ** 2))

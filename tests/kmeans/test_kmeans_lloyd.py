@@ -11,7 +11,14 @@ from hypothesis.extra import numpy as hnp
 from jax.sharding import PartitionSpec
 from sklearn.cluster import KMeans
 
-from jkmeans.kmeans import KMeansResult, bounds, lloyd, relocation
+from jkmeans.kmeans import (
+    KMeansResult,
+    bounds,
+    column_moments,
+    far_origin,
+    lloyd,
+    relocation,
+)
 
 ROWS, SAME = PartitionSpec("data"), PartitionSpec()
 RESULT_SPECS = KMeansResult(SAME, ROWS, ROWS, SAME, SAME, SAME, SAME, SAME)
@@ -284,26 +291,39 @@ def test_first_centroids_far_from_the_data():
 
 
 @_one_is_slow
-def test_rows_far_from_the_origin(algorithm):
+@pytest.mark.parametrize("kind", ["lloyd", "bounds"])
+def test_rows_far_from_the_origin(kind):
     rng = np.random.default_rng(0)
-    x = rng.normal(size=(4000, 4)) + 20 * rng.normal(size=(8, 4))[rng.integers(8, size=4000)]
-    far = (x + np.array([1e5, -3e4, 0, 10])).astype(np.float32)
-    result = lloyd(far, far[:8], algorithm=algorithm)
+    x = rng.normal(size=(20_000, 9)) + 20 * rng.normal(size=(8, 9))[rng.integers(8, size=20_000)]
+    far = (x + 1e6 * (np.arange(9) % 2)).astype(np.float32)
+    origin = far_origin(*column_moments(far))
+    np.testing.assert_array_equal(origin != 0, np.arange(9) % 2 == 1)
+    result = lloyd(far, far[:8], algorithm=kind, origin=origin)
     best = sum(
         np.sum((rows - rows.mean(axis=0)) ** 2)
         for rows in (far[np.asarray(result.labels) == i].astype(np.float64) for i in range(8))
     )
-    np.testing.assert_allclose(result.inertia, best, rtol=1e-5)
-    # Centroids are known to .004 there, which a row between two of them can feel.
+    np.testing.assert_allclose(result.inertia, best, rtol=1e-3)
+    # Centroids are known to .06 there.
     sk = KMeans(8, init=far[:8], n_init=1, tol=0, algorithm="lloyd").fit(far)
-    assert np.mean(result.labels != sk.labels_) < 0.001
-    assert result.inertia == pytest.approx(sk.inertia_, rel=1e-5)
+    assert result.inertia == pytest.approx(sk.inertia_, rel=1e-3)
 
 
+@_one_is_slow
+def test_an_origin_has_no_part_in_the_derivative():
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(40, 2)) + 1e3, jnp.float32)
+
+    def of_rows(x):
+        return jnp.sum(lloyd(x, x[:1], origin=x[0]).centroids)
+
+    np.testing.assert_allclose(jax.grad(of_rows)(x), 1 / 40, rtol=1e-5)
+
+
+@_one_is_slow
 def test_rows_in_one_place():
     for value in (0.1, 1e8):
         x = np.full((100_000, 3), value, np.float32)
-        result = lloyd(x, x[:1])
+        result = lloyd(x, x[:1], origin=far_origin(*column_moments(x)))
         assert float(result.inertia) == 0
         np.testing.assert_array_equal(result.centroids, x[:1])
 
