@@ -9,7 +9,7 @@ from jkmeans import configuration
 from jkmeans.configuration import Config
 from jkmeans.errors import UserError
 from jkmeans.fields import Field
-from jkmeans.workdir import CONFIG_FILE, RESULTS_FILE, claim, write_json
+from jkmeans.workdir import CONFIG_FILE, RESULTS_FILE, claim, usable, write_json
 
 SETTINGS_FILE = "settings.json"
 """What experiments with a server begin with, in place of a config."""
@@ -74,10 +74,11 @@ def claim_config(
 
 def _refuse_foreign(folder: Path, own: str) -> None:
     """Refuses a folder of another experiment, whose results would be taken for ours or replaced."""
-    if (folder / own).exists():
-        return
-    for name in (CONFIG_FILE, SETTINGS_FILE, RESULTS_FILE):
-        if (folder / name).exists():
+    with usable(folder):
+        names = (own, CONFIG_FILE, SETTINGS_FILE, RESULTS_FILE)
+        there = [name for name in names if (folder / name).exists()]
+    for name in there:
+        if name != own and own not in there:
             raise UserError(
                 f"{folder} has {name} of another experiment in it; accepted: another --workdir"
             )

@@ -228,13 +228,15 @@ class _Seeds:
 def _groups(members: Sequence[_Member]) -> list[list[_Member]]:
     """Seeds that train together: those that have begun, from where they last stood together.
 
-    Where they never did, as when a run that keeps one checkpoint of each was killed between the
-    saves of two, each place makes a group; and so do those that have not begun.
+    Where that costs more than what lies between two saves, as when a run that keeps one checkpoint
+    of each was killed between the saves of two seeds, each place makes a group; and so do those
+    that have not begun.
     """
     begun = [member for member in members if member.state is not None]
     while len({member.epoch for member in begun}) > 1:
         common = set.intersection(*(set(one.checkpoints.positions()) for one in begun))
-        if not common:
+        last, every = max(member.epoch for member in begun), begun[0].run.config.checkpoint.every
+        if not common or last - max(common) // begun[0].run.n_steps > every:
             break
         if not all(member.go_back({max(common)}) for member in begun):
             # It was damaged, and is out of the way now.
@@ -309,24 +311,22 @@ class _SideBySide:
     def execute(self) -> list[dict[str, Any]]:
         """Trains what is left to train, and reports each seed; their results."""
         with contextlib.ExitStack() as stack:
-            return self._train(stack, *self._begin())
+            return self._train(stack)
 
     def _begin(self) -> tuple[list[TrainState], float, bool]:
         """The states of all seeds, the seconds they stand for, and whether records go on."""
         states = [member.state for member in self.members if member.state is not None]
         if states:
-            # Each record has the seconds of all that trained together.
             seconds = [member.record["seconds"] for member in self.members if member.record]
-            return states, float(np.mean(seconds)), True
+            return states, sum(seconds), True
         begun = [run.create_pretrained() for run in self.runs]
         if len({int(state.epoch) for state, _ in begun}) > 1:
             return [run.create() for run in self.runs], 0.0, False
         return [state for state, _ in begun], sum(seconds for _, seconds in begun), False
 
-    def _train(
-        self, stack: contextlib.ExitStack, states: list[TrainState], seconds: float, resumed: bool
-    ) -> list[dict[str, Any]]:
+    def _train(self, stack: contextlib.ExitStack) -> list[dict[str, Any]]:
         config, n_epochs = self.config, self.runs[0].n_epochs
+        states, seconds, resumed = self._begin()
         epoch = int(states[0].epoch)
         state = self._stack(states)
         del states
@@ -389,8 +389,7 @@ class _SideBySide:
         if n_done == 0:
             state = self._call("refresh", state, self.rows)
             state, values = self._call("initialize", state, self.rows)
-            for i, run in enumerate(self.runs):
-                run.check_pretrained(scalars({n: to_host(v)[i] for n, v in values.items()}))
+            self._check_pretrained(values)
         elif n_done > 0 and self.config.reset.every and n_done % self.config.reset.every == 0:
             state = self._call("refresh", self._call("reset", state), self.rows)
             state, _ = self._call("restart", state, self.rows)
@@ -400,7 +399,8 @@ class _SideBySide:
         started = time.perf_counter()
         state = self._call("refresh", state, self.rows)
         if self.config.training.n_epochs == 0:
-            state, _ = self._call("initialize", state, self.rows)
+            state, found = self._call("initialize", state, self.rows)
+            self._check_pretrained(found)
         n_iterations = np.int32(self.config.centroids.final_max_iter)
         state, values = self._call("assign", state, self.rows, n_iterations)
         self._await(values)
@@ -410,6 +410,11 @@ class _SideBySide:
             found = scalars({name: to_host(value)[i] for name, value in values.items()})
             ends.append(run.conclude(one, found, seconds))
         return [results for _, results in ends], [one for one, _ in ends]
+
+    def _check_pretrained(self, values) -> None:
+        hosts = {name: to_host(value) for name, value in values.items()}
+        for i, run in enumerate(self.runs):
+            run.check_pretrained(scalars({name: value[i] for name, value in hosts.items()}))
 
     def _named(self, state: TrainState, values) -> list[dict[str, float]]:
         """The metrics of an epoch, of each seed."""
@@ -468,7 +473,9 @@ class _SideBySide:
     def _save(self, states, seconds, values, results) -> None:
         each = zip(self.members, states, values, results, strict=True)
         for member, state, named, found in each:
-            member.run.save(member.checkpoints, state, seconds, named, found)
+            # Its share: others may train beside it when it goes on.
+            share = seconds / len(self.members)
+            member.run.save(member.checkpoints, state, share, named, found)
         for member in self.members:
             member.checkpoints.wait()
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -137,6 +138,18 @@ def sample_rows(key: jax.Array, n: int, size: int) -> np.ndarray:
     return np.sort(generator.choice(n, size, replace=False))
 
 
+def unit_of(rows: np.ndarray) -> float:
+    """A power of two to divide float64 rows by that float32 cannot square, or 1.
+
+    Args:
+      rows: [s, d] float, around 0.
+    """
+    largest = float(np.max(np.abs(rows), initial=0))
+    if rows.dtype != np.float64 or largest == 0 or 1e-12 < largest < 1e12:
+        return 1.0
+    return 2.0 ** math.floor(math.log2(largest))
+
+
 class Sweep:
     """A sweep in steps, one K at a time, for who wants to show progress or stop in between.
 
@@ -179,9 +192,12 @@ class Sweep:
         self._offset = np.zeros(rows.shape[1], rows.dtype)
         if rows.dtype == np.float64:
             self._offset = rows.mean(axis=0)
-        self._rows = jnp.asarray(rows - self._offset)
+        centered = rows - self._offset
+        self._unit = unit_of(centered)
+        centered /= self._unit
+        self._rows = jnp.asarray(centered)
         self._max_iter = max_iter
-        self._tol = tol * float(np.var(rows, axis=0, dtype=np.float64).mean())
+        self._tol = tol * float(np.var(centered, axis=0, dtype=np.float64).mean())
         start_key, weight_key, self._silhouette_key = jax.random.split(key, 3)
         counts = bootstrap_counts(weight_key, n_refits, len(rows))
         # The sample itself comes first.
@@ -204,10 +220,11 @@ class Sweep:
         agreement = [adjusted_rand_index(a, b) for a, b in itertools.combinations(refits, 2)]
         return Judged(
             n_clusters=k,
-            inertia=float(fits.inertia[0]),
+            inertia=float(fits.inertia[0]) * self._unit**2,
             silhouette=self._silhouette(labels[0]),
             stability=float(np.mean(agreement)),
-            centroids=np.asarray(fits.centroids[0, :k]) + self._offset,
+            centroids=np.asarray(fits.centroids[0, :k], self._offset.dtype) * self._unit
+            + self._offset,
         )
 
     def result(self, judged: Sequence[Judged]) -> SweepResult:
@@ -245,7 +262,7 @@ def suggest(
     """
     stable = stability >= STABLE
     if stable.any():
-        best = int(np.argmax(np.where(stable, silhouette, -np.inf)))
+        best = int(np.argmax(np.where(stable & np.isfinite(silhouette), silhouette, -np.inf)))
         among = "all of them are" if stable.all() else f"{stable.sum()} of {len(stable)} are"
         reason = (
             f"K = {n_clusters[best]} has the highest silhouette ({silhouette[best]:.2f}) of the "

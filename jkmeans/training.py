@@ -49,6 +49,7 @@ from jkmeans.workdir import (
     claim,
     device_room,
     only_process_in,
+    usable,
     versions,
     write_json,
 )
@@ -558,12 +559,24 @@ class Run:
 
         The loss of an epoch is that before its last step, and does not show it.
         """
-        if not np.isfinite(found["embedding_variance"]):
+        if np.isfinite(found["embedding_variance"]):
+            return
+        n_epochs = self.config.training.n_pretrain_epochs
+        if not n_epochs:
             raise CollapseError(
-                f"the embeddings are not finite after {self.config.training.n_pretrain_epochs} "
-                "epochs of pretraining: it diverged; try a smaller training.learning_rate; what "
-                f"was saved before is in {self.workdir / CHECKPOINT_FOLDER}"
+                "the embeddings of the network as it was drawn are not finite; try another "
+                "network.initializer, or examples scaled down"
             )
+        raise CollapseError(
+            f"the embeddings are not finite after {n_epochs} epochs of pretraining: it diverged; "
+            f"try a smaller training.learning_rate{self._kept()}"
+        )
+
+    def _kept(self) -> str:
+        """Where what was saved before is, if anything was."""
+        folder = self.workdir / CHECKPOINT_FOLDER
+        saved = folder.is_dir() and any(path.name.isdecimal() for path in folder.iterdir())
+        return f"; what was saved before is in {folder}" if saved else ""
 
     def check_collapse(self, values: dict[str, float], reference: float, epoch: int) -> None:
         """Raises CollapseError where there is nothing left to cluster.
@@ -573,11 +586,11 @@ class Run:
           reference: the variance of the embeddings that theirs is compared with.
           epoch: that ended.
         """
-        kept = f"what was saved before is in {self.workdir / CHECKPOINT_FOLDER}"
+        kept = self._kept()
         if not np.isfinite(values["loss"]) or not np.isfinite(values["embedding_variance"]):
             raise CollapseError(
                 f"the loss is {values['loss']} in epoch {epoch}: training diverged; try "
-                f"{self._remedies(epoch)}; {kept}"
+                f"{self._remedies(epoch)}{kept}"
             )
         least = self.config.training.collapse_ratio * reference
         most = reference / max(self.config.training.collapse_ratio, 1e-30)
@@ -588,14 +601,14 @@ class Run:
             raise CollapseError(
                 f"the embeddings ran away in epoch {epoch}: their variance is "
                 f"{values['embedding_variance']:.3g}, and was {reference:.3g} at first; try "
-                f"{unit_norm}{self._remedies(epoch)}; {kept}"
+                f"{unit_norm}{self._remedies(epoch)}{kept}"
             )
         if values["embedding_variance"] < least:
             raise CollapseError(
                 f"the embeddings collapsed in epoch {epoch}: their variance is "
                 f"{values['embedding_variance']:.3g}, below training.collapse_ratio = "
                 f"{self.config.training.collapse_ratio:g} of the {reference:.3g} it began with; "
-                f"try {self._remedies(epoch)}; {kept}"
+                f"try {self._remedies(epoch)}{kept}"
             )
 
     # State and checkpoints
@@ -762,7 +775,9 @@ def claim_workdir(workdir: Path, config: Config) -> None:
     Raises:
       UserError: the folder holds a run with another config, or cannot be written.
     """
-    if (workdir / CHECKPOINT_FOLDER).exists() and not (workdir / CONFIG_FILE).exists():
+    with usable(workdir):
+        lost = (workdir / CHECKPOINT_FOLDER).exists() and not (workdir / CONFIG_FILE).exists()
+    if lost:
         raise UserError(
             f"{workdir} holds checkpoints but no {CONFIG_FILE}, so they are not of a run of "
             "jkmeans; accepted: a new folder or that of a run"

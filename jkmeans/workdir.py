@@ -44,17 +44,15 @@ def claim(
       UserError: the folder holds another one, or cannot be written.
     """
     path = workdir / name
-    try:
+    with usable(workdir):
         if not path.exists():
             workdir.mkdir(parents=True, exist_ok=True)
             write_json(path, content)
             return
-        text = path.read_text()
-    except OSError as error:
-        raise UserError(f"cannot write to --workdir {workdir}: {error.strerror}") from error
+        found = path.read_bytes()
     article = "an" if kind.startswith("e") else "a"
     try:
-        different = differences(json.loads(text))
+        different = differences(json.loads(found.decode()))
     except (ValueError, KeyError, TypeError, AttributeError, UserError) as error:
         raise UserError(
             f"{path} is not the config of {article} {kind} of this version of jkmeans ({error}); "
@@ -66,6 +64,15 @@ def claim(
             f"{workdir} holds {article} {kind} with another config: {different[0]}{more}; "
             "accepted: the same config, or another --workdir"
         )
+
+
+@contextlib.contextmanager
+def usable(workdir: Path) -> Iterator[None]:
+    """What of a workdir cannot be read or written, as a `UserError`."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot write to --workdir {workdir}: {error.strerror}") from error
 
 
 @contextlib.contextmanager
@@ -96,10 +103,15 @@ def only_process_in(workdir: Path) -> Iterator[None]:
         yield
 
 
-def write_json(path: Path, values: Any) -> None:
-    """Writes JSON under its name only when it is complete; numbers that are not finite are null."""
+def write_json(path: Path, values: Any) -> Any:
+    """Writes JSON under its name only when it is complete; numbers that are not finite are null.
+
+    Returns:
+      The values as JSON has them: with None where they were not finite.
+    """
     plain = json.loads(json.dumps(values, default=_plain), parse_constant=lambda name: None)
     write_whole(path, (json.dumps(plain, indent=2, allow_nan=False) + "\n").encode())
+    return plain
 
 
 def write_whole(path: Path, content: bytes) -> None:

@@ -271,6 +271,21 @@ def test_values_whose_squares_overflow(memory, tmp_path):
         cluster(config, tmp_path / "w")
 
 
+def test_large_float64_has_a_sweep_and_a_silhouette(tmp_path):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(300, 4)) + 4 * (np.arange(300) % 3)[:, None]
+    np.save(tmp_path / "x.npy", x * 1e20)
+    config = make_config(input=str(tmp_path / "x.npy"), n_clusters="auto")
+    config.sweep.n_clusters, config.sweep.n_refits = (2, 3, 4), 2
+    summary = cluster(config, tmp_path / "w")
+    assert summary["n_clusters"] == 3
+    assert summary["silhouette"] > 0.5
+    np.save(tmp_path / "x.npy", (x * 1e20).astype(np.float32))
+    with pytest.raises(UserError, match="overflow float32"):
+        cluster(config, tmp_path / "other")
+    assert not (tmp_path / "other" / "sweep.json").exists()
+
+
 @pytest.mark.parametrize("stage", [pytest.param("iteration 2", marks=pytest.mark.slow), "labels"])
 def test_a_stopped_stream_goes_on(stage, large, tmp_path, monkeypatch):
     config = make_config(

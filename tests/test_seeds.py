@@ -153,6 +153,8 @@ def test_more_seeds_train_the_new_ones_only(tmp_path, capfd):
     assert "holds the finished runs of seeds 3, 4" in capfd.readouterr().out
     assert files(tmp_path / "w" / "seed_3") | files(tmp_path / "w" / "seed_4") == before
     assert three["inertia"]["values"][:2] == two["inertia"]["values"]
+    seconds = three["train_seconds"]["values"]
+    assert seconds[:2] == two["train_seconds"]["values"]
     assert three["inertia"]["values"][2] == alone(tmp_path / "one", tiny.config(), 5)["inertia"]
 
 

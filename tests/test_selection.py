@@ -164,6 +164,23 @@ def test_float64_far_from_the_origin(swept):
     )
 
 
+@pytest.mark.parametrize("scale", [2.0**400, 2.0**-400])
+def test_float64_that_float32_cannot_square(scale):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(300, 3)) + 9 * rng.normal(size=(3, 3))[rng.integers(3, size=300)]
+    one, other = (sweep(jax.random.key(0), x * s, [2, 3, 4], n_refits=2) for s in (1.0, scale))
+    assert (one.suggestion, other.suggestion) == (3, 3)
+    np.testing.assert_allclose(other.inertia, one.inertia * scale**2, rtol=1e-3)
+    np.testing.assert_allclose(other.silhouette, one.silhouette, rtol=1e-3)
+    np.testing.assert_allclose(other.centroids[1], one.centroids[1] * scale, rtol=1e-3)
+
+
+def test_a_silhouette_that_is_not_known_is_not_the_highest():
+    k, reason = suggest(np.array([2, 3]), np.array([np.nan, 0.5]), np.array([1.0, 1.0]))
+    assert k == 3
+    assert "nan" not in reason
+
+
 def test_float32_far_from_the_origin():
     rng = np.random.default_rng(0)
     x = rng.normal(size=(8000, 3)) + 20 * rng.normal(size=(4, 3))[rng.integers(4, size=8000)]

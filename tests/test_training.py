@@ -310,22 +310,55 @@ def test_divergence_stops_the_run(tmp_path, files):
         training.train_and_evaluate(config, tmp_path / "run")
 
 
-@pytest.mark.parametrize("n_seeds", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_divergence_in_the_last_step_of_pretraining_is_not_kept(n_seeds, tmp_path, files):
+def test_divergence_in_the_last_step_of_pretraining_is_not_kept(tmp_path, files, monkeypatch):
+    # The loss of an epoch is that before its last step, so nothing shows until k-means.
     config = tiny.config(
-        n_seeds=n_seeds,
         objective__name="joint",
         training__optimizer="sgd",
         training__clustering_optimizer="sgd",
-        training__learning_rate=1e30,
-        training__n_pretrain_epochs=1,
-        training__batch_size=203,  # One step.
         training__pretrained_folder=str(tmp_path / "pretrained"),
         **files,
     )
-    with pytest.raises(CollapseError, match=r"diverged; try a smaller training\.learning_rate;"):
-        training.train_and_evaluate(config, tmp_path / "run")
+    run_epoch = training.Run.run_epoch
+
+    def diverge(self, state, epoch):
+        state, values = run_epoch(self, state, epoch)
+        return state._replace(
+            parameters=jax.tree.map(lambda p: p * np.nan, state.parameters)
+        ), values
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training.Run, "run_epoch", diverge)
+        config.training.n_pretrain_epochs = 1
+        with pytest.raises(
+            CollapseError, match=r"not finite after 1 epochs of pretraining: .*rate"
+        ):
+            training.train_and_evaluate(config, tmp_path / "run")
     assert not list((tmp_path / "pretrained").glob("*"))
+
+
+def test_what_was_saved_is_named_only_where_something_was(tmp_path):
+    run = make_run(n_devices=1)
+    run.workdir = tmp_path
+    values = {"loss": float("nan"), "embedding_variance": 1.0}
+    with pytest.raises(CollapseError, match=r"rate$"):
+        run.check_collapse(values, 1.0, 1)
+    (tmp_path / "checkpoints" / "7").mkdir(parents=True)
+    with pytest.raises(CollapseError, match=r"rate; what was saved before is in .*checkpoints$"):
+        run.check_collapse(values, 1.0, 1)
+    run.config.training.n_pretrain_epochs = 0
+    with pytest.raises(CollapseError, match=r"as it was drawn are not finite"):
+        run.check_pretrained(values | {"embedding_variance": float("nan")})
+
+
+def test_a_workdir_that_cannot_be_claimed(tmp_path):
+    (tmp_path / "config.json").write_bytes(b"\xff\xfe\x00")
+    for workdir, message in (
+        (tmp_path, r"is not the config of a run of this version of jkmeans"),
+        (tmp_path / ("x" * 300), r"cannot write to --workdir .*: File name too long"),
+    ):
+        with pytest.raises(UserError, match=message):
+            training.claim_workdir(workdir, tiny.config())
 
 
 @pytest.mark.slow
@@ -430,6 +463,7 @@ CLUSTERING, JOINT = "a smaller training.clustering_learning_rate", " or objectiv
 def test_what_stops_a_run(loss, variance, epoch, fields, message, tmp_path):
     run = make_run(training__collapse_ratio=1e-3, n_devices=1, **fields)
     run.workdir = tmp_path
+    (tmp_path / "checkpoints" / "7").mkdir(parents=True)
     values = {"loss": loss, "embedding_variance": variance}
     if message is None:
         run.check_collapse(values, 2.0, epoch)

@@ -39,6 +39,7 @@ def conclude(session: Session, found: Found, sweep: dict[str, Any] | None) -> di
     sample_labels = np.asarray(labels[numbers])
     # Around their mean, because JAX may take float64 as float32.
     centered = rows - rows.mean(axis=0, dtype=np.float64).astype(rows.dtype)
+    centered /= selection.unit_of(centered)
     silhouettes = session.compute(
         lambda: np.asarray(selection.silhouette_samples(centered, sample_labels, k))
     )

@@ -46,6 +46,3 @@ class Progress:
             from rich.text import Text
 
             self._status.update(Text(sentence))
-
-
-# Functions of the core on placed rows, as `jkmeans.sharded.run` takes them.

@@ -9,6 +9,7 @@ import numpy as np
 
 from jkmeans import processes, selection
 from jkmeans.clustering.folder import SWEEP_FILE, read_sweep
+from jkmeans.clustering.found import refuse_overflow
 from jkmeans.clustering.session import Session
 from jkmeans.errors import UserError
 from jkmeans.recorder import format_duration
@@ -22,7 +23,7 @@ def choose_n_clusters(session: Session) -> dict[str, Any]:
       The sweep as ``sweep.json`` holds it.
 
     Raises:
-      UserError: the sample is too small.
+      UserError: the sample is too small, or its squares overflow.
       Interrupted: the job was asked to stop; what is judged is saved.
     """
     settings = session.config.sweep
@@ -54,6 +55,7 @@ def choose_n_clusters(session: Session) -> dict[str, Any]:
             continue
         session.stop_if_asked()
         one = session.compute(lambda k=k: steps.judge(k))
+        refuse_overflow(one.inertia, sample.dtype)
         # Hosts of different kinds round differently, and must choose the same K.
         done[k] = tuple(processes.share([one.inertia, one.silhouette, one.stability]))
         left = sum(other for other in ks if other not in done)

@@ -118,7 +118,7 @@ def run_experiment(config: Config, workdir: str | os.PathLike[str]) -> dict[str,
             found = _compute(task, workdir / CASES_FOLDER, interruption)
             outcome = task.write(workdir, found)
             results = {"task": config.task, **outcome.results}
-            write_json(workdir / RESULTS_FILE, results)
+            results = write_json(workdir / RESULTS_FILE, results)
             if outcome.collapse:
                 raise CollapseError(outcome.collapse)
             return results

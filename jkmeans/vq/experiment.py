@@ -269,7 +269,7 @@ class _Experiment:
         text_of_table = table(self.figures, curves, threshold)
         write_whole(self.workdir / TABLE_FILE, text_of_table.encode())
         write_whole(self.workdir / CURVES_FILE, comma_separated(curves, self.seeds).encode())
-        write_json(self.workdir / RESULTS_FILE, results)
+        results = write_json(self.workdir / RESULTS_FILE, results)
         print(text_of_table, flush=True)
         return results
 
