@@ -21,7 +21,7 @@ from jkmeans.errors import UserError
 from jkmeans.generation import make_blobs
 from jkmeans.recorder import results_table
 from jkmeans.sharding import make_mesh
-from jkmeans.workdir import RESULTS_FILE, write_json
+from jkmeans.workdir import RESULTS_FILE, usable, write_json
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -96,10 +96,8 @@ def cluster_blobs(config: Config, workdir: str | os.PathLike[str]) -> dict[str, 
     config = validate(config)
     mesh = make_mesh(config.n_devices)
     folder = Path(workdir).absolute()
-    try:
+    with usable(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot write to --workdir {folder}: {error.strerror}") from error
     blobs = config.blobs
     key, start_key = jax.random.split(jax.random.key(config.seed))
     results: dict[str, Any] = {

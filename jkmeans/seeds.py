@@ -214,13 +214,13 @@ class _Seeds:
             results = _SideBySide(self.config, self.dataset, self.workdir, group).execute()
         else:
             print(f"training seeds {_listed(seeds)} from epoch {group[0].epoch} on")
-            config = self.config.copy_and_resolve_references()
-            config.n_seeds = len(seeds)
-            # The means of all seeds, which the workdir may hold, are not those of some.
-            folder = self.workdir / f"seeds_{'_'.join(map(str, seeds))}"[:100]
             if len(seeds) == 1:
                 results = [group[0].run.execute(group[0].checkpoints)]
             else:
+                config = self.config.copy_and_resolve_references()
+                config.n_seeds = len(seeds)
+                # The means of all seeds, which the workdir may hold, are not those of some.
+                folder = self.workdir / f"seeds_{'_'.join(map(str, seeds))}"[:100]
                 results = _SideBySide(config, self.dataset, folder, group).execute()
         return dict(zip(seeds, results, strict=True))
 

@@ -188,10 +188,11 @@ class Sweep:
                 raise ValueError(f"{name} is {value}: accepted is at least {least}")
         self.n_clusters = ks
         self._largest = ks[-1]
-        # Where float64 is not enabled in JAX, what float32 keeps of it must not be the offset.
-        self._offset = np.zeros(rows.shape[1], rows.dtype)
-        if rows.dtype == np.float64:
-            self._offset = rows.mean(axis=0)
+        # What float32 keeps of the rows must not be the offset; float64 may become float32 in JAX.
+        mean = rows.mean(axis=0, dtype=np.float64)
+        if rows.dtype != np.float64:
+            mean = kmeans.far_origin(mean, rows.var(axis=0, dtype=np.float64))
+        self._offset = mean.astype(rows.dtype)
         centered = rows - self._offset
         self._unit = unit_of(centered)
         centered /= self._unit
@@ -351,14 +352,10 @@ def _lloyd(x, weights, start, k, max_iter, tol) -> _Fits:
         labels = kmeans.nearest(x, centroids)
         return jnp.where(labels < k, labels, 0)
 
-    origin = kmeans.far_origin(*kmeans.column_moments(x))
-
     def step(carry):
         centroids, _, n_iter = carry
-        statistics = kmeans.cluster_statistics(
-            x, label(centroids), width, weights=weights, shift=origin
-        )
-        moved = on_first(kmeans.centroids_from(statistics, centroids, origin))
+        statistics = kmeans.cluster_statistics(x, label(centroids), width, weights=weights)
+        moved = on_first(kmeans.centroids_from(statistics, centroids))
         return moved, jnp.sum((moved - centroids) ** 2), n_iter + 1
 
     def unfinished(carry):

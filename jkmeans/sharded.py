@@ -463,7 +463,7 @@ def scaled_tol(tol: Any, x: jax.Array, n_rows: Any, axis_name: AxisName) -> jax.
     """``tol`` times the mean variance of the columns, which takes no pass where it is 0."""
     return lax.cond(
         tol > 0,
-        lambda: tol * scale_and_origin(x, n_rows, axis_name)[0],
+        lambda: tol * kmeans.mean_variance(x, row_numbers(x, axis_name) < n_rows, axis_name),
         lambda: jnp.zeros((), jnp.promote_types(x.dtype, jnp.float32)),
     )
 

@@ -586,11 +586,10 @@ class Run:
           reference: the variance of the embeddings that theirs is compared with.
           epoch: that ended.
         """
-        kept = self._kept()
         if not np.isfinite(values["loss"]) or not np.isfinite(values["embedding_variance"]):
             raise CollapseError(
                 f"the loss is {values['loss']} in epoch {epoch}: training diverged; try "
-                f"{self._remedies(epoch)}{kept}"
+                f"{self._remedies(epoch)}{self._kept()}"
             )
         least = self.config.training.collapse_ratio * reference
         most = reference / max(self.config.training.collapse_ratio, 1e-30)
@@ -601,14 +600,14 @@ class Run:
             raise CollapseError(
                 f"the embeddings ran away in epoch {epoch}: their variance is "
                 f"{values['embedding_variance']:.3g}, and was {reference:.3g} at first; try "
-                f"{unit_norm}{self._remedies(epoch)}{kept}"
+                f"{unit_norm}{self._remedies(epoch)}{self._kept()}"
             )
         if values["embedding_variance"] < least:
             raise CollapseError(
                 f"the embeddings collapsed in epoch {epoch}: their variance is "
                 f"{values['embedding_variance']:.3g}, below training.collapse_ratio = "
                 f"{self.config.training.collapse_ratio:g} of the {reference:.3g} it began with; "
-                f"try {self._remedies(epoch)}{kept}"
+                f"try {self._remedies(epoch)}{self._kept()}"
             )
 
     # State and checkpoints

@@ -164,17 +164,9 @@ def _initialize(x, weights, key, *, n_clusters, init, axis_name):
     return initialize(key, x, n_clusters, weights=weights, axis_name=axis_name)
 
 
-def _iterate(x, weights, centroids, max_iter, tol, origin, *, empty, algorithm, axis_name):
+def _iterate(x, weights, centroids, max_iter, tol, origin, **options):
     return kmeans.lloyd(
-        x,
-        centroids,
-        weights=weights,
-        max_iter=max_iter,
-        tol=tol,
-        origin=origin,
-        empty=empty,
-        algorithm=algorithm,
-        axis_name=axis_name,
+        x, centroids, weights=weights, max_iter=max_iter, tol=tol, origin=origin, **options
     )
 
 

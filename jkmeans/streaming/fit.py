@@ -296,7 +296,7 @@ class _Fit:
         key = jax.random.fold_in(self.key, state.restart)
         arrays, step = state.arrays, state.step
         if state.stage == "first":
-            shift = self._first_row()
+            shift = self._first_row
             if self.init_name == "sample":
                 return passes.moments_and_sample, (shift, key), self.n_clusters
             return passes.moments, (shift, jax.random.fold_in(key, 0)), 1
@@ -353,7 +353,7 @@ class _Fit:
             raise UserError("all weights are 0: accepted is at least one weight above 0.")
         variance = np.maximum(squares / n - (sums / n) ** 2, 0)
         state.numbers["tolerance"] = self.tol * float(np.mean(variance))
-        mean = self._first_row().astype(np.float64) + sums / n
+        mean = self._first_row.astype(np.float64) + sums / n
         state.arrays["shift"] = kmeans.far_origin(mean, variance).astype(self.dtype)
         if not isinstance(self.init, str):
             return self._first_iteration(state)
@@ -409,6 +409,7 @@ class _Fit:
         stage = "lloyd" if self.max_iter > 0 else "final"
         return dataclasses.replace(state, stage=stage, step=0)
 
+    @functools.cached_property
     def _first_row(self) -> np.ndarray:
         """What the first pass makes its sums around, [d]."""
         row = self.source.read(0, 1)[0].astype(self.dtype)
