@@ -110,6 +110,17 @@ def words(choices, meaning: str) -> Field:
     return Field(convert, f"a tuple of some of {', '.join(map(repr, choices))}", meaning)
 
 
+def texts(meaning: str, each: str = "texts") -> Field:
+    """A field that holds a tuple of any texts; ``each`` says what they are."""
+
+    def convert(value):
+        if not isinstance(value, list | tuple) or any(not isinstance(v, str) for v in value):
+            raise TypeError
+        return tuple(value)
+
+    return Field(convert, f"a tuple of {each}", meaning)
+
+
 def numbers(meaning: str) -> Field:
     """A field that holds a tuple of finite numbers."""
 

@@ -19,6 +19,7 @@ from jkmeans.configuration import (
     text,
 )
 from jkmeans.errors import UserError
+from jkmeans.fields import texts
 
 NAMED = tuple(name for name in datasets.NAMES if name != "npy")
 """Data sets that an input can name; other inputs are paths."""
@@ -35,21 +36,11 @@ def _convert_n_clusters(value: Any) -> str:
     return str(int(value))
 
 
-def _convert_texts(value: Any) -> tuple[str, ...]:
-    if not isinstance(value, list | tuple) or any(not isinstance(v, str) for v in value):
-        raise TypeError
-    return tuple(value)
-
-
 FIELDS: dict[str, Field] = {
     "seed": integer(0, "the root of all random keys"),
     "n_devices": integer(0, "devices of the mesh; 0 for all"),
     "input": text(f"{', '.join(NAMED)}, or a .npy file, a folder of them, .zarr or Parquet"),
-    "columns": Field(
-        _convert_texts,
-        "a tuple of names",
-        "columns of Parquet; () for all but the index of a data frame",
-    ),
+    "columns": texts("columns of Parquet; () for all but the index of a data frame", "names"),
     "memory_mebibytes": integer(0, "data above this is streamed; 0 for half of what is free"),
     "n_clusters": Field(
         _convert_n_clusters, "an integer of at least 1, or auto", "K, or auto for a sweep"

@@ -30,6 +30,7 @@ from jkmeans import configuration
 from jkmeans.checkpoints import Checkpoints, DamagedError
 from jkmeans.configuration import Config, Field, convert_fields, integer, nest, number, text
 from jkmeans.errors import UserError
+from jkmeans.fields import texts
 from jkmeans.interruption import Interruption
 from jkmeans.processes.supervisor import EVENTS_FILE
 from jkmeans.recorder import METRICS_FILE, read_metrics
@@ -63,12 +64,6 @@ def _convert_kinds(value: Any) -> tuple[str, ...]:
     return tuple(value)
 
 
-def _convert_command(value: Any) -> tuple[str, ...]:
-    if not isinstance(value, list | tuple) or any(not isinstance(v, str) for v in value):
-        raise TypeError
-    return tuple(value)
-
-
 FIELDS: dict[str, Field] = {
     "seed": integer(0, "of which fault comes when, and to whom"),
     "n_faults": integer(1, "faults in all"),
@@ -80,7 +75,7 @@ FIELDS: dict[str, Field] = {
     "slow_seconds": number("how long a slow worker is slow", positive=True),
     "patience_seconds": number("a run that makes no progress for so long is lost", positive=True),
     "train_config": text("the config of experiments.train"),
-    "train_flags": Field(_convert_command, "a tuple of texts", "more flags of experiments.train"),
+    "train_flags": texts("more flags of experiments.train"),
 }
 
 
