@@ -21,7 +21,8 @@ from jkmeans.errors import UserError
 from jkmeans.generation import make_blobs
 from jkmeans.recorder import results_table
 from jkmeans.sharding import make_mesh
-from jkmeans.workdir import RESULTS_FILE, usable, write_json
+from jkmeans.whole_files import write_json
+from jkmeans.workdir import RESULTS_FILE, usable
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -18,7 +18,8 @@ from jkmeans.fields import integer
 from jkmeans.interruption import Interruption
 from jkmeans.published import Published, published_result
 from jkmeans.recorder import results_table
-from jkmeans.workdir import CONFIG_FILE, RESULTS_FILE, write_json, write_whole
+from jkmeans.whole_files import write_json, write_whole
+from jkmeans.workdir import CONFIG_FILE, RESULTS_FILE
 
 TABLE_NAMES = ("table.md", "table.tex", "table.csv", "runs.csv", "table.json", "table.png")
 PRETRAINED_FOLDER = "pretrained"

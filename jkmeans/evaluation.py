@@ -37,7 +37,8 @@ from jkmeans.sharding import (
     read_to_devices,
     to_host,
 )
-from jkmeans.workdir import CHECKPOINT_FOLDER, write_json
+from jkmeans.whole_files import write_arrays, write_json
+from jkmeans.workdir import CHECKPOINT_FOLDER
 
 EVALUATION_FILE = "evaluation.json"
 _FAR = 10.0  # Times the mean squared distance in training: other units, or other things.
@@ -381,15 +382,11 @@ def predict_file(
     arrays = {"labels": found.labels, "distances": found.distances, "centroids": model.centroids}
     if embeddings:
         arrays["embeddings"] = found.embeddings
-    temporary = output.with_name(f".{output.name}.tmp")
 
     def write() -> None:
         try:
-            with open(temporary, "wb") as file:
-                np.savez(file, **arrays)  # type: ignore[arg-type]
-            os.replace(temporary, output)
+            write_arrays(output, arrays)
         except OSError as error:
-            temporary.unlink(missing_ok=True)
             raise UserError(f"cannot write --output {output_path}: {error.strerror}") from error
 
     processes.on_first(write)

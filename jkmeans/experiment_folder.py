@@ -9,7 +9,8 @@ from jkmeans import configuration
 from jkmeans.configuration import Config
 from jkmeans.errors import UserError
 from jkmeans.fields import Field
-from jkmeans.workdir import CONFIG_FILE, RESULTS_FILE, claim, usable, write_json
+from jkmeans.whole_files import write_json
+from jkmeans.workdir import CONFIG_FILE, RESULTS_FILE, claim, usable
 
 SETTINGS_FILE = "settings.json"
 """What experiments with a server begin with, in place of a config."""

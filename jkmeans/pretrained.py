@@ -9,18 +9,14 @@ of devices: as with a run that is resumed on others, sums then differ in roundin
 
 import hashlib
 import json
-import os
-import zipfile
-import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from jkmeans.augmentation import VIEWS
 from jkmeans.methods import METHODS, method_spec
 from jkmeans.networks import PRETRAINED_AS, Blueprint
+from jkmeans.whole_files import UNREADABLE, read_arrays, write_arrays
 
 _TRAINING = (
     "batch_size",
@@ -31,17 +27,6 @@ _TRAINING = (
     "weight_decay",
 )
 _SECONDS, _VARIANCE = "#seconds", "#variance"
-# Of a file that is cut, changed, empty, or something else: an array, a pickle, another archive.
-_UNREADABLE = (
-    OSError,
-    ValueError,
-    TypeError,
-    AttributeError,
-    KeyError,
-    EOFError,
-    zipfile.BadZipFile,
-    zlib.error,
-)
 
 
 class Pretrained(NamedTuple):
@@ -108,11 +93,9 @@ def load(config, data_record: dict[str, Any]) -> Pretrained | None:
     if path is None or not path.exists():
         return None
     try:
-        # Opened here: NumPy leaves a damaged archive open.
-        with open(path, "rb") as file, np.load(file) as arrays:
-            values = {name: arrays[name] for name in arrays.files}
+        values: dict[str, Any] = read_arrays(path)
         seconds, variance = float(values.pop(_SECONDS)), float(values.pop(_VARIANCE))
-    except _UNREADABLE as error:
+    except UNREADABLE as error:
         print(f"warning: {path} cannot be read ({error}); pretraining anew")
         return None
     return Pretrained(values, variance, seconds)
@@ -127,25 +110,12 @@ def save(config, data_record: dict[str, Any], found: Pretrained) -> None:
     if path is None:
         return
     try:
-        _write(path, found)
+        # Over what is there: a whole file would have been taken up, so this one is damaged.
+        path.parent.mkdir(parents=True, exist_ok=True)
+        about = {_SECONDS: found.seconds, _VARIANCE: found.reference_variance}
+        write_arrays(path, {**found.parameters, **about})
     except OSError as error:
         print(f"warning: the pretrained network is not kept for other runs ({error})")
-
-
-def _write(path: Path, found: Pretrained) -> None:
-    # Over what is there: a whole file would have been taken up, so this one is damaged.
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(temporary, "wb") as file:
-            np.savez(
-                file,
-                **{name: np.asarray(value) for name, value in found.parameters.items()},  # type: ignore[arg-type]
-                **{_SECONDS: found.seconds, _VARIANCE: found.reference_variance},  # type: ignore[arg-type]
-            )
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _path(config, data_record: dict[str, Any]) -> Path | None:

@@ -23,6 +23,7 @@ from rich.text import Text
 
 from jkmeans import processes
 from jkmeans.errors import UserError
+from jkmeans.whole_files import whole_file
 
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
@@ -363,12 +364,10 @@ def _rewrite_metrics(workdir: Path, kept: int) -> None:
     path = workdir / METRICS_FILE
     records = [r for r in read_metrics(workdir) if r["epoch"] <= kept] if kept else []
     # Through a second file: whoever kills the run here loses no record.
-    temporary = path.with_name(f"{path.name}.tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.writelines(json.dumps(record, allow_nan=False) + "\n" for record in records)
+    with whole_file(path) as file:
+        file.writelines((json.dumps(r, allow_nan=False) + "\n").encode() for r in records)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 def _number(value: Any) -> int | float | None:

@@ -41,7 +41,8 @@ from jkmeans.training import (
     scalars,
     train_and_evaluate,
 )
-from jkmeans.workdir import CHECKPOINT_FOLDER, device_room, only_process_in, write_json
+from jkmeans.whole_files import write_json
+from jkmeans.workdir import CHECKPOINT_FOLDER, device_room, only_process_in
 
 SEEDS_FILE = "seeds.json"
 

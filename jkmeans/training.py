@@ -41,6 +41,7 @@ from jkmeans.sharding import (
     relayout,
     to_host,
 )
+from jkmeans.whole_files import write_json
 from jkmeans.workdir import (
     CHECKPOINT_FOLDER,
     CONFIG_FILE,
@@ -51,7 +52,6 @@ from jkmeans.workdir import (
     only_process_in,
     usable,
     versions,
-    write_json,
 )
 
 PAGE_FILE = "report.html"

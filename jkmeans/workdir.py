@@ -1,4 +1,4 @@
-"""The folder of a run: one run at a time, files that are whole, what the machine offers."""
+"""The folder of a run: whose it is, one run at a time, what the machine offers."""
 
 import contextlib
 import json
@@ -9,11 +9,10 @@ from importlib import metadata as importlib_metadata
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 import jkmeans
 from jkmeans import processes
 from jkmeans.errors import UserError
+from jkmeans.whole_files import write_json
 
 CONFIG_FILE = "config.json"
 """What a run, a job or an experiment begins with."""
@@ -101,32 +100,6 @@ def only_process_in(workdir: Path) -> Iterator[None]:
 
         processes.together(lock)
         yield
-
-
-def write_json(path: Path, values: Any) -> Any:
-    """Writes JSON under its name only when it is complete; numbers that are not finite are null.
-
-    Returns:
-      The values as JSON has them: with None where they were not finite.
-    """
-    plain = json.loads(json.dumps(values, default=_plain), parse_constant=lambda name: None)
-    write_whole(path, (json.dumps(plain, indent=2, allow_nan=False) + "\n").encode())
-    return plain
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Writes a file under its name only when it is complete."""
-    # With the process in the name: others may write the same file, of one table for instance.
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _plain(value):
-    return value.item() if isinstance(value, np.generic) else str(value)
 
 
 def versions(*packages: str) -> dict[str, str]:

@@ -19,7 +19,7 @@ from jkmeans.clustering.folder import read_sweep
 from jkmeans.configuration import convert_fields, from_json, to_json
 from jkmeans.errors import UserError
 from jkmeans.interruption import Interrupted
-from jkmeans.workdir import write_json
+from jkmeans.whole_files import write_json
 from tests.test_launchers import ROOT, run
 
 N, D, K = 1205, 3, 4

@@ -23,7 +23,7 @@ from sklearn.utils.estimator_checks import parametrize_with_checks
 from jkmeans import DeepClustering, evaluation, recorder
 from jkmeans.errors import CollapseError
 from jkmeans.estimators import deep
-from jkmeans.estimators.deep import BASE
+from jkmeans.estimators.deep import BASE, FITTED_FILE
 from jkmeans.training import train_and_evaluate
 from tests import tiny
 
@@ -274,6 +274,17 @@ def test_a_save_that_fails_leaves_what_was_there(fitted, tmp_path, monkeypatch):
         fitted.save(folder)
     monkeypatch.undo()
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    assert DeepClustering.load(folder).inertia_ == fitted.inertia_
+
+
+def test_a_saved_file_that_is_cut_has_a_sentence(fitted, tmp_path):
+    folder = tmp_path / "model"
+    fitted.save(folder)
+    content = (folder / FITTED_FILE).read_bytes()
+    (folder / FITTED_FILE).write_bytes(content[: len(content) // 2])
+    with pytest.raises(ValueError, match=r"is damaged .*without this file the model loads"):
+        DeepClustering.load(folder)
+    (folder / FITTED_FILE).unlink()
     assert DeepClustering.load(folder).inertia_ == fitted.inertia_
 
 

@@ -19,6 +19,7 @@ from jkmeans.configuration import Config
 from jkmeans.errors import CollapseError, UserError
 from jkmeans.recorder import format_duration
 from jkmeans.vq.simulation import EXPLODED
+from jkmeans.whole_files import write_arrays, write_whole
 
 CURVE_FILE = "curve.jsonl"
 LAST_GOOD_FILE = "last_good.npz"
@@ -57,9 +58,7 @@ class Curve:
                 self.points.append(json.loads(line))
             except ValueError:  # Cut by a kill; nothing follows it.
                 break
-        temporary = path.with_name(path.name + ".tmp")
-        temporary.write_text("".join(json.dumps(point) + "\n" for point in self.points))
-        temporary.replace(path)
+        write_whole(path, "".join(json.dumps(point) + "\n" for point in self.points).encode())
         self._before = self.points[-1]["seconds"] if self.points else 0.0
 
     def add(self, seconds: float, status: Status, value: float) -> None:
@@ -138,10 +137,7 @@ def _keep(folder: Path, shared: Tree) -> None:
         jax.tree_util.keystr(path, simple=True, separator="/") or "shared": np.asarray(leaf)
         for path, leaf in jax.tree_util.tree_leaves_with_path(shared)
     }
-    temporary = folder / f".{LAST_GOOD_FILE}.tmp"
-    with open(temporary, "wb") as file:
-        np.savez(file, **leaves)
-    temporary.replace(folder / LAST_GOOD_FILE)
+    write_arrays(folder / LAST_GOOD_FILE, leaves)
 
 
 class _Progress:

@@ -34,7 +34,8 @@ from jkmeans.errors import UserError
 from jkmeans.experiment_folder import claim_settings
 from jkmeans.fields import Field, choice, integer, integers, number
 from jkmeans.recorder import results_table
-from jkmeans.workdir import RESULTS_FILE, only_process_in, write_json
+from jkmeans.whole_files import write_json
+from jkmeans.workdir import RESULTS_FILE, only_process_in
 
 CURVES_PICTURE = "curves.png"
 MODES = ("asynchronous", "synchronous")

@@ -27,7 +27,8 @@ from jkmeans.recorder import results_table
 from jkmeans.sources.base import ArraySource
 from jkmeans.vq import make_steps
 from jkmeans.vq.data import first_prototypes, load_samples
-from jkmeans.workdir import RESULTS_FILE, only_process_in, write_json
+from jkmeans.whole_files import write_array, write_json
+from jkmeans.workdir import RESULTS_FILE, only_process_in
 
 PROTOTYPES_FILE = "prototypes.npy"
 CURVE_PICTURE = "distortion.png"
@@ -166,9 +167,7 @@ def _quantize(job: QuantizationJob, folder: Path, ray: Config, data: np.ndarray)
         count="samples, of all workers",
         title=title,
     )
-    temporary = folder / f".{PROTOTYPES_FILE}"
-    np.save(temporary, followed.outcome.shared)
-    temporary.replace(folder / PROTOTYPES_FILE)
+    write_array(folder / PROTOTYPES_FILE, followed.outcome.shared)
     write_json(folder / RESULTS_FILE, results)
     return results
 

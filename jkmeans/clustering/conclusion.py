@@ -12,7 +12,8 @@ from jkmeans.clustering.folder import SUMMARY_FILE, write_npy
 from jkmeans.clustering.found import Found
 from jkmeans.clustering.session import Session
 from jkmeans.errors import underflow_sentence
-from jkmeans.workdir import REPORT_FOLDER, versions, write_json
+from jkmeans.whole_files import write_json
+from jkmeans.workdir import REPORT_FOLDER, versions
 
 
 def conclude(session: Session, found: Found, sweep: dict[str, Any] | None) -> dict[str, Any]:

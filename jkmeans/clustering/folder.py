@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +13,7 @@ from jkmeans import configuration, processes
 from jkmeans.clustering.settings import FIELDS, RUNTIME
 from jkmeans.configuration import Config, convert_fields, nest
 from jkmeans.errors import UserError
+from jkmeans.whole_files import UNREADABLE, read_arrays, write_array, write_arrays
 from jkmeans.workdir import claim
 
 SUMMARY_FILE = "summary.json"
@@ -71,7 +70,7 @@ class State:
         self.restart, self.n_iter, self.centroids = self.restart + 1, 0, None
 
     def save(self, path: Path, fingerprint: str) -> None:
-        """Writes the state, under its name only when it is complete."""
+        """Writes the state, whole."""
         scalars = (
             self.restart, self.n_iter, self.best_inertia, self.best_n_iter, self.best_converged,
             self.seconds,
@@ -86,10 +85,7 @@ class State:
             for name in ("centroids", "best")
             if (array := getattr(self, name)) is not None
         }
-        temporary = path.with_name(path.name + ".tmp")
-        with open(temporary, "wb") as file:
-            np.savez(file, allow_pickle=False, **arrays)
-        os.replace(temporary, path)
+        write_arrays(path, arrays)
 
     @staticmethod
     def load(path: Path, fingerprint: str) -> State:
@@ -102,11 +98,10 @@ class State:
         if not path.exists():
             return state
         try:
-            with np.load(path, allow_pickle=False) as arrays:
-                found = {name: arrays[name] for name in arrays.files}
+            found = read_arrays(path)
             restart, n_iter, inertia, best_n_iter, converged, seconds = found["scalars"].tolist()
             history = [(int(r), int(i), float(v)) for r, i, v in found["history"]]
-        except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile) as error:
+        except UNREADABLE as error:
             raise UserError(
                 f"{path} is damaged ({error}); accepted: the state that the job wrote; delete it "
                 "to start anew"
@@ -163,10 +158,6 @@ def _other_data(workdir: Path) -> UserError:
 
 
 def write_npy(path: Path, array: np.ndarray) -> None:
-    """Writes an array under its name only when it is complete; process 0 does, for all."""
-    if not processes.is_first():
-        return
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        np.save(file, array, allow_pickle=False)
-    os.replace(temporary, path)
+    """Writes an array, whole; process 0 does, for all."""
+    if processes.is_first():
+        write_array(path, array)

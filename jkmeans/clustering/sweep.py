@@ -13,7 +13,7 @@ from jkmeans.clustering.found import refuse_overflow
 from jkmeans.clustering.session import Session
 from jkmeans.errors import UserError
 from jkmeans.recorder import format_duration
-from jkmeans.workdir import write_json
+from jkmeans.whole_files import write_json
 
 
 def choose_n_clusters(session: Session) -> dict[str, Any]:

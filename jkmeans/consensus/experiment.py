@@ -10,13 +10,10 @@ import importlib
 import os
 import sys
 import time
-import zipfile
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
 from jkmeans.configuration import Config, convert_fields, nest
 from jkmeans.consensus.averaging import check_loss
@@ -28,7 +25,8 @@ from jkmeans.experiment_folder import claim_config
 from jkmeans.fields import Field, choice, integer, number, text, words
 from jkmeans.interruption import Interruption
 from jkmeans.recorder import format_duration
-from jkmeans.workdir import RESULTS_FILE, only_process_in, write_json
+from jkmeans.whole_files import UNREADABLE, read_arrays, write_arrays, write_json
+from jkmeans.workdir import RESULTS_FILE, only_process_in
 
 CASES_FOLDER = "cases"
 TASKS = ("estimation", "kmeans", "vq", "training")
@@ -142,7 +140,7 @@ def _compute(task: Task, folder: Path, interruption: Interruption) -> dict[str, 
         check()
         started = time.monotonic()
         arrays = case.run(check)
-        _write(folder, case, arrays)
+        write_arrays(_path(folder, case), arrays)
         found[case.name] = arrays
         now = time.monotonic()
         left = (now - begun) / n_done * (len(todo) - n_done)
@@ -158,19 +156,10 @@ def _compute(task: Task, folder: Path, interruption: Interruption) -> dict[str, 
 def _read(folder: Path, case: Case) -> Arrays | None:
     """What a case left; None where it left nothing that can be read."""
     try:
-        # A file of our own, for NumPy leaves one that is damaged open.
-        with (
-            open(folder / f"{case.name}.npz", "rb") as file,
-            np.load(file, allow_pickle=False) as arrays,
-        ):
-            return dict(arrays)
-    except (OSError, EOFError, ValueError, zipfile.BadZipFile, zipfile.LargeZipFile):
+        return read_arrays(_path(folder, case))
+    except UNREADABLE:
         return None
 
 
-def _write(folder: Path, case: Case, arrays: Mapping[str, np.ndarray]) -> None:
-    path = folder / f"{case.name}.npz"
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        np.savez(file, **arrays)  # pyright: ignore[reportArgumentType]
-    os.replace(temporary, path)
+def _path(folder: Path, case: Case) -> Path:
+    return folder / f"{case.name}.npz"

@@ -28,7 +28,7 @@ from jkmeans.dispatch.inputs import InputFile
 from jkmeans.dispatch.master import Part, Shard
 from jkmeans.errors import UserError
 from jkmeans.streaming.outputs import npy_file
-from jkmeans.workdir import write_json
+from jkmeans.whole_files import write_json
 
 PLAN_FILE = "plan.json"
 JOURNAL_FILE = "journal.jsonl"

@@ -35,6 +35,7 @@ from jkmeans.estimators.base import at_least
 from jkmeans.interruption import Interrupted
 from jkmeans.methods import METHODS, with_method
 from jkmeans.recorder import METRICS_FILE, read_metrics, silence
+from jkmeans.whole_files import UNREADABLE, read_arrays, write_arrays
 from jkmeans.workdir import CHECKPOINT_FOLDER, CONFIG_FILE, RESULTS_FILE
 
 BASE: dict[str, Any] = {
@@ -358,7 +359,7 @@ class DeepClustering(
                 arrays |= {"labels": self.labels_, "embeddings": self.embeddings_}
             if hasattr(self, "feature_names_in_"):
                 arrays["feature_names"] = np.asarray(self.feature_names_in_, str)
-            np.savez(new / FITTED_FILE, **arrays)
+            write_arrays(new / FITTED_FILE, arrays)
             if folder.exists():
                 os.rename(folder, old)
             os.rename(new, folder)
@@ -397,14 +398,24 @@ class DeepClustering(
                 estimator.set_params(n_devices=n_devices)
             estimator._adopt(there.files().unpacked())
         estimator.n_features_in_ = math.prod(trained.example_shape)
-        if (folder / FITTED_FILE).is_file():
-            with np.load(folder / FITTED_FILE) as arrays:
-                if "labels" in arrays:
-                    estimator.labels_ = arrays["labels"]
-                    estimator.embeddings_ = arrays["embeddings"]
-                if "feature_names" in arrays:
-                    estimator.feature_names_in_ = arrays["feature_names"].astype(object)
+        estimator._take_up(folder / FITTED_FILE)
         return estimator
+
+    def _take_up(self, path: Path) -> None:
+        """What `save` has written besides the run; nothing of the folder of a run."""
+        if not path.is_file():
+            return
+        try:
+            arrays = read_arrays(path)
+            if "labels" in arrays:
+                self.labels_, self.embeddings_ = arrays["labels"], arrays["embeddings"]
+            if "feature_names" in arrays:
+                self.feature_names_in_ = arrays["feature_names"].astype(object)
+        except UNREADABLE as error:
+            raise ValueError(
+                f"{path} is damaged ({error}); accepted: what {type(self).__name__}.save has "
+                "written; without this file the model loads without labels of its data"
+            ) from error
 
     # The run
 

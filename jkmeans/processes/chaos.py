@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import datetime
+import io
 import json
 import os
 import random
@@ -34,7 +35,8 @@ from jkmeans.fields import texts
 from jkmeans.interruption import Interruption
 from jkmeans.processes.supervisor import EVENTS_FILE
 from jkmeans.recorder import METRICS_FILE, read_metrics
-from jkmeans.workdir import only_process_in, write_json, write_whole
+from jkmeans.whole_files import write_json, write_whole
+from jkmeans.workdir import only_process_in
 
 FAULTS_FILE, TABLE_FILE, REFERENCE_FILE = "faults.csv", "chaos.md", "reference.json"
 _DISK_BYTES = 2**27
@@ -590,10 +592,9 @@ def _remove(folder: Path) -> None:
 
 def _write(path: Path, faults: list[Fault]) -> None:
     lines = [Fault._fields, *(tuple("" if v is None else v for v in fault) for fault in faults)]
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w", newline="") as file:
-        csv.writer(file).writerows(lines)
-    os.replace(temporary, path)
+    text = io.StringIO(newline="")
+    csv.writer(text).writerows(lines)
+    write_whole(path, text.getvalue().encode())
 
 
 def _read(path: Path) -> list[Fault]:

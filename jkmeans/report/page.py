@@ -26,7 +26,7 @@ from jkmeans.report.maps import EmbeddingMap, map_embeddings
 from jkmeans.report.page_data import data_for_script
 from jkmeans.report.results import complete_results, flatten_config
 from jkmeans.report.signs import Sign, failure_signs
-from jkmeans.workdir import write_whole
+from jkmeans.whole_files import write_whole
 
 _CARDS = {
     "acc": "ACC",

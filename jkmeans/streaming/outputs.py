@@ -39,6 +39,7 @@ from jkmeans.streaming.pipeline import (
     rows_per_chunk,
 )
 from jkmeans.streaming.progress import Reporter, StreamProgress
+from jkmeans.whole_files import whole_file
 
 Progress = bool | Callable[[StreamProgress], object]
 
@@ -286,9 +287,8 @@ def npy_file(
     if not processes.is_first():
         yield lambda array: None
         return
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "wb") as file:
+        with whole_file(path) as file:
             header = {
                 "descr": np.lib.format.dtype_to_descr(dtype),
                 "fortran_order": False,
@@ -305,13 +305,8 @@ def npy_file(
             yield write
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            raise _cannot_write(path, error) from error
-        raise
+    except OSError as error:
+        raise _cannot_write(path, error) from error
 
 
 def _cannot_write(path: Path, error: OSError) -> UserError:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import sys
 import time
-import zipfile
 from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
@@ -40,7 +39,8 @@ from jkmeans.vq.figures import (
 )
 from jkmeans.vq.simulation import Setting, run
 from jkmeans.vq.steps import STEPS
-from jkmeans.workdir import RESULTS_FILE, only_process_in, write_json, write_whole
+from jkmeans.whole_files import UNREADABLE, read_arrays, write_arrays, write_json, write_whole
+from jkmeans.workdir import RESULTS_FILE, only_process_in
 
 SIMULATIONS_FOLDER = "simulations"
 TABLE_FILE = "speed_ups.md"
@@ -218,11 +218,8 @@ class _Experiment:
         outcome = _Outcome(
             np.asarray(found.distortion), np.asarray(found.shared), int(found.n_evaluations)
         )
-        path = self._path(setting, seed)
-        temporary = path.with_name(path.name + ".tmp")
-        with open(temporary, "wb") as file:
-            np.savez(file, times=setting.times, **outcome._asdict())
-        os.replace(temporary, path)
+        arrays = {"times": setting.times, **outcome._asdict()}
+        write_arrays(self._path(setting, seed), arrays)
         return outcome
 
     def _path(self, setting: Setting, seed: int) -> Path:
@@ -233,15 +230,9 @@ class _Experiment:
     def _read(self, setting: Setting, seed: int) -> _Outcome | None:
         """What a simulation left; None where it left nothing that can be read."""
         try:
-            # A file of our own, for NumPy leaves one that is damaged open.
-            with (
-                open(self._path(setting, seed), "rb") as file,
-                np.load(file, allow_pickle=False) as arrays,
-            ):
-                outcome = _Outcome(
-                    arrays["distortion"], arrays["shared"], int(arrays["n_evaluations"])
-                )
-        except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile):
+            arrays = read_arrays(self._path(setting, seed))
+            outcome = _Outcome(arrays["distortion"], arrays["shared"], int(arrays["n_evaluations"]))
+        except UNREADABLE:
             return None
         return outcome if outcome.distortion.shape == setting.times.shape else None
 

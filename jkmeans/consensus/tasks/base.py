@@ -27,7 +27,7 @@ from jkmeans.consensus.mixing import Mixing, Spectrum, make_mixing, spectrum
 from jkmeans.consensus.traffic import measured_bytes
 from jkmeans.errors import UserError
 from jkmeans.sharding import SHARDED, make_mesh
-from jkmeans.workdir import write_whole
+from jkmeans.whole_files import write_whole
 
 GEOMETRIC = "geometric"
 GRAPH_NAMES = (*TOPOLOGIES, GEOMETRIC, EDGES)

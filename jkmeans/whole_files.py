@@ -1,0 +1,92 @@
+"""Files that appear under their names only when they are whole, whatever ends the process."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import zipfile
+import zlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+UNREADABLE = (
+    OSError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    KeyError,
+    EOFError,
+    zipfile.BadZipFile,
+    zipfile.LargeZipFile,
+    zlib.error,
+)
+"""What reading arrays from a file raises that is cut, changed, empty or something else (an array, a
+pickle, another archive), and what taking an array from it raises that it does not have."""
+
+
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[IO[bytes]]:
+    """A file to write, which takes its name at the end of the block; none where that raises.
+
+    What is there under the name stays until then. Several processes may write the same file, of
+    one table for instance: the last one to end its block wins.
+
+    Args:
+      path: of the file, in a folder that exists.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+        os.replace(temporary, path)
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Writes all of a file, or nothing."""
+    with whole_file(path) as file:
+        file.write(content)
+
+
+def write_json(path: Path, values: Any) -> Any:
+    """Writes JSON; numbers that are not finite are null.
+
+    Returns:
+      The values as JSON has them: with None where they were not finite.
+    """
+    plain = json.loads(json.dumps(values, default=_plain), parse_constant=lambda name: None)
+    write_whole(path, (json.dumps(plain, indent=2, allow_nan=False) + "\n").encode())
+    return plain
+
+
+def write_array(path: Path, array: Any) -> None:
+    """Writes an array as .npy."""
+    with whole_file(path) as file:
+        np.save(file, array, allow_pickle=False)
+
+
+def write_arrays(path: Path, arrays: Mapping[str, Any]) -> None:
+    """Writes arrays, or numbers and texts, by name as .npz."""
+    with whole_file(path) as file:
+        np.savez(file, allow_pickle=False, **arrays)
+
+
+def read_arrays(path: Path) -> dict[str, np.ndarray]:
+    """All arrays of a .npz file.
+
+    Raises:
+      one of `UNREADABLE`: there is no such file, or it is damaged.
+    """
+    # A file of our own, for NumPy leaves one that is damaged open.
+    with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
+        return dict(arrays)
+
+
+def _plain(value: Any) -> Any:
+    return value.item() if isinstance(value, np.generic) else str(value)
