@@ -11,8 +11,8 @@ from experiments.launcher import FLAGS, launch
 
 
 def main() -> None:
-    """Calls `jkmeans.seeds.train_seeds`."""
-    from jkmeans.seeds import train_seeds
+    """Calls `jkmeans.training.seeds.train_seeds`."""
+    from jkmeans.training.seeds import train_seeds
 
     train_seeds(FLAGS.config, FLAGS.workdir, FLAGS.n_seeds)
 

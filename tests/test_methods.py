@@ -44,6 +44,7 @@ from jkmeans.sharding import (
     gather_examples,
     make_mesh,
 )
+from jkmeans.training import checkpointing
 from tests import tiny
 from tests.test_epoch import Listener
 
@@ -378,7 +379,7 @@ def test_labels_of_the_data_change_no_bit(name):
     ]
     # Arrays that one device has whole may or may not say that they are sharded.
     assert len({text.replace('{"data"}', "{}") for text in texts}) == 1
-    other._compiled = run._compiled  # The programs are the same, so compile them once.
+    other.compiled = run.compiled  # The programs are the same, so compile them once.
     again, others = train(other)
     assert bits_of(other, again) == bits_of(run, state)
     assert [v.get("loss") for v in others] == [v.get("loss") for v in values]
@@ -394,11 +395,11 @@ def test_resumed_equals_uninterrupted(name, tmp_path):
     for epoch in range(3):
         state, values = run.run_epoch(state, epoch)
     with Checkpoints(tmp_path / "checkpoints", keep=1) as checkpoints:
-        run.save(checkpoints, state, 0.0, values, results=None)
+        checkpointing.save(run, checkpoints, state, 0.0, values, results=None)
         checkpoints.wait()
         other = run_of(name, n_devices=8)
-        other._compiled = run._compiled
-        restored = other.restore(checkpoints)
+        other.compiled = run.compiled
+        restored = checkpointing.restore(other, checkpoints)
     assert restored is not None
     assert int(restored[0].epoch) == 3
     resumed, _ = train(other, restored[0])
@@ -594,16 +595,13 @@ def test_resets_come_every_so_many_epochs_of_clustering(monkeypatch):
     run = run_of("dec", n_devices=1, reset__every=2, training__n_epochs=6)
     calls = []
 
-    def program(name, *arguments, **static):
-        def called(state, *others):
-            calls.append(name)
-            return (state, {"inertia": 0.0}) if name == "restart" else state
+    def program(name, state, *others):
+        calls.append(name)
+        return (state, {"inertia": 0.0}) if name == "restart" else state
 
-        return called
-
-    monkeypatch.setattr(run, "_program", program)
+    monkeypatch.setattr(run, "compiled", program)
     monkeypatch.setattr(run, "initialize", lambda state: calls.append("initialize") or state)
-    monkeypatch.setattr(run, "await_devices", lambda values, fraction: None)
+    monkeypatch.setattr(run, "_await", lambda values, fraction: None)
     found = {}
     for n_done in range(-2, 6):
         calls.clear()

@@ -11,6 +11,7 @@ from jkmeans import datasets, pretrained, training
 from jkmeans.configuration import validate
 from jkmeans.methods import with_method
 from jkmeans.pretrained import Pretrained
+from jkmeans.training import checkpointing
 from jkmeans.workdir import CHECKPOINT_FOLDER
 from tests import tiny
 
@@ -205,7 +206,7 @@ def run_in(workdir, name, networks, **changes):
     results = {k: v for k, v in results.items() if not k.endswith(("seconds", "mebibytes"))}
     run = training.Run(config, workdir, blobs(), training.make_mesh(1))
     with training.Checkpoints(workdir / CHECKPOINT_FOLDER, keep=2) as checkpoints:
-        restored = run.restore(checkpoints)
+        restored = checkpointing.restore(run, checkpoints)
     assert restored is not None
     state = restored[0]
     model = (state.parameters, state.clusters, state.labels, state.bank)
@@ -259,7 +260,7 @@ def test_a_network_of_other_layers_is_not_taken(how, tmp_path, capsys):
     drawn = run.create()
     whole = {name: np.asarray(value) + 1 for name, value in drawn.parameters.items()}
     pretrained.save(config, run.data_record, Pretrained(whole, 2.0, 1.0))
-    state, seconds = run.create_pretrained()
+    state, seconds = checkpointing.create_pretrained(run)
     assert seconds == 1.0
     for name, value in whole.items():
         np.testing.assert_array_equal(state.parameters[name], value)
@@ -267,7 +268,7 @@ def test_a_network_of_other_layers_is_not_taken(how, tmp_path, capsys):
     if how == "other shape":
         whole["encoder/0/kernel"] = kernel[:, :-1]
     pretrained.save(config, run.data_record, Pretrained(whole, 2.0, 1.0))
-    state, seconds = run.create_pretrained()
+    state, seconds = checkpointing.create_pretrained(run)
     assert "has other layers than this one; pretraining anew" in capsys.readouterr().out
     assert seconds == 0.0
     assert int(state.epoch) == 0

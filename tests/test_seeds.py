@@ -6,11 +6,12 @@ import shutil
 import numpy as np
 import pytest
 
-from jkmeans import evaluation, seeds, training
+from jkmeans import evaluation, training
 from jkmeans.errors import CollapseError, UserError
 from jkmeans.interruption import Interrupted
 from jkmeans.methods import with_method
 from jkmeans.recorder import read_metrics
+from jkmeans.training import seeds
 from tests import tiny
 
 N_SEEDS = 4
@@ -118,7 +119,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, monkeypatch):
             raise Interrupted(15)
 
     with monkeypatch.context() as patch:
-        patch.setattr("jkmeans.seeds.Interruption", Once)
+        patch.setattr("jkmeans.training.side_by_side.Interruption", Once)
         with pytest.raises(Interrupted):
             side_by_side(tmp_path / "parts", tiny.config())
     assert len(read_metrics(tmp_path / "parts")) == 1

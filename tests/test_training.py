@@ -18,8 +18,10 @@ import pytest
 from jkmeans import training
 from jkmeans.checkpoints import Checkpoints
 from jkmeans.errors import CollapseError, UserError
+from jkmeans.feeding import HostFeeder
 from jkmeans.interruption import Interrupted
-from jkmeans.recorder import read_metrics
+from jkmeans.recorder import Recorder, read_metrics
+from jkmeans.training import collapse
 from tests import tiny
 from tests.test_epoch import make_run
 
@@ -67,14 +69,14 @@ class StopAfter:
     """Asks a run to stop once it has recorded so many epochs, as a signal would."""
 
     def __init__(self, monkeypatch, n_epochs: int):
-        record = training.Recorder.epoch
+        record = Recorder.epoch
 
         def epoch(recorder, phase, number, *arguments):
             record(recorder, phase, number, *arguments)
             if number == n_epochs:
                 os.kill(os.getpid(), signal.SIGTERM)
 
-        monkeypatch.setattr(training.Recorder, "epoch", epoch)
+        monkeypatch.setattr(Recorder, "epoch", epoch)
 
 
 def without_time(lines: list[dict]) -> list[dict]:
@@ -208,10 +210,10 @@ def test_a_run_goes_on_with_other_devices(tmp_path, files, monkeypatch, before, 
 def test_a_fed_run_stops_within_an_epoch_and_goes_on(tmp_path, files, monkeypatch):
     """The position inside an epoch is saved; the rest of it is trained after the resume."""
     changes = files | {"data__placement": "host"}
-    monkeypatch.setattr(training.HostFeeder, "chunks", one_step_at_a_time)
+    monkeypatch.setattr(HostFeeder, "chunks", one_step_at_a_time)
     training.train_and_evaluate(tiny.config(**changes), tmp_path / "whole")
     with monkeypatch.context() as patch:
-        run_chunks = training.HostFeeder.chunks
+        run_chunks = HostFeeder.chunks
 
         def stop_in_third_epoch(feeder, order, first_step=0, seen=[0]):  # noqa: B006
             for n, chunk in enumerate(run_chunks(feeder, order, first_step)):
@@ -220,7 +222,7 @@ def test_a_fed_run_stops_within_an_epoch_and_goes_on(tmp_path, files, monkeypatc
                 yield chunk
             seen[0] += 1
 
-        patch.setattr(training.HostFeeder, "chunks", stop_in_third_epoch)
+        patch.setattr(HostFeeder, "chunks", stop_in_third_epoch)
         with pytest.raises(Interrupted, match="SIGINT"):
             training.train_and_evaluate(tiny.config(**changes), tmp_path / "run")
     with Checkpoints(tmp_path / "run" / "checkpoints") as checkpoints:
@@ -342,13 +344,14 @@ def test_what_was_saved_is_named_only_where_something_was(tmp_path):
     run.workdir = tmp_path
     values = {"loss": float("nan"), "embedding_variance": 1.0}
     with pytest.raises(CollapseError, match=r"rate$"):
-        run.check_collapse(values, 1.0, 1)
+        collapse.check_epoch(run.config, run.workdir, values, 1.0, 1)
     (tmp_path / "checkpoints" / "7").mkdir(parents=True)
     with pytest.raises(CollapseError, match=r"rate; what was saved before is in .*checkpoints$"):
-        run.check_collapse(values, 1.0, 1)
+        collapse.check_epoch(run.config, run.workdir, values, 1.0, 1)
     run.config.training.n_pretrain_epochs = 0
+    diverged = values | {"embedding_variance": float("nan")}
     with pytest.raises(CollapseError, match=r"as it was drawn are not finite"):
-        run.check_pretrained(values | {"embedding_variance": float("nan")})
+        collapse.check_pretrained(run.config, run.workdir, diverged)
 
 
 def test_a_workdir_that_cannot_be_claimed(tmp_path):
@@ -466,8 +469,8 @@ def test_what_stops_a_run(loss, variance, epoch, fields, message, tmp_path):
     (tmp_path / "checkpoints" / "7").mkdir(parents=True)
     values = {"loss": loss, "embedding_variance": variance}
     if message is None:
-        run.check_collapse(values, 2.0, epoch)
+        collapse.check_epoch(run.config, run.workdir, values, 2.0, epoch)
         return
     # What was saved stands after the advice.
     with pytest.raises(CollapseError, match=message):
-        run.check_collapse(values, 2.0, epoch)
+        collapse.check_epoch(run.config, run.workdir, values, 2.0, epoch)

@@ -18,7 +18,7 @@ _MODULES = (
     "jkmeans.training",
     "jkmeans.evaluation",
     "jkmeans.clustering",
-    "jkmeans.seeds",
+    "jkmeans.training.seeds",
     # What these import only when they come to it.
     "sklearn.datasets",
     "tensorboardX",
