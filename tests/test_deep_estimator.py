@@ -22,8 +22,9 @@ from sklearn.utils.estimator_checks import parametrize_with_checks
 
 from jkmeans import DeepClustering, evaluation, recorder
 from jkmeans.errors import CollapseError
-from jkmeans.estimators import deep
-from jkmeans.estimators.deep import BASE, FITTED_FILE
+from jkmeans.estimators import deep_config
+from jkmeans.estimators.deep import FITTED_FILE
+from jkmeans.estimators.deep_config import BASE
 from jkmeans.training import train_and_evaluate
 from tests import tiny
 
@@ -116,7 +117,7 @@ def test_it_is_the_run_of_train_and_evaluate(fitted, blobs, tmp_path):
 
 def test_base_is_the_config_of_arrays(fitted):
     """What every estimator starts from says the same as the config of .npy files."""
-    config = deep._flat(importlib.import_module("configs.npy").get_config())
+    config = deep_config._flat(importlib.import_module("configs.npy").get_config())
     different = {
         name for name, value in BASE.items() if config[name] != value and name != "data.path"
     }

@@ -8,10 +8,8 @@ import json
 import math
 import os
 import shutil
-import tempfile
 import warnings
-import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, ClassVar
@@ -32,89 +30,16 @@ from jkmeans import configuration, datasets, evaluation, training
 from jkmeans.configuration import Config
 from jkmeans.errors import CollapseError, UserError
 from jkmeans.estimators.base import at_least
+from jkmeans.estimators.deep_config import parameters_of, values_of
+from jkmeans.estimators.run_folder import RunFolder
 from jkmeans.interruption import Interrupted
-from jkmeans.methods import METHODS, with_method
-from jkmeans.recorder import METRICS_FILE, read_metrics, silence
+from jkmeans.recorder import read_metrics, silence
 from jkmeans.whole_files import UNREADABLE, read_arrays, write_arrays
-from jkmeans.workdir import CHECKPOINT_FOLDER, CONFIG_FILE, RESULTS_FILE
-
-BASE: dict[str, Any] = {
-    "seed": 0,  # Root of all random keys: from random_state.
-    "n_seeds": 1,  # An estimator is one model.
-    "n_devices": 0,  # All.
-    "n_clusters": 10,  # K.
-    # Examples come from `fit`; name and path are there because a config is complete.
-    "data.name": "npy",
-    "data.split": "all",
-    "data.path": "/the array that was given to DeepClustering.fit",
-    "data.labels_path": "",  # Labels are never looked at.
-    "data.n_examples": 0,  # All.
-    "data.n_shards": 8,  # Most devices that share the work; part of what makes the bits.
-    "data.placement": "auto",  # On the devices, if they have the room.
-    "data.chunk_mebibytes": 64,  # What the host feeds at once, if they have not.
-    # Random views of images; all 0 for none.
-    "augmentation.shift": 0.0,  # Pixels.
-    "augmentation.rotation": 0.0,  # Degrees.
-    "augmentation.zoom": 0.0,  # Part of the size.
-    "augmentation.pretraining": True,  # Whether pretraining sees views, too.
-    "augmentation.invariance": False,  # Clustering sees examples and views, or views only.
-    "network.name": "fully_connected",  # A key of jkmeans.networks.NETWORKS.
-    "network.embedding_dim": 10,  # p.
-    "network.widths": (500, 500, 2000),  # Of hidden layers; mirrored in the decoder.
-    "network.decoder": True,  # Whether there is a reconstruction.
-    "network.normalize": False,  # Whether embeddings have length one.
-    "network.initializer": "glorot_uniform",
-    "network.precision": "float32",  # Or "bfloat16": products in layers, after pretraining.
-    # The first centroids: k-means on the pretrained embeddings.
-    "centroids.init": "k-means++",
-    "centroids.n_init": 20,  # Restarts, of which the best is kept.
-    "centroids.init_max_iter": 100,  # Lloyd iterations of each.
-    # Their re-computation while clustering.
-    "centroids.n_iterations": 10,  # Lloyd iterations each time.
-    "centroids.every": 1,  # Epochs from one to the next.
-    "centroids.bank": "stored",  # Embeddings of the pass, not of its final weights.
-    "centroids.empty": "farthest",  # An empty cluster takes a far example.
-    "centroids.final_max_iter": 300,  # Lloyd iterations after the last epoch.
-    "training.batch_size": 256,
-    "training.n_pretrain_epochs": 50,  # Of the autoencoder alone.
-    "training.pretrained_folder": "",  # Where runs share pretrained networks; '' for nowhere.
-    "training.n_epochs": 50,  # Of clustering.
-    "training.pretrain_precision": "float32",  # The same while pretraining.
-    "training.optimizer": "adam",  # Of pretraining.
-    "training.clustering_optimizer": "adam",
-    "training.learning_rate": 1e-3,  # Of pretraining.
-    "training.clustering_learning_rate": 1e-3,  # Of clustering.
-    "training.schedule": "constant",  # Of the rate of pretraining.
-    "training.clustering_schedule": "constant",
-    "training.weight_decay": 0.0,  # Of adamw.
-    "training.collapse_ratio": 1e-4,  # Of the first variance; a run stops below it.
-    "reset.every": 0,  # Epochs from one soft reset to the next; 0 for none.
-    "reset.kept": 0.8,  # Part of each weight that a soft reset keeps.
-    "checkpoint.every": 5,  # Epochs from one checkpoint to the next.
-    "checkpoint.keep": 2,  # Newest ones that are kept, besides the best.
-    "report.pictures": False,  # Whether to draw them in the folder of the run.
-}
-"""The config of an estimator by full names, but for the fields of its method."""
+from jkmeans.workdir import CONFIG_FILE
 
 FITTED_FILE = "fitted.npz"
 """What `DeepClustering.save` adds to the folder of a run: labels and embeddings of the fit."""
 
-_FIELDS = {
-    "n_clusters": "n_clusters",
-    "embedding_dim": "network.embedding_dim",
-    "widths": "network.widths",
-    "network": "network.name",
-    "n_pretrain_epochs": "training.n_pretrain_epochs",
-    "n_epochs": "training.n_epochs",
-    "batch_size": "training.batch_size",
-    "learning_rate": "training.learning_rate",
-    "clustering_learning_rate": "training.clustering_learning_rate",
-    "n_devices": "n_devices",
-}
-_OF_THE_DATA = ("data.name", "data.split", "data.path", "data.labels_path", "data.n_examples")
-_GROUPS = {"objective", *(name.split(".")[0] for name in BASE if "." in name)}
-_AUGMENTATION = ("shift", "rotation", "zoom", "pretraining", "invariance")
-_NO_VIEWS = {name: BASE[f"augmentation.{name}"] for name in _AUGMENTATION}
 _LARGEST_SEED = 2**31 - 1
 # float64 first: it is what anything else, such as lists and objects, becomes.
 _DTYPES = [np.dtype(name) for name in ("float64", *datasets.DTYPES)]
@@ -273,7 +198,7 @@ class DeepClustering(
             if len(X) < config.n_clusters:
                 raise ValueError(f"n_samples={len(X)} should be >= n_clusters={config.n_clusters}.")
             dataset = datasets.from_arrays(X, name="X", scale=self._scale(X))
-            run = _RunFolder.temporary() if self.workdir is None else _RunFolder(self.workdir)
+            run = RunFolder.temporary() if self.workdir is None else RunFolder(self.workdir)
             with _stops(kept=self.workdir is not None):
                 training.train(config, dataset, run.path)
             self._adopt(run)
@@ -390,10 +315,10 @@ class DeepClustering(
                 f"{cls.__name__}.save has written, or that of a run"
             )
         with _value_errors(), _said(verbose=False):
-            there = _RunFolder(folder)
+            there = RunFolder(folder)
             trained = there.model(0)
             config = trained.config
-            estimator = cls(**_parameters(cls, config, trained.scale))
+            estimator = cls(**parameters_of(cls, config, trained.scale))
             if n_devices is not None:
                 estimator.set_params(n_devices=n_devices)
             estimator._adopt(there.files().unpacked())
@@ -420,44 +345,7 @@ class DeepClustering(
     # The run
 
     def _config(self, seed: int) -> Config:
-        return configuration.validate(configuration.nest(self._values(seed)))
-
-    def _values(self, seed: int) -> dict[str, Any]:
-        """The config by full names: base, method, parameters, options, each over the last."""
-        values = _flat(with_method(configuration.nest(BASE), self.method))
-        given = {field: _plain(getattr(self, name)) for name, field in _FIELDS.items()}
-        settings = METHODS[self.method].settings
-        for field, value in given.items():
-            if field not in settings or value != BASE[field]:
-                values[field] = value
-        for name, value in (self.augmentation or {}).items():
-            if name not in _AUGMENTATION:
-                raise ValueError(
-                    f"augmentation has a key {name!r}; accepted: {', '.join(_AUGMENTATION)}"
-                )
-            values[f"augmentation.{name}"] = _plain(value)
-        values["seed"] = seed
-        options = {str(name): _plain(value) for name, value in (self.options or {}).items()}
-        for name in options:
-            # Groups are known; a field that is not is refused with all others.
-            group, dot, _ = name.partition(".")
-            if name not in values and not (dot and group in _GROUPS):
-                raise ValueError(
-                    f"options has a key {name!r}; accepted: full names of fields, such as "
-                    "'objective.cluster_weight'"
-                )
-        for name in _OF_THE_DATA:
-            if name in options:
-                raise ValueError(
-                    f"options has a key {name!r}; accepted: other fields, for the data are what is "
-                    "given to fit"
-                )
-        if options.get("n_seeds", 1) != 1:
-            raise ValueError(
-                f"options has n_seeds = {options['n_seeds']!r}; accepted: 1, and other estimators "
-                "for other seeds"
-            )
-        return values | options
+        return configuration.validate(configuration.nest(values_of(self, seed)))
 
     def _seed(self) -> int:
         if isinstance(self.random_state, Integral) and self.random_state <= _LARGEST_SEED:
@@ -473,7 +361,7 @@ class DeepClustering(
             return 1 / 255 if X.dtype == np.uint8 else 1.0
         return float(self.scale)
 
-    def _adopt(self, run: _RunFolder) -> None:
+    def _adopt(self, run: RunFolder) -> None:
         """Takes over what the folder of a run holds, all of it or nothing."""
         model = run.model(self.n_devices)
         history, results = read_metrics(run.path), run.results()
@@ -533,93 +421,6 @@ class DeepClustering(
         return tags
 
 
-class _Files(dict[str, bytes]):
-    """What of the folder of a run makes a model, by relative path."""
-
-    def write(self, folder: Path) -> None:
-        for name, content in self.items():
-            path = folder / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(content)
-
-    def unpacked(self) -> _RunFolder:
-        run = _RunFolder.temporary()
-        self.write(run.path)
-        return run
-
-
-class _RunFolder:
-    """The folder of a run and the model in it; a pickle holds the files that make the model."""
-
-    def __init__(self, path: str | os.PathLike):
-        self.path = Path(path).expanduser().absolute()
-        self._loaded: dict[int, evaluation.TrainedModel] = {}
-
-    @classmethod
-    def temporary(cls) -> _RunFolder:
-        """A new folder, which is removed with the object."""
-        run = cls.__new__(cls)
-        run._make_temporary()
-        return run
-
-    def _make_temporary(self) -> None:
-        _RunFolder.__init__(self, tempfile.mkdtemp(prefix="jkmeans-"))
-        weakref.finalize(self, _remove, self.path, os.getpid())
-
-    def model(self, n_devices: int) -> evaluation.TrainedModel:
-        """The newest model on so many devices, read once."""
-        n_devices = int(n_devices)
-        if n_devices not in self._loaded:
-            self._loaded[n_devices] = evaluation.load_model(self.path, n_devices=n_devices)
-        return self._loaded[n_devices]
-
-    def results(self) -> dict[str, Any] | None:
-        """What results.json holds; None where the run has not come so far."""
-        try:
-            return json.loads((self.path / RESULTS_FILE).read_text())
-        except FileNotFoundError:
-            return None
-
-    def files(self) -> _Files:
-        """The files that make the model: what `jkmeans.evaluation` reads, and the record.
-
-        Raises:
-          ValueError: the folder is gone.
-        """
-        position = max(self._loaded.values(), key=lambda model: model.position).position
-        checkpoint = self.path / CHECKPOINT_FOLDER / str(position)
-        optional = [self.path / name for name in (RESULTS_FILE, METRICS_FILE)]
-        paths = [
-            self.path / CONFIG_FILE,
-            *(path for path in optional if path.exists()),
-            *(path for path in sorted(checkpoint.rglob("*")) if path.is_file()),
-        ]
-        try:
-            if not checkpoint.is_dir():
-                raise FileNotFoundError(2, "No such folder", str(checkpoint))
-            return _Files({str(p.relative_to(self.path)): p.read_bytes() for p in paths})
-        except OSError as error:
-            raise ValueError(
-                f"the folder {self.path} of this estimator's run is gone or cannot be read "
-                f"({error.strerror}); accepted: the folder as fit has left it"
-            ) from error
-
-    def __getstate__(self) -> dict[str, Any]:
-        if not self._loaded:
-            self.model(0)
-        return {"files": self.files()}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self._make_temporary()
-        state["files"].write(self.path)
-
-
-def _remove(path: Path, process: int) -> None:
-    # A forked process has the object as well, but the folder is its parent's.
-    if os.getpid() == process:
-        shutil.rmtree(path, ignore_errors=True)
-
-
 def _refuse_to_replace(folder: Path) -> None:
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return
@@ -628,46 +429,6 @@ def _refuse_to_replace(folder: Path) -> None:
             f"{folder} is there already and was not written by save; accepted: a new or empty "
             "folder, or one of an earlier save"
         )
-
-
-def _parameters(cls: type, config: Config, scale: float) -> dict[str, Any]:
-    """Parameters of an estimator whose config is this one, but for where its data was."""
-    values = _flat(config)
-    name = values["objective.name"]
-    views = {name: values[f"augmentation.{name}"] for name in _AUGMENTATION}
-    parameters: dict[str, Any] = {
-        # A user's own objective is one of joint k-means.
-        "method": name if name in METHODS else "joint",
-        **{name: values[field] for name, field in _FIELDS.items()},
-        "augmentation": None if views == _NO_VIEWS else views,
-        "scale": scale,
-        "random_state": values["seed"],
-    }
-    start = cls(**parameters)._values(values["seed"])
-    options = {
-        field: value
-        for field, value in values.items()
-        if start.get(field) != value and field not in _OF_THE_DATA
-    }
-    return parameters | {"options": options or None}
-
-
-def _flat(config: Config) -> dict[str, Any]:
-    """The values of a config by their full names."""
-    flat = {}
-    for name, value in config.to_dict().items():
-        if isinstance(value, Mapping):
-            flat |= {f"{name}.{leaf}": inner for leaf, inner in value.items()}
-        else:
-            flat[name] = value
-    return flat
-
-
-def _plain(value: Any) -> Any:
-    """Python's own type of what may be NumPy's: fields of configs accept these only."""
-    if isinstance(value, np.ndarray | np.generic):
-        value = value.tolist()
-    return tuple(_plain(one) for one in value) if isinstance(value, list | tuple) else value
 
 
 @contextlib.contextmanager
