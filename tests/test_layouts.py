@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from jkmeans import KMeans, kmeans, sharded, sharding
+from jkmeans.sharded import fits, programs
 
 N, D, K = 333, 6, 8
 
@@ -104,10 +105,10 @@ def test_no_device_holds_all_sums(x):
     """The compiled program has no array of all centroids' sums."""
     mesh = sharding.make_mesh(8, 4)
     rows = sharded.place(x, mesh=mesh)
-    program = sharded._program(
-        sharded._fit_large_k,
+    program = programs._program(
+        fits._fit_large_k,
         mesh,
-        sharded.LARGE_K_SPECS,
+        fits.LARGE_K_SPECS,
         None,
         (("init", "sample"), ("n_clusters", 88), ("n_init", 1), ("relative_tol", False)),
     )

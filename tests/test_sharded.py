@@ -9,6 +9,7 @@ from sklearn.cluster import KMeans
 from sklearn.datasets import make_blobs
 
 from jkmeans import kmeans, sharded, sharding
+from jkmeans.sharded import fits, programs
 
 KEY = jax.random.key(0)
 
@@ -181,7 +182,7 @@ def test_no_copy_of_the_rows_beside_the_core():
     x = jax.ShapeDtypeStruct((40_000, 64), np.float32)
     options = {"n_clusters": 8, "n_init": 1, "init": "k-means++"}
     static = tuple(sorted({**options, "relative_tol": True}.items()))
-    program = sharded._program(sharded._fit, None, sharded.RESULT_SPECS, None, static)
+    program = programs._program(fits._fit, None, fits.RESULT_SPECS, None, static)
     whole = program.lower(x, None, KEY, None, 0, 300, 1e-4, 40_000).compile().memory_analysis()
     core = jax.jit(lambda key, x: kmeans.fit(key, x, **options)).lower(KEY, x).compile()
     extra = whole.temp_size_in_bytes - core.memory_analysis().temp_size_in_bytes
