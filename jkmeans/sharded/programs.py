@@ -133,8 +133,11 @@ def _in_blocks(function: Callable, out_specs: Any) -> Callable:
             cut_rows(x), None if weights is None else cut_rows(weights), *arguments
         )
 
-        def join(spec, leaf):
-            return leaf.reshape(-1, *leaf.shape[2:]) if spec == sharding.SHARDED else leaf[0]
+        def join(spec, part):
+            """What a spec stands for: one array, or several."""
+            if spec == sharding.SHARDED:
+                return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), part)
+            return jax.tree.map(lambda leaf: leaf[0], part)
 
         is_spec = lambda node: isinstance(node, PartitionSpec)  # noqa: E731
         return jax.tree.map(join, out_specs, result, is_leaf=is_spec)
