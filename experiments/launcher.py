@@ -227,7 +227,7 @@ def _flat(prefix: str, values: dict) -> dict[str, object]:
 
 def _keep_compiled_programs() -> None:
     """Programs that were compiled once are read from a folder the next time."""
-    from jkmeans.datasets import cache_folder  # Not JAX, which reads these when it is imported.
+    from jkmeans.named_data import cache_folder  # Not JAX, which reads these when it is imported.
 
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache_folder() / "programs"))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")

@@ -1,28 +1,20 @@
 """Named data sets, the user's own arrays and files, and the checks on what comes in.
 
-Everything here runs on the host with NumPy; nothing is moved to a device. Files of the named sets
-are looked for in three places, in this order: `$JKMEANS_DATA/<name>/`, the cache folder
-(`$JKMEANS_CACHE/<name>/`, or `<name>/` in the user's cache folder for jkmeans), and the mirrors on
-the internet, from which they are put into the cache folder. Wherever a file came from, its
-checksum is verified every time it is read.
+Everything here runs on the host with NumPy; nothing is moved to a device. Where the files of the
+named sets come from: `jkmeans.named_data`.
 """
 
 import dataclasses
-import gzip
-import hashlib
 import math
 import operator
-import os
-import tempfile
-import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
-from absl import logging
 
+from jkmeans import named_data
 from jkmeans.errors import UserError
 
 NAMES = ("digits", "mnist", "fashion-mnist", "npy")
@@ -42,34 +34,6 @@ DTYPES = (
     "bool",
 )
 
-# Of the unpacked files: mirrors compress them anew, with other bytes for the same content.
-_MD5 = {
-    "mnist": {
-        "train-images-idx3-ubyte.gz": "6bbc9ace898e44ae57da46a324031adb",
-        "train-labels-idx1-ubyte.gz": "a25bea736e30d166cdddb491f175f624",
-        "t10k-images-idx3-ubyte.gz": "2646ac647ad5339dbf082846283269ea",
-        "t10k-labels-idx1-ubyte.gz": "27ae3e4e09519cfbb04c329615203637",
-    },
-    "fashion-mnist": {
-        "train-images-idx3-ubyte.gz": "f4a8712d7a061bf5bd6d2ca38dc4d50a",
-        "train-labels-idx1-ubyte.gz": "9018921c3c673c538a1fc5bad174d6f9",
-        "t10k-images-idx3-ubyte.gz": "8181f5470baa50b63fa0f6fddb340f0a",
-        "t10k-labels-idx1-ubyte.gz": "15d484375f8d13e6eb1aabb0c3f46965",
-    },
-}
-_FILE_PREFIXES = {"all": ("train", "t10k"), "train": ("train",), "test": ("t10k",)}
-# Tried in order. The last one has no https; the checksum guards what it sends.
-_MIRRORS = {
-    "mnist": (
-        "https://ossci-datasets.s3.amazonaws.com/mnist/",
-        "https://storage.googleapis.com/cvdf-datasets/mnist/",
-    ),
-    "fashion-mnist": (
-        "https://github.com/zalandoresearch/fashion-mnist/raw/master/data/fashion/",
-        "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",
-    ),
-}
-_DOWNLOAD_TIMEOUT_SECONDS = 30
 # Large enough to read a disk at its speed, small enough that the temporaries stay in a cache.
 _CHUNK_BYTES = 4 * 2**20
 
@@ -159,7 +123,7 @@ def load(
         raise UserError(f"no data set is called {name!r}: known are {_listed(NAMES)}.")
     if split not in SPLITS:
         raise UserError(f"no split is called {split!r}: known are {_listed(SPLITS)}.")
-    if split != "all" and name not in _MD5:
+    if split != "all" and name not in named_data.MD5:
         raise UserError(
             f"data set {name!r} has no split {split!r}: the only one accepted is 'all'."
         )
@@ -186,9 +150,9 @@ def load(
                 "it is accepted with 'npy' only."
             )
     if name == "digits":
-        examples, labels, scale = *_digits(), 1 / 16
+        examples, labels, scale = *named_data.digits(), 1 / 16
     else:
-        examples, labels, scale = *_mnist(name, split), 1 / 255
+        examples, labels, scale = *named_data.mnist(name, split), 1 / 255
     return _checked_dataset(examples, labels, name=name, scale=scale, n_examples=n_examples)
 
 
@@ -425,128 +389,6 @@ def _open_npy(path: str) -> np.ndarray:
     if array.dtype == np.dtype("V2"):
         return array.view(ml_dtypes.bfloat16)
     return array
-
-
-def _digits() -> tuple[np.ndarray, np.ndarray]:
-    from sklearn.datasets import load_digits
-
-    digits: Any = load_digits()
-    return digits.images.astype(np.uint8), digits.target
-
-
-def _mnist(name: str, split: str) -> tuple[np.ndarray, np.ndarray]:
-    images, labels = [], []
-    needed = [
-        f"{prefix}-{what}-ubyte.gz"
-        for prefix in _FILE_PREFIXES[split]
-        for what in ("images-idx3", "labels-idx1")
-    ]
-    for prefix in _FILE_PREFIXES[split]:
-        images.append(_read_idx(name, f"{prefix}-images-idx3-ubyte.gz", 3, needed))
-        labels.append(_read_idx(name, f"{prefix}-labels-idx1-ubyte.gz", 1, needed))
-    return np.concatenate(images), np.concatenate(labels)
-
-
-def _read_idx(name: str, file: str, ndim: int, needed: Sequence[str]) -> np.ndarray:
-    """Read one file of a named set, from where it is found or downloaded to."""
-    path = _find(name, file)
-    if path is None:
-        path = _download(name, file, needed)
-    return _parse_idx(path, ndim, _MD5[name][file])
-
-
-def _find(name: str, file: str) -> Path | None:
-    data = _data_folder()
-    if data is not None and os.path.isfile(data / name / file):
-        return data / name / file
-    path = cache_folder() / name / file
-    return path if os.path.isfile(path) else None
-
-
-def _data_folder() -> Path | None:
-    data = os.environ.get("JKMEANS_DATA", "")
-    return Path(data).expanduser() if data else None
-
-
-def cache_folder() -> Path:
-    """Where downloads and compiled programs are kept: $JKMEANS_CACHE, or the user's cache."""
-    cache = os.environ.get("JKMEANS_CACHE", "")
-    if cache:
-        return Path(cache).expanduser()
-    import pooch
-
-    return Path(pooch.os_cache("jkmeans"))
-
-
-def _download(name: str, file: str, needed: Sequence[str]) -> Path:
-    """Download a file into the cache folder: whole and verified, or not at all."""
-    import pooch
-
-    folder = cache_folder() / name
-    reasons = []
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        # In the same folder, because only there the final rename is atomic.
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".download-") as temporary:
-            part = Path(temporary) / file
-            for mirror in _MIRRORS[name]:
-                logging.info("Downloading %s%s to %s", mirror, file, folder)
-                fetch = pooch.HTTPDownloader(timeout=_DOWNLOAD_TIMEOUT_SECONDS, chunk_size=2**16)
-                try:
-                    fetch(mirror + file, str(part), None)  # pyright: ignore[reportArgumentType]
-                    _parse_idx(part, 3 if "idx3" in file else 1, _MD5[name][file])
-                except (OSError, ValueError) as error:
-                    reasons.append(f"{mirror}: {type(error).__name__}")
-                except UserError:
-                    reasons.append(f"{mirror}: not the file expected")
-                else:
-                    os.replace(part, folder / file)
-                    return folder / file
-    except OSError as error:
-        reasons.append(f"{folder}: {error.strerror or error}")
-    missing = [wanted for wanted in needed if _find(name, wanted) is None]
-    data = _data_folder()
-    others = f" or {data / name}" if data is not None else ""
-    raise UserError(
-        f"{file} of data set {name!r} is not on this machine and could not be downloaded "
-        f"({'; '.join(reasons)}): put {_listed(missing)} into {folder}{others}."
-    )
-
-
-def _parse_idx(path: Path, ndim: int, md5: str) -> np.ndarray:
-    """Unpack an IDX file of uint8: two zero bytes, 8, ndim, the big-endian sizes, the data."""
-    try:
-        with gzip.open(path) as file:
-            data = file.read()
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise UserError(
-            f"{path} is truncated or damaged ({error}): accepted is the original .gz file."
-        ) from error
-    except OSError as error:
-        raise UserError(
-            f"cannot read {path} ({error.strerror or error}): accepted is a readable .gz file."
-        ) from error
-    magic = bytes((0, 0, 8, ndim))
-    header = len(magic) + 4 * ndim
-    if data[: len(magic)] != magic or len(data) < header:
-        raise UserError(
-            f"{path} starts with the bytes {data[:header].hex(' ', 4) or '(none)'}: accepted is "
-            f"{magic.hex()} and {ndim} sizes, as in an IDX file of bytes in {ndim} dimensions."
-        )
-    shape = tuple(int(size) for size in np.frombuffer(data[len(magic) : header], dtype=">u4"))
-    expected = header + math.prod(shape)
-    if len(data) != expected:
-        raise UserError(
-            f"{path} is truncated or damaged: it holds {len(data):,} bytes after unpacking, "
-            f"accepted are {expected:,}, as its header says."
-        )
-    found = hashlib.md5(data, usedforsecurity=False).hexdigest()
-    if found != md5:
-        raise UserError(
-            f"{path} has the checksum {found} after unpacking: accepted is {md5} (MD5); "
-            "delete the file or replace it with the original."
-        )
-    return np.frombuffer(data, dtype=np.uint8, offset=header).reshape(shape)
 
 
 def _listed(names: Sequence[str]) -> str:

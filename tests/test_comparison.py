@@ -12,7 +12,8 @@ from ml_collections import ConfigDict
 
 from configs import mnist, table_digits, table_mnist
 from jkmeans import comparison, configuration, training
-from jkmeans.comparison import TABLE_NAMES, Row, compare, run_folder, write_tables
+from jkmeans.comparison import compare, run_folder
+from jkmeans.comparison_tables import TABLE_NAMES, Row, write_tables
 from jkmeans.errors import CollapseError, UserError
 from jkmeans.interruption import Interrupted
 from jkmeans.methods import METHODS, with_method

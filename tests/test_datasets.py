@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.datasets import load_digits
 
-from jkmeans import datasets
+from jkmeans import datasets, named_data
 from jkmeans.errors import UserError
 
 FILES = {
@@ -55,7 +55,7 @@ def places(tmp_path, monkeypatch):
     for name in ("mnist", "fashion-mnist"):
         for file in FILES:
             md5 = hashlib.md5(_idx(_contents(file))).hexdigest()
-            monkeypatch.setitem(datasets._MD5[name], file, md5)
+            monkeypatch.setitem(named_data.MD5[name], file, md5)
     return data, cache
 
 
@@ -87,7 +87,7 @@ def internet(monkeypatch):
 
 def _real(name):
     """Skip unless the original files of the set are on this machine."""
-    if any(datasets._find(name, file) is None for file in FILES):
+    if any(named_data._find(name, file) is None for file in FILES):
         pytest.skip(f"{name} is neither in $JKMEANS_DATA nor in the cache")
 
 
@@ -145,7 +145,7 @@ class TestOriginals:
     def test_the_checksum_is_that_of_the_set(self, tmp_path, monkeypatch):
         # One set's files in the other's folder have the right form and the wrong content.
         _real("fashion-mnist")
-        source = datasets._find("fashion-mnist", "t10k-labels-idx1-ubyte.gz").parent
+        source = named_data._find("fashion-mnist", "t10k-labels-idx1-ubyte.gz").parent
         (tmp_path / "mnist").symlink_to(source)
         monkeypatch.setenv("JKMEANS_DATA", str(tmp_path))
         with pytest.raises(UserError, match="has the checksum 8181f5470baa50b63fa0f6fddb340f0a"):
@@ -221,7 +221,7 @@ class TestWhereFilesComeFrom:
         assert len(internet.asked) == 3
 
     def test_the_next_mirror_is_asked_when_one_fails(self, places, internet):
-        first, second = datasets._MIRRORS["mnist"]
+        first, second = named_data._MIRRORS["mnist"]
         internet.broken_mirrors = (first,)
         assert datasets.load("mnist", split="test").n_examples == 4
         assert sum(url.startswith(second) for url in internet.asked) == 2
@@ -252,7 +252,7 @@ class TestWhereFilesComeFrom:
         ) in message
         assert "\n" not in message
         assert os.listdir(cache / "mnist") == []
-        assert len(internet.asked) == len(datasets._MIRRORS["mnist"])
+        assert len(internet.asked) == len(named_data._MIRRORS["mnist"])
 
     def test_an_interrupted_download_leaves_nothing(self, places, internet):
         _, cache = places
