@@ -13,6 +13,7 @@ from jkmeans.methods import with_method
 from jkmeans.recorder import read_metrics
 from jkmeans.training import seeds
 from tests import tiny
+from tests.test_training import stop_in_third_epoch
 
 N_SEEDS = 4
 
@@ -205,6 +206,22 @@ def test_seeds_that_stopped_at_different_places(lost, damaged, trained, tmp_path
     np.testing.assert_allclose(again["inertia"]["values"], whole["inertia"]["values"], rtol=rtol)
     for seed in (3, 4):
         assert [r["epoch"] for r in read_metrics(tmp_path / f"seed_{seed}")] == [1, 2, 3, 4]
+
+
+@pytest.mark.slow
+def test_a_seed_that_stopped_within_an_epoch_goes_on_from_there(tmp_path, monkeypatch, capfd):
+    whole = side_by_side(tmp_path / "whole", tiny.config(), n_seeds=2)
+    with monkeypatch.context() as patch:
+        stop_in_third_epoch(patch)
+        with pytest.raises(Interrupted):
+            alone(tmp_path / "w" / "seed_3", tiny.config(data__placement="host"), 3)
+    capfd.readouterr()
+    found = side_by_side(tmp_path / "w", tiny.config(), n_seeds=2)
+    assert "training seeds 3 from epoch 2 on" in capfd.readouterr().out
+    np.testing.assert_allclose(found["inertia"]["values"], whole["inertia"]["values"], rtol=1e-3)
+    for seed in (3, 4):
+        ours, theirs = (records(tmp_path / w / f"seed_{seed}") for w in ("w", "whole"))
+        assert [one["loss"] for one in ours] == pytest.approx([one["loss"] for one in theirs], 1e-4)
 
 
 @pytest.mark.slow

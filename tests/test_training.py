@@ -207,29 +207,39 @@ def test_a_run_goes_on_with_other_devices(tmp_path, files, monkeypatch, before, 
     assert ours["nmi"] == pytest.approx(theirs["nmi"], abs=1e-6)
 
 
-def test_a_fed_run_stops_within_an_epoch_and_goes_on(tmp_path, files, monkeypatch):
+@pytest.mark.parametrize("then", ["host", "device"])
+def test_a_fed_run_stops_within_an_epoch_and_goes_on(tmp_path, files, monkeypatch, then):
     """The position inside an epoch is saved; the rest of it is trained after the resume."""
     changes = files | {"data__placement": "host"}
     monkeypatch.setattr(HostFeeder, "chunks", one_step_at_a_time)
     training.train_and_evaluate(tiny.config(**changes), tmp_path / "whole")
     with monkeypatch.context() as patch:
-        run_chunks = HostFeeder.chunks
-
-        def stop_in_third_epoch(feeder, order, first_step=0, seen=[0]):  # noqa: B006
-            for n, chunk in enumerate(run_chunks(feeder, order, first_step)):
-                if seen[0] == 2 and n == 3:
-                    os.kill(os.getpid(), signal.SIGINT)
-                yield chunk
-            seen[0] += 1
-
-        patch.setattr(HostFeeder, "chunks", stop_in_third_epoch)
+        stop_in_third_epoch(patch)
         with pytest.raises(Interrupted, match="SIGINT"):
             training.train_and_evaluate(tiny.config(**changes), tmp_path / "run")
     with Checkpoints(tmp_path / "run" / "checkpoints") as checkpoints:
         record = checkpoints.record(checkpoints.positions()[-1])
     assert record["step"] > 0
-    training.train_and_evaluate(tiny.config(**changes), tmp_path / "run")
+    # Where there is room is asked anew each time, so that it may go on otherwise.
+    training.train_and_evaluate(
+        tiny.config(**changes | {"data__placement": then}), tmp_path / "run"
+    )
     assert_same_bits(tmp_path / "whole", tmp_path / "run")
+
+
+def stop_in_third_epoch(monkeypatch):
+    """Interrupts a fed run before the fourth step of its third epoch."""
+    n_passes = 0
+
+    def chunks(feeder, order, first_step=0):
+        nonlocal n_passes
+        for n, chunk in enumerate(one_step_at_a_time(feeder, order, first_step)):
+            if n_passes == 2 and n == 3:
+                os.kill(os.getpid(), signal.SIGINT)
+            yield chunk
+        n_passes += 1
+
+    monkeypatch.setattr(HostFeeder, "chunks", chunks)
 
 
 def one_step_at_a_time(feeder, order, first_step=0):

@@ -19,6 +19,7 @@ from jkmeans.methods import make_method
 from jkmeans.networks import blueprint
 from jkmeans.recorder import NoRecorder, Recorder
 from jkmeans.sharding import (
+    BY_STEP,
     DATA_AXIS,
     SHARDED,
     Layout,
@@ -204,6 +205,8 @@ class Run:
             state, values = self._fed_epoch(state, clustering)
             if values is None:
                 return state, None
+        elif first_step:
+            state, values = self._rest_of_epoch(state, clustering)
         else:
             state, values = self.compiled("epoch", state, self.rows, clustering=clustering)
         self._await(values)
@@ -232,6 +235,16 @@ class Run:
             self.recorder.waiting(done / self.n_steps)
             if done < self.n_steps and self.interruption.agreed():
                 return state, None
+        return self._finish_epoch(state, clustering)
+
+    def _rest_of_epoch(self, state: TrainState, clustering: bool):
+        """What is left of an epoch that stopped while its examples were fed from the host."""
+        order = to_host(self.compiled("order", state))[int(state.step) :]
+        order = place(order, self.mesh, BY_STEP)
+        state = self.compiled("steps", state, self.rows, order, None, clustering=clustering)
+        return self._finish_epoch(state, clustering)
+
+    def _finish_epoch(self, state: TrainState, clustering: bool):
         if clustering and self.config.centroids.bank == "refreshed":
             state = self.refresh(state)
         return self.compiled("finish", state, self.rows, clustering=clustering)

@@ -186,13 +186,18 @@ def _groups(members: Sequence[Member]) -> list[list[Member]]:
 
     Where that costs more than what lies between two saves, as when a run that keeps one checkpoint
     of each was killed between the saves of two seeds, each place makes a group; and so do those
-    that have not begun.
+    that have not begun. Side by side there are whole epochs only, so that a seed which stopped
+    within one, in a run of its own, goes on alone.
     """
+    apart = [[member] for member in members if member.within_epoch]
+    members = [member for member in members if not member.within_epoch]
     begun = [member for member in members if member.state is not None]
     while len({member.epoch for member in begun}) > 1:
-        common = set.intersection(*(set(one.checkpoints.positions()) for one in begun))
+        n_steps = begun[0].run.n_steps
+        whole = ({p for p in m.checkpoints.positions() if p % n_steps == 0} for m in begun)
+        common = set.intersection(*whole)
         last, every = max(member.epoch for member in begun), begun[0].run.config.checkpoint.every
-        if not common or last - max(common) // begun[0].run.n_steps > every:
+        if not common or last - max(common) // n_steps > every:
             break
         if not all(member.go_back({max(common)}) for member in begun):
             # It was damaged, and is out of the way now.
@@ -201,7 +206,7 @@ def _groups(members: Sequence[Member]) -> list[list[Member]]:
     groups: dict[int, list[Member]] = {}
     for member in members:
         groups.setdefault(member.epoch if member in begun else -1, []).append(member)
-    return [groups[place] for place in sorted(groups, reverse=True)]
+    return apart + [groups[place] for place in sorted(groups, reverse=True)]
 
 
 def _listed(seeds: Iterable[int]) -> str:

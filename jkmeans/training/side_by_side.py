@@ -58,6 +58,11 @@ class Member:
         """Epochs that are done."""
         return 0 if self.state is None else int(self.state.epoch)
 
+    @property
+    def within_epoch(self) -> bool:
+        """Whether it stopped within an epoch, as a run of its own whose examples are fed can."""
+        return self.state is not None and int(self.state.step) > 0
+
 
 class SideBySide:
     """Runs of several seeds as one: their states stacked, their folders their own.
