@@ -247,6 +247,21 @@ def test_one_after_the_other_from_the_seed_of_the_config(tmp_path, monkeypatch):
         seeds.train_seeds(config, tmp_path, 2)
 
 
+def test_folders_of_one_run_and_of_several_are_not_mixed(tmp_path):
+    one, several = tmp_path / "one", tmp_path / "several"
+    for folder in (one, several / "seed_3"):
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text("{}")
+    with pytest.raises(UserError, match=r"holds a run of one seed; accepted: config\.n_seeds = 1"):
+        side_by_side(one, tiny.config())
+    with pytest.raises(UserError, match=r"holds a run of one seed"):
+        seeds.train_seeds(tiny.config(), one, 2)
+    with pytest.raises(UserError, match=r"holds the runs of several seeds"):
+        alone(several, tiny.config(), 3)
+    assert [path.name for path in one.iterdir()] == ["config.json"]
+    assert [path.name for path in several.iterdir()] == ["seed_3"]
+
+
 def test_fed_examples_are_refused(tmp_path):
     with pytest.raises(UserError, match=r"n_seeds is 4, but the examples are fed .* accepted: 1"):
         side_by_side(tmp_path, tiny.config(data__placement="host"))

@@ -13,15 +13,25 @@ from jkmeans.configuration import Config
 from jkmeans.errors import UserError
 from jkmeans.workdir import CHECKPOINT_FOLDER, CONFIG_FILE, claim, usable
 
+SEEDS_FILE = "seeds.json"
+"""What the runs of several seeds leave in the folder of their folders."""
+
 
 def claim_workdir(workdir: Path, config: Config) -> None:
     """Writes the config into a new workdir, or checks that the one there is the same.
 
     Raises:
-      UserError: the folder holds a run with another config, or cannot be written.
+      UserError: the folder holds a run with another config or the runs of several seeds, or cannot
+        be written.
     """
     with usable(workdir):
+        several = (workdir / SEEDS_FILE).exists() or any(workdir.glob(f"seed_*/{CONFIG_FILE}"))
         lost = (workdir / CHECKPOINT_FOLDER).exists() and not (workdir / CONFIG_FILE).exists()
+    if several:
+        raise UserError(
+            f"{workdir} holds the runs of several seeds, each in a folder of its own; accepted: "
+            "one of these folders, or another --workdir"
+        )
     if lost:
         raise UserError(
             f"{workdir} holds checkpoints but no {CONFIG_FILE}, so they are not of a run of "
@@ -33,6 +43,20 @@ def claim_workdir(workdir: Path, config: Config) -> None:
         lambda there: configuration.differences(config, configuration.from_json(there)),
         kind="run",
     )
+
+
+def refuse_one_run(workdir: Path) -> None:
+    """Refuses the folder of a run for several seeds, whose means would stand in its records.
+
+    Raises:
+      UserError: it is one, or cannot be read.
+    """
+    with usable(workdir):
+        one = (workdir / CONFIG_FILE).exists() or (workdir / CHECKPOINT_FOLDER).exists()
+    if one:
+        raise UserError(
+            f"{workdir} holds a run of one seed; accepted: config.n_seeds = 1, or another --workdir"
+        )
 
 
 def describe_data(dataset: datasets.Dataset) -> dict[str, Any]:
