@@ -19,16 +19,23 @@ class Field(NamedTuple):
     meaning: str
 
 
+class TooLargeError(ValueError):
+    """A value above a bound that ``accepted`` does not name; the message is what is accepted."""
+
+
 def integer(least: int, meaning: str, most: int = 2**31 - 1) -> Field:
     """A field that holds an integer from ``least`` to ``most``."""
 
     def convert(value):
         if isinstance(value, bool) or not isinstance(value, int):
             raise TypeError
-        if not least <= value <= most:
+        if value > most:
+            raise TooLargeError(f"an integer from {least} to {most}")
+        if value < least:
             raise ValueError
         return value
 
+    # That there is an upper bound is news only to those who meet it.
     bound = f"of at least {least}" if most == 2**31 - 1 else f"from {least} to {most}"
     return Field(convert, f"an integer {bound}", meaning)
 

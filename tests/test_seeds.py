@@ -2,11 +2,13 @@
 
 import json
 import shutil
+import time
 
 import numpy as np
 import pytest
 
 from jkmeans import evaluation, training
+from jkmeans.checkpoints import Checkpoints
 from jkmeans.errors import CollapseError, UserError
 from jkmeans.interruption import Interrupted
 from jkmeans.methods import with_method
@@ -61,7 +63,11 @@ def test_equal_to_a_run_of_its_own(tmp_path, method, n_devices):
     config = tiny.config(n_devices=n_devices)  # Of joint training.
     if method != "joint":
         config = with_method(config, method)
+    began = time.perf_counter()
     summary = side_by_side(tmp_path / "together", config)
+    # Of the seconds that all took, each has its share; they are rounded to .1.
+    limit = time.perf_counter() - began + 0.05 * N_SEEDS
+    assert sum(summary["train_seconds"]["values"]) <= limit
     check_summary(tmp_path / "together", summary)
     # As if it had been killed before it was reported.
     (tmp_path / "together" / "seed_4" / "results.json").unlink()
@@ -121,15 +127,29 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr("jkmeans.training.side_by_side.Interruption", Once)
+        began = time.perf_counter()
         with pytest.raises(Interrupted):
             side_by_side(tmp_path / "parts", tiny.config())
+    assert spent(tmp_path / "parts") <= time.perf_counter() - began
     assert len(read_metrics(tmp_path / "parts")) == 1
+    began, before = time.perf_counter(), spent(tmp_path / "parts")
     parts = side_by_side(tmp_path / "parts", tiny.config())
+    limit = before + time.perf_counter() - began + 0.05 * N_SEEDS
+    assert before <= sum(parts["train_seconds"]["values"]) <= limit
     assert parts["inertia"]["values"] == whole["inertia"]["values"]
     assert len(read_metrics(tmp_path / "parts" / "seed_3")) == 4
     # And a finished one is only read.
     again = side_by_side(tmp_path / "parts", tiny.config())
     assert again["inertia"] == parts["inertia"]
+
+
+def spent(workdir):
+    """The seconds that the newest checkpoints of all seeds stand for."""
+    seconds = 0.0
+    for folder in workdir.glob("seed_*/checkpoints"):
+        with Checkpoints(folder) as checkpoints:
+            seconds += checkpoints.record(checkpoints.positions()[-1])["seconds"]
+    return seconds
 
 
 def kept(**changes):
@@ -245,6 +265,18 @@ def test_one_after_the_other_from_the_seed_of_the_config(tmp_path, monkeypatch):
     config.n_seeds = 2
     with pytest.raises(UserError, match=r"config.n_seeds is 2, .* accepted: 1, with --n_seeds"):
         seeds.train_seeds(config, tmp_path, 2)
+
+
+def test_a_last_seed_that_is_too_large_is_refused_before_the_first_trains(tmp_path):
+    config, sentence = (
+        tiny.config(seed=2**31 - 1),
+        "config.seed is 2147483648; accepted: an integer",
+    )
+    with pytest.raises(UserError, match=f"{sentence} from 0 to 2147483647"):
+        seeds.train_seeds(config, tmp_path / "w", 2)
+    with pytest.raises(UserError, match=sentence):
+        side_by_side(tmp_path / "w", config, n_seeds=2, seed=2**31 - 1)
+    assert not (tmp_path / "w").exists()
 
 
 def test_folders_of_one_run_and_of_several_are_not_mixed(tmp_path):

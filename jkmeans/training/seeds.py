@@ -109,7 +109,7 @@ def _mean_and_sd(found: dict[str, Any]) -> str:
 def _of_seed(config: Config, seed: int) -> Config:
     one = config.copy_and_resolve_references()
     one.seed, one.n_seeds = seed, 1
-    return one
+    return configuration.validate(one)  # The last of many may be too large.
 
 
 class _Seeds:
