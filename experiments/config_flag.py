@@ -34,6 +34,28 @@ def of_method(argv: Sequence[str]) -> list[str]:
     return argv
 
 
+def last_of_each(argv: Sequence[str]) -> list[str]:
+    """The command line without values of fields that a later one replaces.
+
+    The flags of ml_collections would join two tuples to one; of anything else the last value holds.
+    """
+    kept: list[str] = []
+    later: set[str] = set()
+    for index in reversed(range(len(argv))):
+        name, equals, _ = argv[index].partition("=")
+        field = name.lstrip("-")
+        if name.startswith("-") and field.startswith("config."):
+            if field in later:
+                if not equals and kept and kept[-1].startswith("("):
+                    kept.pop()  # Its value, which stands apart.
+                    continue
+                if equals:
+                    continue
+            later.add(field)
+        kept.append(argv[index])
+    return kept[::-1]
+
+
 def sentence(argv: Sequence[str], error: Exception, fields: str) -> str:
     """What was wrong with a command line, which value, and what is accepted.
 

@@ -92,7 +92,7 @@ def _parse(
         _define_process_flags()
     try:
         argv = FLAGS.read_flags_from_files(argv, force_gnu=False)
-        argv = config_flag.of_method(argv) if with_config else argv
+        argv = config_flag.of_method(config_flag.last_of_each(argv)) if with_config else argv
         rest = FLAGS(argv, known_only=False)
         missing = [
             f"--{name}" for name in required if not FLAGS[name].present or FLAGS[name].value == ""

@@ -1,5 +1,6 @@
 """The commands as a user types them: exit status, one sentence, no traceback."""
 
+import json
 import os
 import signal
 import subprocess
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 
 from experiments import of_method
+from experiments.config_flag import last_of_each
 from tests import tiny
 
 ROOT = Path(__file__).parent.parent
@@ -50,7 +52,8 @@ def train_flags(files, workdir, *more) -> tuple[str, ...]:
         f"--config.data.path={files / 'x.npy'}",
         f"--config.data.labels_path={files / 'y.npy'}",
         "--config.n_clusters=3",
-        "--config.network.widths=(16,)",
+        "--config.network.widths=(8, 8)",
+        "--config.network.widths=(16,)",  # Of two the last one holds.
         "--config.network.embedding_dim=4",
         "--config.training.n_pretrain_epochs=2",
         "--config.training.n_epochs=2",
@@ -82,6 +85,26 @@ def test_another_method_comes_with_its_settings(of_file, tmp_path):
     assert config.objective.to_dict() == {"name": "dec"}
     assert config.centroids.n_iterations == (7 if of_file == "dec" else 1)
     assert config.seed == 4
+
+
+def test_of_a_field_that_is_given_twice_the_last_value_holds(workdir):
+    """Tuples, too, which ml_collections would join."""
+    assert json.loads((workdir / "config.json").read_text())["network"]["widths"] == [16]
+    given = [
+        "p",
+        "--config=f",
+        "--config.a=(1,)",
+        "--config.b=1",
+        "--config.a=()",
+        "--config.b",
+        "2",
+    ]
+    assert last_of_each(given) == ["p", "--config=f", "--config.a=()", "--config.b", "2"]
+    apart = ["p", "--config.a", "(1,)", "--config.a", "(2,)", "--workdir", "w", "--workdir", "v"]
+    assert last_of_each(apart) == ["p", *apart[3:]]
+    # Not values of the same field: an element, a switch.
+    for kept in (["--config.a=(1,)", "--config.a[0]=2"], ["--noconfig.c", "--config.c"]):
+        assert last_of_each(kept) == kept
 
 
 def test_train_evaluate_predict(files, workdir):
