@@ -218,7 +218,8 @@ class World(RuleBasedStateMachine):
         good = [file for file in self.files if file.name not in status.failed]
         # Raises where a row is missing, or there twice.
         plan = {"model": "", "described": "", "columns": []}
-        manifest = output.write_manifest(self.folder, self.files, kept, status.failed, plan)
+        manifest = output.make_manifest(self.files, kept, status.failed, plan)
+        output.write_manifest(self.folder, manifest)
         rows = []
         for file in manifest["files"]:
             for part in file["parts"]:
@@ -507,11 +508,50 @@ def test_an_output_of_other_files_is_left_as_it_is(run, many, tmp_path):
     folder, _, rows = many
     out = tmp_path / "out"
     predict_files(run, str(folder), str(out))
-    np.save(tmp_path / "other.npy", rows[0])
     before = (out / "manifest.json").read_bytes()
+    # Of the same names, sizes and times, too, as archives and copies leave them.
+    shutil.copytree(folder, tmp_path / "copy")
+    with pytest.raises(
+        UserError, match=r"files in .*, and --input is in .*copy; accepted: the sam"
+    ):
+        predict_files(run, str(tmp_path / "copy"), str(out))
+    np.save(folder / "other.npy", rows[0])
     with pytest.raises(UserError, match=r"for f-10\.npy and 3 more, and --input has none of that"):
-        predict_files(run, str(tmp_path / "other.npy"), str(out))
+        predict_files(run, str(folder / "other.npy"), str(out))
     assert (out / "manifest.json").read_bytes() == before
+
+
+def test_files_that_moved_go_on_where_the_plan_says_so(run, many, tmp_path):
+    folder, _, _ = many
+    out = tmp_path / "out"
+    before = predict_files(run, str(folder), str(out))
+    moved = folder.rename(tmp_path / "moved")
+    plan = json.loads((out / "plan.json").read_text())
+    (out / "plan.json").write_text(json.dumps(plan | {"input": str(moved)}))
+    assert predict_files(run, str(moved), str(out)) == before
+    # A folder of before there was such an entry.
+    (out / "plan.json").write_text(json.dumps({k: v for k, v in plan.items() if k != "input"}))
+    assert predict_files(run, str(moved), str(out)) == before
+
+
+def test_merged_files_of_other_rows_do_not_stay(run, many, tmp_path, capsys):
+    folder, _, rows = many
+    out = tmp_path / "out"
+    predict_files(run, str(folder), str(out), merge=True)
+    before = (out / "labels.npy").read_bytes()
+    predict_files(run, str(folder), str(out))  # Nothing has changed.
+    assert (out / "labels.npy").read_bytes() == before
+    (folder / "f-10.npy").unlink()
+    predict_files(run, str(folder), str(out))
+    assert "removed labels.npy, distances.npy, merged of other rows" in capsys.readouterr().err
+    assert not (out / "labels.npy").exists()
+    predict_files(run, str(folder), str(out), merge=True)
+    np.save(folder / "f-2.npy", rows[3][:3])
+    os.utime(folder / "f-2.npy", ns=(0, 0))
+    (folder / "f-9.npy").write_bytes(b"broken")
+    with pytest.raises(UserError, match="but not merged"):
+        predict_files(run, str(folder), str(out), merge=True)
+    assert not (out / "labels.npy").exists()
 
 
 def test_a_finished_file_that_was_damaged_is_of_the_input_still(run, many, tmp_path):

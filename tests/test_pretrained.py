@@ -12,6 +12,7 @@ from jkmeans.configuration import validate
 from jkmeans.methods import with_method
 from jkmeans.pretrained import Pretrained
 from jkmeans.training import checkpointing
+from jkmeans.training.folder import describe_data
 from jkmeans.workdir import CHECKPOINT_FOLDER
 from tests import tiny
 
@@ -289,7 +290,7 @@ def test_a_baseline_takes_a_network_too(folder):
 def test_a_run_with_a_damaged_network_pretrains_anew(folder, capsys):
     networks = folder / "damaged"
     networks.mkdir()
-    record = training.describe_data(blobs())
+    record = describe_data(blobs())
     pretrained.save(config_of("dec", networks), record, FOUND)
     (path,) = networks.iterdir()
     path.write_bytes(path.read_bytes()[:-40])

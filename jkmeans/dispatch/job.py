@@ -98,6 +98,7 @@ def predict_files(
         "columns": list(predictor.columns),
         "shard_rows": shard_rows,
         "default_shard_rows": default,
+        "input": str(paths[0].parent.resolve()),
     }
     output.make_folder(folder)
     with only_process_in(folder):
@@ -239,7 +240,11 @@ def _finish(
         parts: dict[Shard, Part] = store.kept(job.shards)
     finally:
         store.close()
-    manifest = output.write_manifest(job.folder, job.files, parts, status.failed, plan)
+    manifest = output.make_manifest(job.files, parts, status.failed, plan)
+    removed = output.remove_merged(job.folder, manifest)
+    if removed and not (merge and manifest["complete"]):
+        _say(f"removed {', '.join(removed)}, merged of other rows; --merge writes such files anew")
+    output.write_manifest(job.folder, manifest)
     output.write_centroids(job.folder, predictor.centroids)
     if merge and manifest["complete"]:
         _say(f"merging {manifest['n_rows']:,} rows")

@@ -248,15 +248,15 @@ def claim(folder: Path, plan: Mapping[str, Any], files: Iterable[str]) -> dict[s
       folder: of the output.
       files: names of the input's, readable or not; some must be those that the folder is about.
       plan: what `PLAN_FILE` is to hold: ``model`` (its digest), ``described`` (in words),
-        ``columns``, ``shard_rows`` (0 for those of the folder, or ``default_shard_rows``) and
-        ``default_shard_rows``.
+        ``columns``, ``input`` (the folder of the files), ``shard_rows`` (0 for those of the folder,
+        or ``default_shard_rows``) and ``default_shard_rows``.
 
     Returns:
       The plan of the folder.
 
     Raises:
-      UserError: it is of another model, has other columns or is about other files, or it cannot be
-        written to.
+      UserError: it is of another model, has other columns or is about other files or those of
+        another folder, or it cannot be written to.
     """
     path = folder / PLAN_FILE
     # A folder in which nothing was done yet may become one of another model.
@@ -284,6 +284,13 @@ def claim(folder: Path, plan: Mapping[str, Any], files: Iterable[str]) -> dict[s
                 f"--shard_rows is {plan['shard_rows']:,}, but the files of {folder} are cut into "
                 f"{shard_rows:,} rows; accepted: {shard_rows}, 0, or another --output"
             )
+        # Files of one name, size and time are taken for the same, so they must be in one place.
+        if there.get("input", plan["input"]) != plan["input"]:
+            raise UserError(
+                f"{folder} holds predictions for the files in {there['input']}, and --input is in "
+                f"{plan['input']}; accepted: the same --input, or another --output (where the "
+                f"files have only moved, their new place in {path})"
+            )
         done = {record["shard"].file for record in records if "part" in record}
         if done.isdisjoint(files):
             more = f" and {len(done) - 1:,} more" if len(done) > 1 else ""
@@ -292,7 +299,7 @@ def claim(folder: Path, plan: Mapping[str, Any], files: Iterable[str]) -> dict[s
                 "accepted: the same input, with files more or less, or another --output"
             )
         return there
-    mine = {name: plan[name] for name in ("model", "described", "columns")}
+    mine = {name: plan[name] for name in ("model", "described", "columns", "input")}
     mine["shard_rows"] = plan["shard_rows"] or plan["default_shard_rows"]
     try:
         (folder / PARTS_FOLDER).mkdir(exist_ok=True)
@@ -308,14 +315,13 @@ def clean(folder: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def write_manifest(
-    folder: Path,
+def make_manifest(
     files: Sequence[InputFile],
     parts: Mapping[Shard, Part],
     failed: Mapping[str, str],
     plan: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Writes down what there is; of failed files nothing is listed but the reason.
+    """What there is; of failed files nothing is listed but the reason.
 
     Returns:
       The manifest: ``model``, ``columns``, ``n_rows``, ``complete``, ``files`` in order, each with
@@ -344,7 +350,7 @@ def write_manifest(
         record = {"file": file.name, "rows": file.n_rows, "first_row": first_row}
         listed.append(record | {"parts": its_parts})
         first_row += file.n_rows
-    manifest = {
+    return {
         "model": plan["model"],
         "described": plan["described"],
         "columns": plan["columns"],
@@ -353,8 +359,27 @@ def write_manifest(
         "files": listed,
         "failed": [{"file": name, "reason": reason} for name, reason in sorted(failed.items())],
     }
+
+
+def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """Writes down what there is; see `make_manifest`."""
     write_json(folder / MANIFEST_FILE, manifest)
-    return manifest
+
+
+def remove_merged(folder: Path, manifest: Mapping[str, Any]) -> list[str]:
+    """Removes merged files that are not of the rows of a manifest, before it is written.
+
+    Returns:
+      The names of those that were there.
+    """
+    path = folder / MANIFEST_FILE
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        if json.loads(path.read_text())["files"] == manifest["files"]:
+            return []
+    there = [path for name in manifest["columns"] if (path := folder / f"{name}.npy").exists()]
+    for path in there:
+        path.unlink()
+    return [path.name for path in there]
 
 
 def read_predictions(
