@@ -19,6 +19,7 @@ from jkmeans.clustering.folder import read_sweep
 from jkmeans.configuration import convert_fields, from_json, to_json
 from jkmeans.errors import UserError
 from jkmeans.interruption import Interrupted
+from jkmeans.streaming import fit
 from jkmeans.whole_files import write_json
 from tests.test_launchers import ROOT, run
 
@@ -311,6 +312,67 @@ def test_a_stopped_stream_goes_on(stage, large, tmp_path, monkeypatch):
     there, here = outputs(tmp_path / "whole"), outputs(tmp_path / "parts")
     for name in OUTPUTS:
         np.testing.assert_array_equal(here[name], there[name])
+
+
+@pytest.fixture(scope="module")
+def fog(tmp_path_factory):
+    """More rows than a mebibyte has room for, in whose clusters the first centroids are seen."""
+    path = tmp_path_factory.mktemp("fog") / "x.npy"
+    np.save(path, np.random.default_rng(1).uniform(size=(30_000, D)).astype(np.float32))
+    return path
+
+
+def test_the_answer_does_not_depend_on_the_memory_there_is(fog, tmp_path):
+    changes = {"input": str(fog), "n_clusters": "7", "n_init": 2, "max_iter": 3, "n_devices": 2}
+    found = [
+        cluster(make_config(**changes, memory_mebibytes=memory), tmp_path / str(memory))["inertia"]
+        for memory in (0, 1)
+    ]
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
+
+
+def test_a_stop_after_the_last_chunk_is_heard(fog, tmp_path, monkeypatch):
+    config = make_config(input=str(fog), n_clusters="7", max_iter=1, memory_mebibytes=1)
+    following = fit._Fit.next
+
+    def stop_at_the_end(self, *arguments):
+        state = following(self, *arguments)
+        if state.stage == "done":
+            os.kill(os.getpid(), signal.SIGTERM)
+        return state
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fit._Fit, "next", stop_at_the_end)
+        with pytest.raises(Interrupted, match="SIGTERM"):
+            cluster(config, tmp_path / "w")
+    assert not (tmp_path / "w" / "summary.json").exists()
+    assert cluster(config, tmp_path / "w")["n_rows"] == 30_000
+
+
+def test_other_memory_when_a_job_goes_on(fog, tmp_path, monkeypatch, capfd):
+    changes = {"input": str(fog), "n_clusters": "7", "max_iter": 2, "n_devices": 2}
+    streamed = make_config(**changes, memory_mebibytes=1)
+    whole = cluster(streamed, tmp_path / "whole")
+
+    def stop(*arguments):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return ""
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stream, "_line", stop)
+        with pytest.raises(Interrupted):
+            cluster(streamed, tmp_path / "w")
+    # Where memory decides, a job goes on as it began; to the same bits.
+    automatic = make_config(**changes, memory_mebibytes=0)
+    capfd.readouterr()
+    assert cluster(automatic, tmp_path / "w")["inertia"] == whole["inertia"]
+    assert "streamed to 2 × cpu" in capfd.readouterr().err
+    # What began in memory and has no room any more begins anew, and says so.
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "state.npz").write_bytes(b"")
+    (tmp_path / "other" / "config.json").write_bytes((tmp_path / "w/config.json").read_bytes())
+    assert cluster(streamed, tmp_path / "other")["inertia"] == whole["inertia"]
+    assert "the rows have no room in memory now" in capfd.readouterr().err
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import numpy as np
 
 from jkmeans import kmeans, processes, sharded
@@ -77,7 +78,8 @@ class _Fit:
         session, config, state = self._session, self._config, self._state
         if state.centroids is None:
             session.progress.update(f"choosing the first {self._k:,} centroids by {config.init}")
-            key = session.key(2 + state.restart)
+            # As where rows are streamed: the same first centroids, whatever has room.
+            key = jax.random.fold_in(session.key(2), state.restart)
             chosen = self._run(_initialize, key, n_clusters=self._k, init=config.init)
             state.centroids = np.asarray(chosen)
         asked = min(

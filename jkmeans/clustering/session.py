@@ -18,6 +18,13 @@ from jkmeans.clustering.progress import Progress
 from jkmeans.configuration import Config
 from jkmeans.errors import UserError
 from jkmeans.interruption import Interruption
+from jkmeans.workdir import CHECKPOINT_FOLDER, usable
+
+
+def _has_checkpoints(workdir: Path) -> bool:
+    with usable(workdir):
+        folder = workdir / CHECKPOINT_FOLDER
+        return folder.is_dir() and any(path.name.isdecimal() for path in folder.iterdir())
 
 
 class Session:
@@ -47,7 +54,10 @@ class Session:
         self.blocks = sharded.BLOCKS if config.deterministic else 1
         self._root_key = jax.random.key(config.seed)
         self.rows = None
-        if fits_into_memory(data.source, mesh, config.memory_mebibytes):
+        fits = fits_into_memory(data.source, mesh, config.memory_mebibytes)
+        # What began streamed goes on so where memory decides, and not the user.
+        streamed = processes.on_first(lambda: _has_checkpoints(workdir))
+        if fits and (config.memory_mebibytes or not streamed):
             self.rows = processes.together(lambda: read_all(data.source, mesh, self.blocks))
         if self.rows is None and config.empty != "farthest":
             raise UserError(
@@ -82,7 +92,7 @@ class Session:
         return self.rows is not None
 
     def key(self, number: int) -> jax.Array:
-        """A random key: 0 for the report, 1 for the sweep, 2 + r for restart r."""
+        """A random key: 0 for the report, 1 for the sweep, 2 for the fit."""
         return jax.random.fold_in(self._root_key, number)
 
     def sample(self, key: jax.Array, size: int) -> tuple[np.ndarray, np.ndarray]:

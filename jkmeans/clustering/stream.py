@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import time
 
+from jkmeans import processes
+from jkmeans.clustering.folder import STATE_FILE
 from jkmeans.clustering.found import Found, refuse_overflow
 from jkmeans.clustering.session import Session
 from jkmeans.recorder import format_duration
@@ -23,6 +25,11 @@ def fit_streamed(session: Session, k: int) -> Found:
       Interrupted: the job was asked to stop; what it found is saved.
     """
     config, source = session.config, session.data.source
+    if processes.on_first((session.workdir / STATE_FILE).exists):
+        session.progress.say(
+            "the rows have no room in memory now: they are streamed from the first restart on, and "
+            "what was found in memory stays for when they have"
+        )
     budget = config.memory_mebibytes * 2**20 or None
     started = time.monotonic()
 

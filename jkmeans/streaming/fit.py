@@ -540,6 +540,10 @@ def _run(
         state = fit.next(state, numbers, picked)
     if checkpoints is not None and not checkpoints.finished:
         checkpoints.save(state, feeder.chunk_rows)
+    if checkpoints is not None and interruption is not None and interruption.agreed():
+        # It came after the last chunk, and nobody else hears it.
+        checkpoints.wait()
+        interruption.leave()
     counts = state.arrays["best_counts"]
     return StreamResult(
         centroids=state.arrays["best_centroids"],
