@@ -89,6 +89,12 @@ class TrainedModel(NamedTuple):
     mean_distance: float | None
 
 
+_WORKDIRS = (
+    "a --workdir of experiments.train, or, to predict into an --output that is a folder, a "
+    "finished one of experiments.cluster"
+)
+
+
 def load_model(
     workdir: str | os.PathLike, checkpoint: str = "latest", n_devices: int = 0
 ) -> TrainedModel:
@@ -121,8 +127,7 @@ def _candidates(checkpoints: Checkpoints, wanted: str) -> list[int]:
     positions = checkpoints.positions()
     if not positions:
         raise UserError(
-            f"{checkpoints.folder.parent} holds no checkpoint; accepted: a --workdir of "
-            "experiments.train"
+            f"{checkpoints.folder.parent} holds no checkpoint of a network; accepted: {_WORKDIRS}"
         )
     if wanted == "latest":
         return positions[::-1]
@@ -144,6 +149,11 @@ def _candidates(checkpoints: Checkpoints, wanted: str) -> list[int]:
 
 def _restore(checkpoints: Checkpoints, position: int, mesh) -> TrainedModel:
     record = checkpoints.record(position)
+    if not {"config", "data", "results"} <= record.keys():
+        raise UserError(
+            f"{checkpoints.folder.parent} holds checkpoints, but not of a network; accepted: "
+            f"{_WORKDIRS}"
+        )
     config = configuration.from_json(record["config"])
     n_pretrain = config.training.n_pretrain_epochs
     results = record["results"]

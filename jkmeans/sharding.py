@@ -41,9 +41,12 @@ def make_mesh(n_devices: int = 0, n_centroid_shards: int = 1) -> Mesh:
         each device, for more clusters than one can hold.
 
     Raises:
-      UserError: more devices were asked for than exist, or the shards do not divide them.
+      UserError: more devices were asked for than exist, or fewer than none, or the shards do not
+        divide them.
     """
     available = jax.devices()
+    if n_devices < 0:
+        raise UserError(f"n_devices is {n_devices}; accepted: 0 (all of them) to {len(available)}")
     if n_devices > len(available):
         platform = available[0].platform
         hint = (

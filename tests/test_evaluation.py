@@ -163,6 +163,13 @@ def test_bad_examples(run, examples, message):
 
 
 def test_no_run(tmp_path):
+    with Checkpoints(tmp_path / "stream" / "checkpoints") as checkpoints:
+        checkpoints.save(1, {"state": {"sums": np.zeros(3)}}, {"options": {}}, None)
+        checkpoints.wait()
+    with pytest.raises(
+        UserError, match=r"checkpoints, but not of a network; accepted: a --workdir"
+    ):
+        evaluation.load_model(tmp_path / "stream")
     with pytest.raises(UserError, match="holds no checkpoint"):
         evaluation.evaluate(tmp_path)
 

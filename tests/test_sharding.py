@@ -84,6 +84,8 @@ def test_device_dtype(given, kept):
 
 
 def test_more_devices_than_exist():
+    with pytest.raises(UserError, match=r"n_devices is -1; accepted: 0 \(all of them\) to 8"):
+        sharding.make_mesh(-1)
     with pytest.raises(UserError, match=r"n_devices is 9.*JAX sees 8.*accepted: 0"):
         sharding.make_mesh(9)
 
