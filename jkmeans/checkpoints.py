@@ -15,6 +15,8 @@ import json
 import logging
 import os
 import shutil
+import sys
+import textwrap
 import time
 import warnings
 import zlib
@@ -272,7 +274,7 @@ class Checkpoints:
         _refuse_other_arrays(folder, saved, _structures(abstract))
 
         def read() -> dict[str, Any]:
-            with _damage(folder), _alone():
+            with _damage(folder), _alone(), _without_late_complaints():
                 return ocp.load_checkpointables(str(folder), abstract)
 
         trees = self._by_all(read)
@@ -391,8 +393,26 @@ def _damage(folder: Path) -> Iterator[None]:
             warnings.simplefilter("ignore", RuntimeWarning)
             error.__traceback__ = None
             gc.collect()
-        reason = str(error).split("\n")[0][:200] or type(error).__name__
+        words = error.args[0] if isinstance(error, KeyError) and error.args else error
+        reason = textwrap.shorten(str(words), 200, placeholder=" …") or type(error).__name__
         raise DamagedError(f"checkpoint {folder} cannot be read: {reason}") from error
+
+
+@contextlib.contextmanager
+def _without_late_complaints() -> Iterator[None]:
+    """Where a load fails, what is still being read ends in an event loop that is closed by then.
+
+    Each such read would write a traceback, now or later, so that they are kept quiet from there on.
+    """
+    before = sys.unraisablehook
+
+    def hook(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            before(unraisable)
+
+    sys.unraisablehook = hook
+    yield
+    sys.unraisablehook = before
 
 
 @contextlib.contextmanager

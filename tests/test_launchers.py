@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -85,6 +86,17 @@ def test_another_method_comes_with_its_settings(of_file, tmp_path):
     assert config.objective.to_dict() == {"name": "dec"}
     assert config.centroids.n_iterations == (7 if of_file == "dec" else 1)
     assert config.seed == 4
+
+
+def test_a_damaged_checkpoint_has_a_sentence_and_no_traceback(workdir, tmp_path):
+    """Also none of reads that Orbax began and nobody waits for."""
+    copy = shutil.copytree(workdir, tmp_path / "run")
+    newest = max((copy / "checkpoints").iterdir(), key=lambda p: int(p.name))
+    (newest / "model" / "array_metadatas" / "process_0").write_bytes(b"")
+    done = run("evaluate", "--workdir", str(copy), "--checkpoint", newest.name)
+    assert done.returncode == 2, done.stderr
+    assert f"checkpoint {newest} cannot be read: Failed" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_of_a_field_that_is_given_twice_the_last_value_holds(workdir):

@@ -205,7 +205,7 @@ def _groups(members: Sequence[Member]) -> list[list[Member]]:
                 member.go_back()
     groups: dict[int, list[Member]] = {}
     for member in members:
-        groups.setdefault(member.epoch if member in begun else -1, []).append(member)
+        groups.setdefault(member.epoch, []).append(member)
     return apart + [groups[place] for place in sorted(groups, reverse=True)]
 
 
