@@ -45,12 +45,11 @@ def last_of_each(argv: Sequence[str]) -> list[str]:
         name, equals, _ = argv[index].partition("=")
         field = name.lstrip("-")
         if name.startswith("-") and field.startswith("config."):
-            if field in later:
-                if not equals and kept and kept[-1].startswith("("):
-                    kept.pop()  # Its value, which stands apart.
-                    continue
-                if equals:
-                    continue
+            apart = not equals and bool(kept) and not kept[-1].startswith("-")
+            if field in later and (equals or apart):
+                if apart:
+                    kept.pop()  # Its value.
+                continue
             later.add(field)
         kept.append(argv[index])
     return kept[::-1]

@@ -12,7 +12,7 @@ from jkmeans import configuration, training
 from jkmeans.comparison_tables import Row, headline, write_tables
 from jkmeans.configuration import Config
 from jkmeans.errors import CollapseError, UserError
-from jkmeans.fields import integer
+from jkmeans.fields import accepted_of, integer
 from jkmeans.interruption import Interruption
 from jkmeans.published import published_result
 from jkmeans.recorder import results_table
@@ -184,9 +184,9 @@ def _validated(config: Config, only: Sequence[str]) -> tuple[int, dict[str, Conf
         raise UserError(f"the config of a table {what}; accepted: n_seeds and runs")
     try:
         n_seeds = _N_SEEDS.convert(config.n_seeds)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError) as error:
         raise UserError(
-            f"config.n_seeds is {config.n_seeds!r}; accepted: {_N_SEEDS.accepted}"
+            f"config.n_seeds is {config.n_seeds!r}; accepted: {accepted_of(_N_SEEDS, error)}"
         ) from None
     if not isinstance(config.runs, ConfigDict) or not config.runs:
         raise UserError(f"config.runs is {_shown(config.runs)}; accepted: configs by names of rows")

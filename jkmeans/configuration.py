@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from jkmeans.augmentation import VIEWS
 from jkmeans.errors import UserError
-from jkmeans.fields import Field, TooLargeError, boolean, choice, integer, integers, number, text
+from jkmeans.fields import Field, accepted_of, boolean, choice, integer, integers, number, text
 from jkmeans.kmeans import INITIALIZATIONS
 from jkmeans.methods import METHODS, method_spec
 from jkmeans.networks import INITIALIZERS, NETWORKS
@@ -171,9 +171,8 @@ def convert_fields(config: Config, fields: Mapping[str, Field]) -> dict[str, Any
         try:
             values[name] = field.convert(given[name])
         except (TypeError, ValueError, OverflowError) as error:
-            accepted = str(error) if isinstance(error, TooLargeError) else field.accepted
             raise UserError(
-                f"config.{name} is {_shown(given[name])}; accepted: {accepted}"
+                f"config.{name} is {_shown(given[name])}; accepted: {accepted_of(field, error)}"
             ) from None
     return values
 

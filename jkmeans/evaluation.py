@@ -38,7 +38,7 @@ from jkmeans.sharding import (
     to_host,
 )
 from jkmeans.whole_files import write_arrays, write_json
-from jkmeans.workdir import CHECKPOINT_FOLDER
+from jkmeans.workdir import CENTROIDS_FILE, CHECKPOINT_FOLDER, folders_of_seeds
 
 EVALUATION_FILE = "evaluation.json"
 _FAR = 10.0  # Times the mean squared distance in training: other units, or other things.
@@ -89,10 +89,17 @@ class TrainedModel(NamedTuple):
     mean_distance: float | None
 
 
-_WORKDIRS = (
-    "a --workdir of experiments.train, or, to predict into an --output that is a folder, a "
-    "finished one of experiments.cluster"
-)
+def _accepted(workdir: Path) -> str:
+    """What to give in place of a folder that is not that of one run."""
+    seeds = folders_of_seeds(workdir)
+    if seeds:
+        return f"one of the folders of its seeds, such as {seeds[0]}"
+    if (workdir / CENTROIDS_FILE).exists():
+        return (
+            "a --workdir of experiments.train; this one is of experiments.cluster, with which "
+            "experiments.predict writes into a folder"
+        )
+    return "a --workdir of experiments.train"
 
 
 def load_model(
@@ -127,7 +134,8 @@ def _candidates(checkpoints: Checkpoints, wanted: str) -> list[int]:
     positions = checkpoints.positions()
     if not positions:
         raise UserError(
-            f"{checkpoints.folder.parent} holds no checkpoint of a network; accepted: {_WORKDIRS}"
+            f"{checkpoints.folder.parent} holds no checkpoint of a network; accepted: "
+            f"{_accepted(checkpoints.folder.parent)}"
         )
     if wanted == "latest":
         return positions[::-1]
@@ -152,7 +160,7 @@ def _restore(checkpoints: Checkpoints, position: int, mesh) -> TrainedModel:
     if not {"config", "data", "results"} <= record.keys():
         raise UserError(
             f"{checkpoints.folder.parent} holds checkpoints, but not of a network; accepted: "
-            f"{_WORKDIRS}"
+            f"{_accepted(checkpoints.folder.parent)}"
         )
     config = configuration.from_json(record["config"])
     n_pretrain = config.training.n_pretrain_epochs

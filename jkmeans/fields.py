@@ -20,7 +20,12 @@ class Field(NamedTuple):
 
 
 class TooLargeError(ValueError):
-    """A value above a bound that ``accepted`` does not name; the message is what is accepted."""
+    """A value above a bound that ``accepted`` need not name; the message is what is accepted."""
+
+
+def accepted_of(field: Field, error: Exception) -> str:
+    """What to say is accepted, where the conversion of a value raised this error."""
+    return str(error) if isinstance(error, TooLargeError) else field.accepted
 
 
 def integer(least: int, meaning: str, most: int = 2**31 - 1) -> Field:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
+import secrets
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
@@ -38,7 +41,7 @@ def whole_file(path: Path) -> Iterator[IO[bytes]]:
     Args:
       path: of the file, in a folder that exists.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
         with open(temporary, "wb") as file:
             yield file
@@ -46,6 +49,13 @@ def whole_file(path: Path) -> Iterator[IO[bytes]]:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Removes what `whole_file` left in a folder where it was killed; nobody may be writing."""
+    for path in folder.glob(".*.*"):
+        if re.fullmatch(r"\..+\.[0-9a-f]{8}", path.name):
+            path.unlink(missing_ok=True)
 
 
 def write_whole(path: Path, content: bytes) -> None:
@@ -83,9 +93,13 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
     Raises:
       one of `UNREADABLE`: there is no such file, or it is damaged.
     """
-    # A file of our own, for NumPy leaves one that is damaged open.
-    with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
-        return dict(arrays)
+    try:
+        # A file of our own, for NumPy leaves one that is damaged open.
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
+            return dict(arrays)
+    except (SyntaxError, tokenize.TokenError, MemoryError) as error:
+        # Of a header of an array that makes no sense, or asks for more than there is.
+        raise ValueError(f"{type(error).__name__}: {error}") from error
 
 
 def _plain(value: Any) -> Any:

@@ -12,12 +12,14 @@ from typing import Any
 import jkmeans
 from jkmeans import processes
 from jkmeans.errors import UserError
-from jkmeans.whole_files import write_json
+from jkmeans.whole_files import remove_leftovers, write_json
 
 CONFIG_FILE = "config.json"
 """What a run, a job or an experiment begins with."""
 RESULTS_FILE = "results.json"
 CHECKPOINT_FOLDER = "checkpoints"
+CENTROIDS_FILE = "centroids.npy"
+"""Of experiments.cluster, and beside predictions."""
 REPORT_FOLDER = "report"
 LOCK_FILE = ".lock"
 
@@ -65,6 +67,11 @@ def claim(
         )
 
 
+def folders_of_seeds(workdir: Path) -> list[Path]:
+    """The folders of the runs of several seeds, of which there are none in the folder of one."""
+    return sorted(path.parent for path in workdir.glob(f"seed_*/{CONFIG_FILE}"))
+
+
 @contextlib.contextmanager
 def usable(workdir: Path) -> Iterator[None]:
     """What of a workdir cannot be read or written, as a `UserError`."""
@@ -97,6 +104,7 @@ def only_process_in(workdir: Path) -> Iterator[None]:
                 raise UserError(
                     f"another process is running in {workdir}; accepted: another --workdir, or wait"
                 ) from None
+            remove_leftovers(workdir)
 
         processes.together(lock)
         yield

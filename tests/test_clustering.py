@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -362,17 +363,26 @@ def test_other_memory_when_a_job_goes_on(fog, tmp_path, monkeypatch, capfd):
         patch.setattr(stream, "_line", stop)
         with pytest.raises(Interrupted):
             cluster(streamed, tmp_path / "w")
+    shutil.copytree(tmp_path / "w", tmp_path / "copy")
     # Where memory decides, a job goes on as it began; to the same bits.
     automatic = make_config(**changes, memory_mebibytes=0)
     capfd.readouterr()
     assert cluster(automatic, tmp_path / "w")["inertia"] == whole["inertia"]
     assert "streamed to 2 × cpu" in capfd.readouterr().err
+    # Where the user decides, that holds, and is said.
+    more = make_config(**changes, memory_mebibytes=100)
+    assert cluster(more, tmp_path / "copy")["inertia"] == pytest.approx(whole["inertia"], rel=1e-5)
+    assert "the rows have room in memory now" in capfd.readouterr().err
     # What began in memory and has no room any more begins anew, and says so.
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "state.npz").write_bytes(b"")
     (tmp_path / "other" / "config.json").write_bytes((tmp_path / "w/config.json").read_bytes())
     assert cluster(streamed, tmp_path / "other")["inertia"] == whole["inertia"]
     assert "the rows have no room in memory now" in capfd.readouterr().err
+    # The checkpoints of a job that cannot have streamed are those of something else.
+    other = make_config(**changes, empty="keep")
+    with pytest.raises(UserError, match="holds a job with another config: empty is"):
+        cluster(other, tmp_path / "w")
 
 
 @pytest.mark.slow

@@ -512,7 +512,7 @@ def test_an_output_of_other_files_is_left_as_it_is(run, many, tmp_path):
     # Of the same names, sizes and times, too, as archives and copies leave them.
     shutil.copytree(folder, tmp_path / "copy")
     with pytest.raises(
-        UserError, match=r"files in .*, and --input is in .*copy; accepted: the sam"
+        UserError, match=r"files in .*, and --input has those in .*copy; accepted: "
     ):
         predict_files(run, str(tmp_path / "copy"), str(out))
     np.save(folder / "other.npy", rows[0])
@@ -527,11 +527,14 @@ def test_files_that_moved_go_on_where_the_plan_says_so(run, many, tmp_path):
     before = predict_files(run, str(folder), str(out))
     moved = folder.rename(tmp_path / "moved")
     plan = json.loads((out / "plan.json").read_text())
-    (out / "plan.json").write_text(json.dumps(plan | {"input": str(moved)}))
-    assert predict_files(run, str(moved), str(out)) == before
+    (tmp_path / "link").symlink_to(moved)
+    for place in (str(moved), f"{moved}/", str(tmp_path / "link")):
+        (out / "plan.json").write_text(json.dumps(plan | {"input": place}))
+        assert predict_files(run, str(moved), str(out)) == before
     # A folder of before there was such an entry.
     (out / "plan.json").write_text(json.dumps({k: v for k, v in plan.items() if k != "input"}))
     assert predict_files(run, str(moved), str(out)) == before
+    assert json.loads((out / "plan.json").read_text()) == plan | {"input": str(moved)}
 
 
 def test_merged_files_of_other_rows_do_not_stay(run, many, tmp_path, capsys):

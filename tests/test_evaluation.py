@@ -170,6 +170,9 @@ def test_no_run(tmp_path):
         UserError, match=r"checkpoints, but not of a network; accepted: a --workdir"
     ):
         evaluation.load_model(tmp_path / "stream")
+    (tmp_path / "stream" / "centroids.npy").write_bytes(b"")
+    with pytest.raises(UserError, match=r"this one is of experiments\.cluster"):
+        evaluation.load_model(tmp_path / "stream")
     with pytest.raises(UserError, match="holds no checkpoint"):
         evaluation.evaluate(tmp_path)
 

@@ -112,10 +112,16 @@ def test_of_a_field_that_is_given_twice_the_last_value_holds(workdir):
         "2",
     ]
     assert last_of_each(given) == ["p", "--config=f", "--config.a=()", "--config.b", "2"]
+    for earlier in ("8,8", "[8]", " (8,)", "a"):
+        assert last_of_each(["p", "--config.a", earlier, "--config.a=9"]) == ["p", "--config.a=9"]
     apart = ["p", "--config.a", "(1,)", "--config.a", "(2,)", "--workdir", "w", "--workdir", "v"]
     assert last_of_each(apart) == ["p", *apart[3:]]
     # Not values of the same field: an element, a switch.
-    for kept in (["--config.a=(1,)", "--config.a[0]=2"], ["--noconfig.c", "--config.c"]):
+    for kept in (
+        ["--config.a=(1,)", "--config.a[0]=2"],
+        ["--noconfig.c", "--config.c"],
+        ["--config.d", "-1", "--config.d", "2"],
+    ):
         assert last_of_each(kept) == kept
 
 

@@ -1,7 +1,9 @@
 """Several seeds in one program are the runs that each of them would be."""
 
 import json
+import os
 import shutil
+import signal
 import time
 
 import numpy as np
@@ -14,6 +16,7 @@ from jkmeans.interruption import Interrupted
 from jkmeans.methods import with_method
 from jkmeans.recorder import read_metrics
 from jkmeans.training import seeds
+from jkmeans.training import side_by_side as side_by_side_module
 from tests import tiny
 from tests.test_training import stop_in_third_epoch
 
@@ -280,6 +283,24 @@ def test_a_last_seed_that_is_too_large_is_refused_before_the_first_trains(tmp_pa
     assert not (tmp_path / "w").exists()
 
 
+@pytest.mark.slow
+def test_a_stop_at_the_very_end_is_heard(tmp_path, monkeypatch):
+    finish = side_by_side_module.SideBySide._finish
+
+    def stop(self, *arguments):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return finish(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(side_by_side_module.SideBySide, "_finish", stop)
+        with pytest.raises(Interrupted):
+            side_by_side(tmp_path, tiny.config(), n_seeds=2)
+    assert not (tmp_path / "seeds.json").exists()
+    before = files(tmp_path / "seed_4")
+    side_by_side(tmp_path, tiny.config(), n_seeds=2)
+    assert files(tmp_path / "seed_4") == before
+
+
 def test_folders_of_one_run_and_of_several_are_not_mixed(tmp_path):
     one, several = tmp_path / "one", tmp_path / "several"
     for folder in (one, several / "seed_3"):
@@ -293,6 +314,12 @@ def test_folders_of_one_run_and_of_several_are_not_mixed(tmp_path):
         alone(several, tiny.config(), 3)
     assert [path.name for path in one.iterdir()] == ["config.json"]
     assert [path.name for path in several.iterdir()] == ["seed_3"]
+    with pytest.raises(UserError, match=r"accepted: one of the folders of its seeds, .*/seed_3"):
+        evaluation.load_model(several)
+    # Where both are, of before that was refused, the one run goes on.
+    shutil.copytree(several / "seed_3", one / "seed_3")
+    with pytest.raises(UserError, match=r"is not the config of a run"):
+        alone(one, tiny.config(), 3)
 
 
 def test_fed_examples_are_refused(tmp_path):

@@ -1,5 +1,6 @@
 """Files are there when they are whole, or as they were."""
 
+import contextlib
 import json
 import os
 
@@ -9,6 +10,7 @@ import pytest
 from jkmeans.whole_files import (
     UNREADABLE,
     read_arrays,
+    remove_leftovers,
     whole_file,
     write_array,
     write_arrays,
@@ -88,6 +90,30 @@ def test_what_reading_a_damaged_file_raises_is_named(tmp_path, damage):
         np.savez(path, a=np.array([{}], dtype=object))
     with pytest.raises(UNREADABLE):
         read_arrays(path)
+
+
+def test_every_byte_of_a_header_may_be_wrong(tmp_path):
+    path = tmp_path / "arrays.npz"
+    write_arrays(path, {"a": np.arange(3.0)})
+    whole = path.read_bytes()
+    for i in range(200):
+        for byte in (0, 0x36, 0xFF):
+            path.write_bytes(whole[:i] + bytes([byte]) + whole[i + 1 :])
+            with contextlib.suppress(*UNREADABLE):
+                read_arrays(path)
+
+
+def test_what_a_kill_left_is_removed(tmp_path):
+    with contextlib.suppress(ZeroDivisionError), whole_file(tmp_path / "labels.npy"):
+        (left,) = tmp_path.iterdir()
+        left.rename(tmp_path / "kept")
+        raise ZeroDivisionError
+    (tmp_path / "kept").rename(left)
+    others = [".lock", ".hidden.txt", "labels.npy", ".labels.npy.12345678.x", "a.deadbeef"]
+    for name in others:
+        (tmp_path / name).write_text("")
+    remove_leftovers(tmp_path)
+    assert sorted(os.listdir(tmp_path)) == sorted(others)
 
 
 def test_objects_are_refused(tmp_path):

@@ -15,7 +15,7 @@ import numpy as np
 from jkmeans import kmeans, processes, sharded
 from jkmeans.clustering.folder import STATE_FILE, State, write_npy
 from jkmeans.clustering.found import Found, refuse_overflow
-from jkmeans.clustering.session import Session
+from jkmeans.clustering.session import Session, began_streamed
 from jkmeans.recorder import format_duration
 from jkmeans.sharding import REPLICATED, to_host
 
@@ -50,6 +50,11 @@ class _Fit:
 
     def execute(self) -> Found:
         session, config, state = self._session, self._config, self._state
+        if processes.on_first(lambda: began_streamed(session.workdir)):
+            session.progress.say(
+                "the rows have room in memory now: they are clustered there from the first restart "
+                "on, and what was found streamed stays as it is"
+            )
         if state.restart or state.n_iter:
             session.progress.say(
                 f"going on after iteration {state.n_iter} of restart {state.restart + 1}"
@@ -78,7 +83,7 @@ class _Fit:
         session, config, state = self._session, self._config, self._state
         if state.centroids is None:
             session.progress.update(f"choosing the first {self._k:,} centroids by {config.init}")
-            # As where rows are streamed: the same first centroids, whatever has room.
+            # As where rows are streamed: k-means‖ and a sample begin with the same centroids.
             key = jax.random.fold_in(session.key(2), state.restart)
             chosen = self._run(_initialize, key, n_clusters=self._k, init=config.init)
             state.centroids = np.asarray(chosen)

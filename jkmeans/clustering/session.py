@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 
 from jkmeans import datasets, processes, selection, sharded
 from jkmeans.clustering.data import Data, fits_into_memory, pick_rows, read_all
+from jkmeans.clustering.folder import STATE_FILE
 from jkmeans.clustering.progress import Progress
 from jkmeans.configuration import Config
 from jkmeans.errors import UserError
@@ -21,10 +22,12 @@ from jkmeans.interruption import Interruption
 from jkmeans.workdir import CHECKPOINT_FOLDER, usable
 
 
-def _has_checkpoints(workdir: Path) -> bool:
+def began_streamed(workdir: Path) -> bool:
+    """Whether a job has saved what it found streamed, and nothing of what it found in memory."""
     with usable(workdir):
         folder = workdir / CHECKPOINT_FOLDER
-        return folder.is_dir() and any(path.name.isdecimal() for path in folder.iterdir())
+        streamed = folder.is_dir() and any(path.name.isdecimal() for path in folder.iterdir())
+        return streamed and not (workdir / STATE_FILE).exists()
 
 
 class Session:
@@ -55,9 +58,11 @@ class Session:
         self._root_key = jax.random.key(config.seed)
         self.rows = None
         fits = fits_into_memory(data.source, mesh, config.memory_mebibytes)
+        may_stream = config.empty == "farthest" and not config.deterministic
         # What began streamed goes on so where memory decides, and not the user.
-        streamed = processes.on_first(lambda: _has_checkpoints(workdir))
-        if fits and (config.memory_mebibytes or not streamed):
+        if may_stream and not config.memory_mebibytes:
+            fits &= not processes.on_first(lambda: began_streamed(workdir))
+        if fits:
             self.rows = processes.together(lambda: read_all(data.source, mesh, self.blocks))
         if self.rows is None and config.empty != "farthest":
             raise UserError(

@@ -19,7 +19,7 @@ from jkmeans.configuration import (
     text,
 )
 from jkmeans.errors import UserError
-from jkmeans.fields import texts
+from jkmeans.fields import TooLargeError, texts
 
 NAMED = tuple(name for name in datasets.NAMES if name != "npy")
 """Data sets that an input can name; other inputs are paths."""
@@ -31,7 +31,9 @@ def _convert_n_clusters(value: Any) -> str:
         raise TypeError
     if value == AUTO:
         return AUTO
-    if not 1 <= int(value) < 2**31:
+    if int(value) >= 2**31:
+        raise TooLargeError(f"an integer from 1 to {2**31 - 1}, or auto")
+    if int(value) < 1:
         raise ValueError
     return str(int(value))
 

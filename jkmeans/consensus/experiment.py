@@ -25,7 +25,7 @@ from jkmeans.experiment_folder import claim_config
 from jkmeans.fields import Field, choice, integer, number, text, words
 from jkmeans.interruption import Interruption
 from jkmeans.recorder import format_duration
-from jkmeans.whole_files import UNREADABLE, read_arrays, write_arrays, write_json
+from jkmeans.whole_files import UNREADABLE, read_arrays, remove_leftovers, write_arrays, write_json
 from jkmeans.workdir import RESULTS_FILE, only_process_in
 
 CASES_FOLDER = "cases"
@@ -128,6 +128,7 @@ def _task_module(name: str) -> Any:
 
 def _compute(task: Task, folder: Path, interruption: Interruption) -> dict[str, Arrays]:
     folder.mkdir(exist_ok=True)
+    remove_leftovers(folder)
     found = {case.name: _read(folder, case) for case in task.cases}
     todo = [case for case in task.cases if found[case.name] is None]
     begun = time.monotonic()

@@ -15,8 +15,7 @@ from jkmeans import evaluation, kmeans, sharded
 from jkmeans.clustering import SUMMARY_FILE
 from jkmeans.errors import UserError
 from jkmeans.sharding import REPLICATED, SHARDED, data_parallel, make_mesh, read_to_devices
-
-CENTROIDS_FILE = "centroids.npy"
+from jkmeans.workdir import CENTROIDS_FILE
 
 
 class Predictor(NamedTuple):

@@ -29,12 +29,12 @@ from jkmeans.dispatch.master import Part, Shard
 from jkmeans.errors import UserError
 from jkmeans.streaming.outputs import npy_file
 from jkmeans.whole_files import write_json
+from jkmeans.workdir import CENTROIDS_FILE
 
 PLAN_FILE = "plan.json"
 JOURNAL_FILE = "journal.jsonl"
 MANIFEST_FILE = "manifest.json"
 PARTS_FOLDER = "parts"
-CENTROIDS_FILE = "centroids.npy"
 
 
 # Parts, as workers write them
@@ -285,11 +285,12 @@ def claim(folder: Path, plan: Mapping[str, Any], files: Iterable[str]) -> dict[s
                 f"{shard_rows:,} rows; accepted: {shard_rows}, 0, or another --output"
             )
         # Files of one name, size and time are taken for the same, so they must be in one place.
-        if there.get("input", plan["input"]) != plan["input"]:
+        before = there.get("input", plan["input"])
+        if Path(before).expanduser().resolve() != Path(plan["input"]):
             raise UserError(
-                f"{folder} holds predictions for the files in {there['input']}, and --input is in "
-                f"{plan['input']}; accepted: the same --input, or another --output (where the "
-                f"files have only moved, their new place in {path})"
+                f"{folder} holds predictions for the files in {before}, and --input has those in "
+                f"{plan['input']}; accepted: the same --input, or another --output (if the files "
+                f'have only moved, write "input": "{plan["input"]}" into {path})'
             )
         done = {record["shard"].file for record in records if "part" in record}
         if done.isdisjoint(files):
@@ -298,6 +299,8 @@ def claim(folder: Path, plan: Mapping[str, Any], files: Iterable[str]) -> dict[s
                 f"{folder} holds predictions for {min(done)}{more}, and --input has none of that; "
                 "accepted: the same input, with files more or less, or another --output"
             )
+        if "input" not in there:  # A folder of before it was noted.
+            write_json(path, there | {"input": plan["input"]})
         return there
     mine = {name: plan[name] for name in ("model", "described", "columns", "input")}
     mine["shard_rows"] = plan["shard_rows"] or plan["default_shard_rows"]

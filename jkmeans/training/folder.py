@@ -11,10 +11,7 @@ import numpy as np
 from jkmeans import configuration, datasets
 from jkmeans.configuration import Config
 from jkmeans.errors import UserError
-from jkmeans.workdir import CHECKPOINT_FOLDER, CONFIG_FILE, claim, usable
-
-SEEDS_FILE = "seeds.json"
-"""What the runs of several seeds leave in the folder of their folders."""
+from jkmeans.workdir import CHECKPOINT_FOLDER, CONFIG_FILE, claim, folders_of_seeds, usable
 
 
 def claim_workdir(workdir: Path, config: Config) -> None:
@@ -25,8 +22,9 @@ def claim_workdir(workdir: Path, config: Config) -> None:
         be written.
     """
     with usable(workdir):
-        several = (workdir / SEEDS_FILE).exists() or any(workdir.glob(f"seed_*/{CONFIG_FILE}"))
-        lost = (workdir / CHECKPOINT_FOLDER).exists() and not (workdir / CONFIG_FILE).exists()
+        new = not (workdir / CONFIG_FILE).exists()
+        lost = new and (workdir / CHECKPOINT_FOLDER).exists()
+        several = new and bool(folders_of_seeds(workdir))
     if several:
         raise UserError(
             f"{workdir} holds the runs of several seeds, each in a folder of its own; accepted: "

@@ -111,6 +111,10 @@ class Run:
             index=place(index, self.mesh, SHARDED),
         )
 
+    def forget_rows(self) -> None:
+        """Gives the room of the examples on the devices back."""
+        vars(self).pop("rows", None)
+
     @functools.cached_property
     def feeder(self) -> HostFeeder:
         """Feeds examples that stay on the host."""
@@ -242,6 +246,7 @@ class Run:
         order = to_host(self.compiled("order", state))[int(state.step) :]
         order = place(order, self.mesh, BY_STEP)
         state = self.compiled("steps", state, self.rows, order, None, clustering=clustering)
+        self._await(state.step)  # One program at a time: see docs/architecture.md, "Fake devices".
         return self._finish_epoch(state, clustering)
 
     def _finish_epoch(self, state: TrainState, clustering: bool):

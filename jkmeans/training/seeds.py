@@ -23,11 +23,13 @@ from jkmeans.sharding import (
     make_mesh,
 )
 from jkmeans.training import conclusion, train_and_evaluate
-from jkmeans.training.folder import SEEDS_FILE, claim_workdir, refuse_one_run
+from jkmeans.training.folder import claim_workdir, refuse_one_run
 from jkmeans.training.run import Run
 from jkmeans.training.side_by_side import Member, SideBySide
 from jkmeans.whole_files import write_json
 from jkmeans.workdir import CHECKPOINT_FOLDER, only_process_in
+
+SEEDS_FILE = "seeds.json"
 
 
 def train_seeds(config: Config, workdir: str | os.PathLike, n_seeds: int) -> dict[str, Any]:
@@ -53,7 +55,7 @@ def train_seeds(config: Config, workdir: str | os.PathLike, n_seeds: int) -> dic
             f"config.n_seeds is {config.n_seeds}, and seeds side by side are trained by "
             "experiments.train; accepted: 1, with --n_seeds"
         )
-    refuse_one_run(workdir)
+    processes.on_first(lambda: refuse_one_run(workdir))
     ones = [_of_seed(config, config.seed + i) for i in range(n_seeds)]
     results = [train_and_evaluate(one, workdir / f"seed_{one.seed}") for one in ones]
     return summarize(results, workdir)
@@ -171,7 +173,10 @@ class _Seeds:
         else:
             print(f"training seeds {_listed(seeds)} from epoch {group[0].epoch} on")
             if len(seeds) == 1:
-                results = [group[0].run.execute(group[0].checkpoints)]
+                (member,) = group
+                member.state = None  # It is restored again, and takes room on the devices.
+                results = [member.run.execute(member.checkpoints)]
+                member.run.forget_rows()
             else:
                 config = self.config.copy_and_resolve_references()
                 config.n_seeds = len(seeds)
@@ -189,9 +194,7 @@ def _groups(members: Sequence[Member]) -> list[list[Member]]:
     that have not begun. Side by side there are whole epochs only, so that a seed which stopped
     within one, in a run of its own, goes on alone.
     """
-    apart = [[member] for member in members if member.within_epoch]
-    members = [member for member in members if not member.within_epoch]
-    begun = [member for member in members if member.state is not None]
+    begun = [m for m in members if m.state is not None and not m.within_epoch]
     while len({member.epoch for member in begun}) > 1:
         n_steps = begun[0].run.n_steps
         whole = ({p for p in m.checkpoints.positions() if p % n_steps == 0} for m in begun)
@@ -203,10 +206,11 @@ def _groups(members: Sequence[Member]) -> list[list[Member]]:
             # It was damaged, and is out of the way now.
             for member in begun:
                 member.go_back()
-    groups: dict[int, list[Member]] = {}
+    groups: dict[tuple[int, int], list[Member]] = {}
     for member in members:
-        groups.setdefault(member.epoch, []).append(member)
-    return apart + [groups[place] for place in sorted(groups, reverse=True)]
+        place = member.epoch, member.seed if member.within_epoch else -1
+        groups.setdefault(place, []).append(member)
+    return [groups[place] for place in sorted(groups, reverse=True)]
 
 
 def _listed(seeds: Iterable[int]) -> str:

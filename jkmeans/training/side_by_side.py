@@ -182,6 +182,9 @@ class SideBySide:
                 interruption.leave()
         results, ones = self._finish(state, seconds)
         self._save(ones, seconds, [None] * len(ones), results)
+        if interruption.requested:
+            recorder.say("trained and saved; the same command reports it")
+            interruption.leave()
         for run, one, found in zip(self.runs, ones, results, strict=True):
             with silence():
                 conclusion.report(run, one, found)

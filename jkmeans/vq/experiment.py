@@ -39,7 +39,14 @@ from jkmeans.vq.figures import (
 )
 from jkmeans.vq.simulation import Setting, run
 from jkmeans.vq.steps import STEPS
-from jkmeans.whole_files import UNREADABLE, read_arrays, write_arrays, write_json, write_whole
+from jkmeans.whole_files import (
+    UNREADABLE,
+    read_arrays,
+    remove_leftovers,
+    write_arrays,
+    write_json,
+    write_whole,
+)
 from jkmeans.workdir import RESULTS_FILE, only_process_in
 
 SIMULATIONS_FOLDER = "simulations"
@@ -189,6 +196,7 @@ class _Experiment:
 
     def execute(self, interruption: Interruption) -> dict[str, Any]:
         self.folder.mkdir(exist_ok=True)
+        remove_leftovers(self.folder)
         # Seed by seed, so that an experiment cut short has something of every figure.
         todo = [
             (setting, seed)
