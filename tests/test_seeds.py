@@ -15,7 +15,7 @@ from jkmeans.errors import CollapseError, UserError
 from jkmeans.interruption import Interrupted
 from jkmeans.methods import with_method
 from jkmeans.recorder import read_metrics
-from jkmeans.training import seeds
+from jkmeans.training import collapse, seeds
 from jkmeans.training import side_by_side as side_by_side_module
 from tests import tiny
 from tests.test_training import stop_in_third_epoch
@@ -200,13 +200,14 @@ def test_more_seeds_than_one_train_together(tmp_path):
 @pytest.mark.parametrize(
     ("lost", "damaged", "trained"),
     [
-        # Of seeds 3 and 4, the numbers of their newest checkpoints that are gone, and that of a
-        # checkpoint of seed 4 that is damaged.
-        ((1, 1), 0, "nothing"),
-        ((1, 2), 0, "together"),
-        ((1, 1), 2, "together"),
-        ((1, 4), 0, "apart"),
-        ((1, 4), 0, "apart, though they once were together"),
+        # Of seeds 3 and 4, the numbers of their newest checkpoints that are gone; a seed, and the
+        # number of its checkpoint, from the newest on, that is damaged.
+        ((1, 1), (0, 0), "nothing"),
+        ((1, 2), (0, 0), "together"),
+        ((1, 1), (4, 2), "together"),
+        ((1, 2), (3, 3), "apart, for what they had together is damaged"),
+        ((1, 4), (0, 0), "apart"),
+        ((1, 4), (0, 0), "apart, though they once were together"),
     ],
 )
 def test_seeds_that_stopped_at_different_places(lost, damaged, trained, tmp_path, capfd):
@@ -217,15 +218,15 @@ def test_seeds_that_stopped_at_different_places(lost, damaged, trained, tmp_path
         newest = sorted(map(int, (p.name for p in folder.iterdir() if p.name.isdecimal())))
         for position in newest[-n_lost:]:
             shutil.rmtree(folder / str(position))
-        if seed == 4 and damaged:
-            damage(folder / str(newest[-damaged]))
-        if trained.startswith("apart") and seed == 3:
+        if seed == damaged[0]:
+            damage(folder / str(newest[-damaged[1]]))
+        if trained in ("apart", "apart, though they once were together") and seed == 3:
             for position in newest[1 if "once" in trained else 0 : -2]:
                 shutil.rmtree(folder / str(position))
     again = side_by_side(tmp_path, kept(), n_seeds=2)
     said = capfd.readouterr()
     assert ("training seeds" in said.out) == trained.startswith("apart")
-    assert ("going back to the one before" in said.err + said.out) == bool(damaged)
+    assert ("going back to the one before" in said.err + said.out) == any(damaged)
     rtol = 1e-4 if trained.startswith("apart") else 0
     np.testing.assert_allclose(again["inertia"]["values"], whole["inertia"]["values"], rtol=rtol)
     for seed in (3, 4):
@@ -281,6 +282,27 @@ def test_a_last_seed_that_is_too_large_is_refused_before_the_first_trains(tmp_pa
     with pytest.raises(UserError, match=sentence):
         side_by_side(tmp_path / "w", config, n_seeds=2, seed=2**31 - 1)
     assert not (tmp_path / "w").exists()
+
+
+@pytest.mark.slow
+def test_seeds_of_which_one_is_pretrained_begin_together(tmp_path, monkeypatch):
+    """No seed takes up a network unless all do; the first clusters of each are looked at."""
+    by_descent = {"training__optimizer": "sgd", "training__clustering_optimizer": "sgd"}
+    config = tiny.config(**by_descent, training__learning_rate=0.1)
+    whole = side_by_side(tmp_path / "whole", config.copy_and_resolve_references(), n_seeds=2)
+    config.training.pretrained_folder = str(tmp_path / "networks")
+    alone(tmp_path / "alone", config, 4)
+    looked_at = []
+    check = collapse.check_pretrained
+
+    def note(config, workdir, found):
+        looked_at.append(workdir.name)
+        check(config, workdir, found)
+
+    monkeypatch.setattr(collapse, "check_pretrained", note)
+    found = side_by_side(tmp_path / "w", config, n_seeds=2)
+    assert found["inertia"] == whole["inertia"]
+    assert looked_at == ["seed_3", "seed_4"]
 
 
 @pytest.mark.slow
