@@ -16,7 +16,6 @@ import logging
 import os
 import shutil
 import sys
-import textwrap
 import time
 import warnings
 import zlib
@@ -394,7 +393,8 @@ def _damage(folder: Path) -> Iterator[None]:
             error.__traceback__ = None
             gc.collect()
         words = error.args[0] if isinstance(error, KeyError) and error.args else error
-        reason = textwrap.shorten(str(words), 200, placeholder=" …") or type(error).__name__
+        reason = " ".join(str(words).split()) or type(error).__name__
+        reason = reason if len(reason) <= 200 else f"{reason[:200]}…"
         raise DamagedError(f"checkpoint {folder} cannot be read: {reason}") from error
 
 
