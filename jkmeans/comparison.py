@@ -16,6 +16,7 @@ from jkmeans.fields import accepted_of, integer
 from jkmeans.interruption import Interruption
 from jkmeans.published import published_result
 from jkmeans.recorder import results_table
+from jkmeans.training.folder import refuse_other_kinds
 from jkmeans.whole_files import write_json
 from jkmeans.workdir import CONFIG_FILE, RESULTS_FILE
 
@@ -57,6 +58,7 @@ def compare(
     """
     n_seeds, configs = _validated(config, only)
     workdir = Path(workdir).absolute()
+    refuse_other_kinds(workdir, "table")
     runs = _runs_of(configs, n_seeds, workdir)
     chosen = [run for run in runs if not only or run.name in only]
     for run in chosen:

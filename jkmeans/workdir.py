@@ -82,10 +82,14 @@ def usable(workdir: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def only_process_in(workdir: Path) -> Iterator[None]:
+def only_process_in(workdir: Path, called: str = "--workdir") -> Iterator[None]:
     """Holds the workdir against a second run, which would clean up the saves of the first.
 
     Of several processes that compute as one, process 0 holds it for all.
+
+    Args:
+      workdir: or another folder, which is there.
+      called: what the user calls it.
 
     Raises:
       UserError: another run has it.
@@ -102,7 +106,7 @@ def only_process_in(workdir: Path) -> Iterator[None]:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise UserError(
-                    f"another process is running in {workdir}; accepted: another --workdir, or wait"
+                    f"another process is running in {workdir}; accepted: another {called}, or wait"
                 ) from None
             remove_leftovers(workdir)
 

@@ -392,12 +392,63 @@ def test_a_file_that_is_cut_within_a_pass(path, x):
         ({"max_iter": -1}, ValueError, "max_iter=-1"),
         ({"tol": -1.0}, ValueError, "tol=-1"),
         ({"oversampling_factor": 0.1, "n_rounds": 1}, ValueError, "raise one of them"),
+        ({"oversampling_factor": 0}, ValueError, "oversampling_factor=0: expected a number above"),
+        ({"key": 0}, ValueError, r"key=0: expected a JAX random key"),
+        ({"n_clusters": 6.0}, ValueError, r"n_clusters=6\.0: expected an integer"),
+        ({"n_clusters": "6"}, ValueError, "n_clusters='6': expected an integer"),
+        ({"max_iter": 2.5}, ValueError, r"max_iter=2\.5: expected an integer"),
+        ({"n_init": 2.5}, ValueError, r"n_init=2\.5: expected an integer"),
+        ({"tol": "1"}, ValueError, "tol='1': expected a number"),
+        ({"chunk_rows": 0}, ValueError, "chunk_rows=0: expected an integer of at least 1"),
+        ({"chunk_rows": 2.5}, ValueError, r"chunk_rows=2\.5: expected an integer"),
+        ({"memory_budget": "1GiB"}, ValueError, "memory_budget='1GiB': expected bytes"),
+        ({"memory_budget": -1}, ValueError, "memory_budget=-1: expected bytes, more than 0"),
     ],
 )
 def test_bad_arguments(path, change, kind, message):
-    options = {"n_clusters": K, "chunk_rows": CHUNK} | change
+    options = {"key": KEY, "source": path, "n_clusters": K, "chunk_rows": CHUNK} | change
     with pytest.raises(kind, match=message):
-        fit_stream(KEY, path, **options)
+        fit_stream(**options)
+
+
+def test_a_folder_of_checkpoints_is_of_one_fit_at_a_time(path, x, tmp_path):
+    folder, seen = tmp_path / "checkpoints", []
+
+    def begin_another(now):
+        if not seen:
+            seen.append(now)
+            with pytest.raises(UserError, match=r"is running in .*; accepted: another che"):
+                fit_stream(KEY, path, K, init=x[:K], chunk_rows=16, checkpoint_folder=folder)
+
+    options = {"init": x[:K], "chunk_rows": 16, "checkpoint_folder": folder}
+    fit_stream(KEY, path, K, progress=begin_another, **options)
+    assert seen
+
+
+def test_outputs_never_replace_what_is_read(x, tmp_path):
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    file = folder / "x.npy"
+    np.save(file, x)
+    before = file.read_bytes()
+    for write in (predict_stream, transform_stream):
+        for source, output, message in (
+            (file, file, "which is the source itself"),
+            (str(file), folder / ".." / "rows" / "x.npy", "which is the source itself"),
+            (np.load(file, mmap_mode="r"), file, "which is the source itself"),
+            (folder, folder / "labels.npy", "which is in the source itself"),
+        ):
+            with pytest.raises(UserError, match=message):
+                write(source, x[:K], output)
+    output = tmp_path / "l.npy"
+    with pytest.raises(UserError, match=r"distances_path is .*, as is output_path"):
+        predict_stream(file, x[:K], output, distances_path=output)
+    with pytest.raises(UserError, match="the centroids have NaN or infinity"):
+        predict_stream(file, x[:K] * np.nan, output)
+    assert file.read_bytes() == before
+    assert sorted(tmp_path.iterdir()) == [folder]
+    predict_stream(file, x[:K], output, memory_budget=0.5 * 2**30)
+    assert len(np.load(output)) == len(x)
 
 
 # Checkpoints --------------------------------------------------------------------------------------

@@ -46,12 +46,13 @@ def cluster(config: Config, workdir: str | os.PathLike[str]) -> dict[str, Any]:
     processes.agree("the config", config.to_dict())
     workdir = Path(workdir).absolute()
     data = processes.together(lambda: open_data(config))
-    ks = config.sweep.n_clusters if config.n_clusters == AUTO else (int(config.n_clusters),)
-    if max(ks) > data.source.n_rows:
-        field = "sweep.n_clusters" if config.n_clusters == AUTO else "n_clusters"
+    auto, n_rows = config.n_clusters == AUTO, data.source.n_rows
+    most = max(config.sweep.n_clusters) if auto else int(config.n_clusters)
+    if most > n_rows and not (auto and n_rows < 3):  # The sweep says that it needs three.
+        about = f"sweep.n_clusters has {most} in it" if auto else f"n_clusters is {most}"
+        accepted = f"2 to {n_rows - 1:,}" if auto else f"1 to {n_rows:,}"
         raise UserError(
-            f"config.{field} is {max(ks)}, but {data.source.name} has {data.source.n_rows:,} rows; "
-            f"accepted: 1 to {data.source.n_rows:,}"
+            f"config.{about}, but {data.source.name} has {n_rows:,} rows; accepted: {accepted}"
         )
     if processes.count() > data.source.n_rows:
         raise UserError(

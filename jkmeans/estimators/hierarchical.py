@@ -177,13 +177,15 @@ class HierarchicalKMeans(CentroidEstimator):
           [n_samples] different row numbers, ascending.
 
         Raises:
-          ValueError: more rows are wanted than there are.
+          ValueError: it is no integer, or more rows are wanted than there are.
         """
         check_is_fitted(self)
+        if not isinstance(n_samples, Integral) or n_samples < 0:
+            raise ValueError(f"n_samples={n_samples!r}: expected an integer of at least 0")
         return balanced_sample(self.level_labels_, n_samples, check_random_state(random_state))
 
     def _sizes(self, n_rows: int) -> list[int]:
-        sizes = [self.n_clusters] if isinstance(self.n_clusters, Integral) else self.n_clusters
+        sizes = [self.n_clusters] if np.ndim(self.n_clusters) == 0 else self.n_clusters
         sizes = [int(size) if isinstance(size, Integral) else size for size in sizes]
         valid = sizes and all(isinstance(size, int) and size >= 1 for size in sizes)
         if not valid or sorted(sizes, reverse=True) != sizes:

@@ -201,6 +201,9 @@ def join(
     import jax
 
     seconds = int(max(30, started + join_seconds - time.monotonic()))
+    if hasattr(jax.config, "jax_enable_preemption_service"):
+        # It would hear SIGTERM in our place until a loop hears for itself, and nobody asks it.
+        jax.config.update("jax_enable_preemption_service", False)
     with _quiet():
         jax.distributed.initialize(
             place.coordinator,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from jkmeans import processes
 from jkmeans.checkpoints import Checkpoints, DamagedError
 from jkmeans.errors import UserError
 from jkmeans.streaming.passes import Partial, Picked
+from jkmeans.workdir import only_process_in
 
 _NAMES = {
     "data": "other data",
@@ -37,6 +39,7 @@ class FitCheckpoints:
     def __init__(self, folder: Path, options: dict[str, Any], seconds: float):
         # Two: should the newest be damaged, the one before it is used.
         self._checkpoints = Checkpoints(folder, keep=2)
+        self._folder = folder
         self._options = options
         self._seconds = seconds
         self._saved_at = time.monotonic()
@@ -44,11 +47,15 @@ class FitCheckpoints:
         self.finished = False
 
     def __enter__(self) -> FitCheckpoints:
-        self._checkpoints.__enter__()
+        with contextlib.ExitStack() as stack:
+            processes.on_first(lambda: self._folder.mkdir(parents=True, exist_ok=True))
+            stack.enter_context(only_process_in(self._folder, "checkpoint_folder"))
+            stack.enter_context(self._checkpoints)
+            self._exit = stack.pop_all()
         return self
 
     def __exit__(self, kind, error, trace) -> None:
-        self._checkpoints.__exit__(kind, error, trace)
+        self._exit.__exit__(kind, error, trace)
 
     def due(self) -> bool:
         """Whether it is time for the next one."""

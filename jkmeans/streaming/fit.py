@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,6 +29,7 @@ from jkmeans.streaming import passes, resident
 from jkmeans.streaming.checkpointing import FitCheckpoints
 from jkmeans.streaming.pipeline import (
     Feeder,
+    checked_sizes,
     computed_dtype,
     default_budget,
     rows_per_chunk,
@@ -150,7 +152,15 @@ def fit_stream(
     """
     source = open_source(source)
     weight_source = None if weights is None else open_weights(weights, source.n_rows)
-    _check_arguments(source, n_clusters, init, n_init, max_iter, tol)
+    numbers = {
+        "n_init": (n_init, 1),
+        "max_iter": (max_iter, 0),
+        "n_rounds": (n_rounds, 0),
+    }
+    _check_arguments(key, source, n_clusters, init, numbers, tol)
+    if not isinstance(oversampling_factor, Real) or not 0 < oversampling_factor < float("inf"):
+        raise ValueError(f"oversampling_factor={oversampling_factor!r}: expected a number above 0")
+    memory_budget, chunk_rows = checked_sizes(memory_budget, chunk_rows)
     mesh = make_mesh() if mesh is None else mesh
     budget = min(processes.gather(default_budget())) if memory_budget is None else memory_budget
     if chunk_rows is None:
@@ -208,8 +218,19 @@ def _uncommitted(key: jax.Array) -> jax.Array:
 
 
 def _check_arguments(
-    source: Source, n_clusters: int, init: Init, n_init: int, max_iter: int, tol: float
+    key: Any,
+    source: Source,
+    n_clusters: Any,
+    init: Init,
+    numbers: dict[str, tuple[Any, int]],
+    tol: Any,
 ) -> None:
+    if not hasattr(key, "dtype"):
+        raise ValueError(f"key={key!r}: expected a JAX random key, as jax.random.key(0)")
+    integers = numbers | {"n_clusters": (n_clusters, n_clusters)}
+    for name, (value, _) in integers.items():
+        if not isinstance(value, Integral) or isinstance(value, bool):
+            raise ValueError(f"{name}={value!r}: expected an integer")
     if source.n_rows >= 2**32:
         raise UserError(
             f"{source.name} has {source.n_rows:,} rows: accepted are at most {2**32 - 1:,}."
@@ -224,7 +245,9 @@ def _check_arguments(
             f"init={init!r}: expected an array, a function or one of "
             f"{', '.join(kmeans.INITIALIZATIONS)}"
         )
-    for name, value, least in (("n_init", n_init, 1), ("max_iter", max_iter, 0), ("tol", tol, 0)):
+    if not isinstance(tol, Real):
+        raise ValueError(f"tol={tol!r}: expected a number")
+    for name, (value, least) in {**numbers, "tol": (tol, 0)}.items():
         if not value >= least:
             raise ValueError(f"{name}={value}: expected at least {least}")
 

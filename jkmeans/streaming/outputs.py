@@ -33,6 +33,7 @@ from jkmeans.streaming import passes
 from jkmeans.streaming.pipeline import (
     Chunk,
     Feeder,
+    checked_sizes,
     computed_dtype,
     default_budget,
     refuse_not_finite,
@@ -85,6 +86,8 @@ def predict_stream(
     Raises:
       UserError: the source cannot be used, a file cannot be written, or the centroids do not fit.
     """
+    outputs = {"output_path": output_path, "distances_path": distances_path}
+    _refuse_outputs(source, {k: v for k, v in outputs.items() if v is not None})
     feeder, centroids = _prepare(source, centroids, mesh, memory_budget, chunk_rows, 8)
     n = feeder.source.n_rows
     counts, inertia = np.zeros(len(centroids), np.int64), 0.0
@@ -131,6 +134,7 @@ def transform_stream(
       UserError: the source cannot be used, the file cannot be written, or the centroids do not fit.
     """
     extra = 8 * len(centroids)
+    _refuse_outputs(source, {"output_path": output_path})
     feeder, centroids = _prepare(source, centroids, mesh, memory_budget, chunk_rows, extra)
     shape = (feeder.source.n_rows, len(centroids))
     with npy_file(output_path, shape, centroids.dtype) as write:
@@ -176,6 +180,25 @@ def score_stream(
     return -float(numbers[-1])
 
 
+def _refuse_outputs(source: Any, outputs: dict[str, Any]) -> None:
+    """Refuses to write over the rows that are read, among them, or twice to one file."""
+    given = getattr(source, "filename", source)  # Of a memory map.
+    there = None
+    if isinstance(given, str | os.PathLike):
+        there = Path(given).expanduser().resolve()
+    seen: dict[Path, str] = {}
+    for name, output in outputs.items():
+        path = Path(output).expanduser().resolve()
+        if there is not None and (path == there or there in path.parents):
+            raise UserError(
+                f"{name} is {output}, which is {'' if path == there else 'in '}the source itself: "
+                "accepted is another place."
+            )
+        if path in seen:
+            raise UserError(f"{name} is {output}, as is {seen[path]}: accepted is another file.")
+        seen[path] = name
+
+
 def _prepare(
     source: Any,
     centroids: Any,
@@ -187,6 +210,7 @@ def _prepare(
 ) -> tuple[Feeder, np.ndarray]:
     source = open_source(source)
     mesh = make_mesh() if mesh is None else mesh
+    memory_budget, chunk_rows = checked_sizes(memory_budget, chunk_rows)
     budget = min(processes.gather(default_budget())) if memory_budget is None else memory_budget
     if chunk_rows is None:
         chunk_rows = rows_per_chunk(source, mesh, budget, row_extra_bytes)
@@ -199,6 +223,8 @@ def _prepare(
             f"the centroids are of shape {[*centroids.shape]}: accepted is [clusters, "
             f"{source.n_features}], the features of {source.name}."
         )
+    if not np.isfinite(centroids).all():
+        raise UserError("the centroids have NaN or infinity in them: accepted are finite ones.")
     return feeder, centroids.astype(computed_dtype(source))
 
 

@@ -8,7 +8,8 @@ import os
 import queue
 import threading
 from collections.abc import Iterator
-from typing import NamedTuple
+from numbers import Integral, Real
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -74,6 +75,25 @@ def streamed_dtype(source: Source) -> np.dtype:
 def computed_dtype(source: Source) -> np.dtype:
     """The type that sums and centroids have: float32, or float64 if the rows have it."""
     return np.dtype(np.float64 if streamed_dtype(source) == np.float64 else np.float32)
+
+
+def checked_sizes(memory_budget: Any, chunk_rows: Any) -> tuple[int | None, int | None]:
+    """Both as integers, or None where they are.
+
+    Raises:
+      ValueError: the budget is no number of bytes above 0, or the rows are no positive integer.
+    """
+    if memory_budget is not None:
+        number = isinstance(memory_budget, Real) and not isinstance(memory_budget, bool)
+        if not number or not 0 < float(memory_budget) < float("inf"):
+            raise ValueError(f"memory_budget={memory_budget!r}: expected bytes, more than 0")
+        memory_budget = int(float(memory_budget))
+    if chunk_rows is not None:
+        integer = isinstance(chunk_rows, Integral) and not isinstance(chunk_rows, bool)
+        if not integer or chunk_rows < 1:
+            raise ValueError(f"chunk_rows={chunk_rows!r}: expected an integer of at least 1")
+        chunk_rows = int(chunk_rows)
+    return memory_budget, chunk_rows
 
 
 def rows_per_chunk(source: Source, mesh: Mesh, memory_budget: int, row_extra_bytes: int = 0) -> int:

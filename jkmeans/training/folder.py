@@ -13,23 +13,22 @@ from jkmeans.configuration import Config
 from jkmeans.errors import UserError
 from jkmeans.workdir import CHECKPOINT_FOLDER, CONFIG_FILE, claim, folders_of_seeds, usable
 
+TABLE_FILE = "table.json"
+"""What is in the folder of a table."""
+
 
 def claim_workdir(workdir: Path, config: Config) -> None:
     """Writes the config into a new workdir, or checks that the one there is the same.
 
     Raises:
-      UserError: the folder holds a run with another config or the runs of several seeds, or cannot
-        be written.
+      UserError: the folder holds a run with another config or something else, or cannot be
+        written.
     """
     with usable(workdir):
         new = not (workdir / CONFIG_FILE).exists()
         lost = new and (workdir / CHECKPOINT_FOLDER).exists()
-        several = new and bool(folders_of_seeds(workdir))
-    if several:
-        raise UserError(
-            f"{workdir} holds the runs of several seeds, each in a folder of its own; accepted: "
-            "one of these folders, or another --workdir"
-        )
+    if new:
+        refuse_other_kinds(workdir, "run")
     if lost:
         raise UserError(
             f"{workdir} holds checkpoints but no {CONFIG_FILE}, so they are not of a run of "
@@ -43,18 +42,30 @@ def claim_workdir(workdir: Path, config: Config) -> None:
     )
 
 
-def refuse_one_run(workdir: Path) -> None:
-    """Refuses the folder of a run for several seeds, whose means would stand in its records.
+def refuse_other_kinds(workdir: Path, own: str) -> None:
+    """Refuses a folder of something else, whose files would stand among ours.
+
+    Args:
+      workdir: new, or of the same kind.
+      own: what it is to hold: "run", "seeds" or "table".
 
     Raises:
-      UserError: it is one, or cannot be read.
+      UserError: it holds another of these, or another run or job, or cannot be read.
     """
     with usable(workdir):
-        one = (workdir / CONFIG_FILE).exists() or (workdir / CHECKPOINT_FOLDER).exists()
-    if one:
-        raise UserError(
-            f"{workdir} holds a run of one seed; accepted: config.n_seeds = 1, or another --workdir"
-        )
+        there = {
+            "run": (workdir / CONFIG_FILE).exists() or (workdir / CHECKPOINT_FOLDER).exists(),
+            "seeds": bool(folders_of_seeds(workdir)),
+            "table": (workdir / TABLE_FILE).exists(),
+        }
+    words = {
+        "run": "a run or a job",
+        "seeds": "the runs of several seeds, each in a folder of its own",
+        "table": "a table of many runs",
+    }
+    for kind, is_there in there.items():
+        if is_there and kind != own:
+            raise UserError(f"{workdir} holds {words[kind]}; accepted: another --workdir")
 
 
 def describe_data(dataset: datasets.Dataset) -> dict[str, Any]:

@@ -69,7 +69,7 @@ def test_failed_picture_leaves_the_old_one(tmp_path, monkeypatch):
     old.write_bytes(b"old")
 
     def fail(self, file, **kwargs):
-        file.write_bytes(b"half a pict")
+        file.write(b"half a pict")
         raise OSError("disk full")
 
     monkeypatch.setattr(Figure, "savefig", fail)
