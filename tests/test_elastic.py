@@ -92,6 +92,20 @@ def test_a_killed_worker_changes_no_bit(train_flags, tmp_path):
 
 
 @pytest.mark.slow
+def test_sigterm_is_heard_before_the_first_epoch(train_flags, tmp_path):
+    """JAX's preemption service would hear it in our place, and the run would go on to its end."""
+    workdir = tmp_path / "run"
+    process = supervised("train", 2, *train_flags, f"--workdir={workdir}")
+    while not (workdir / "config.json").exists():  # All have joined.
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.005)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 143, output
+    assert epochs_done(workdir) < 20
+
+
+@pytest.mark.slow
 def test_fewer_processes_and_more_again(train_flags, tmp_path):
     workdir = tmp_path / "run"
     process = supervised("train", 3, *train_flags, f"--workdir={workdir}")
