@@ -425,6 +425,13 @@ def test_a_folder_of_checkpoints_is_of_one_fit_at_a_time(path, x, tmp_path):
     assert seen
 
 
+def test_a_folder_of_checkpoints_that_cannot_be_made(path, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(UserError, match=r"cannot make the checkpoint_folder .*file: File exists"):
+        fit_stream(KEY, path, K, checkpoint_folder=tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "mine"
+
+
 def test_outputs_never_replace_what_is_read(x, tmp_path):
     folder = tmp_path / "rows"
     folder.mkdir()
@@ -436,6 +443,7 @@ def test_outputs_never_replace_what_is_read(x, tmp_path):
             (file, file, "which is the source itself"),
             (str(file), folder / ".." / "rows" / "x.npy", "which is the source itself"),
             (np.load(file, mmap_mode="r"), file, "which is the source itself"),
+            (open_source(file), file, "which is the source itself"),
             (folder, folder / "labels.npy", "which is in the source itself"),
         ):
             with pytest.raises(UserError, match=message):

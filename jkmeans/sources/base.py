@@ -35,6 +35,7 @@ class Source(abc.ABC):
       n_features: D.
       dtype: the type that rows are read in, in native byte order.
       overhead_bytes: memory that reading takes besides the rows asked for.
+      path: of the one file that it reads; None where there is no such.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Source(abc.ABC):
     n_features: int
     dtype: np.dtype
     overhead_bytes: int = 0
+    path: Path | None = None
 
     @abc.abstractmethod
     def _read(self, start: int, out: np.ndarray) -> None:

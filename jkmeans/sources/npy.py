@@ -22,7 +22,7 @@ class RawFile(Source):
         self, path: Path, offset: int, shape: Sequence[int], dtype: np.dtype, by_column: bool
     ):
         self.name = str(path)
-        self._path = path
+        self.path: Path = path
         self._offset = offset
         self.example_shape: tuple[int, ...] = (int(shape[1]),)
         self._swapped = not dtype.isnative
@@ -42,9 +42,9 @@ class RawFile(Source):
 
     def check_unchanged(self) -> None:
         """Raises a UserError if what is read is no longer what was opened."""
-        with readable(self._path):
+        with readable(self.path):
             state = self._state()
-            status = os.stat(self._path)
+            status = os.stat(self.path)
             same_file = os.path.samestat(status, os.stat(self._file))
         if state != self._opened or not same_file:
             size, was = state[0], self._opened[0]
@@ -72,7 +72,7 @@ class RawFile(Source):
 
     def _read_bytes(self, position: int, out: np.ndarray) -> None:
         left = memoryview(out.reshape(-1).view(np.uint8))  # type: ignore[arg-type]
-        with readable(self._path):
+        with readable(self.path):
             while left:
                 n = os.preadv(self._file, [left], position)
                 if n == 0:

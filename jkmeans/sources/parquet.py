@@ -24,7 +24,7 @@ class ParquetSource(Source):
 
     def __init__(self, path: Path, columns: Sequence[str] | None):
         self.name = str(path)
-        self._path = path
+        self.path: Path = path
         with readable(path):
             self._opened = self._state()
             self._file = self._open()
@@ -90,7 +90,7 @@ class ParquetSource(Source):
                 f"{self.name} needs the package pyarrow: pip install pyarrow."
             ) from error
         try:
-            return pyarrow.parquet.ParquetFile(self._path, buffer_size=2**20)
+            return pyarrow.parquet.ParquetFile(self.path, buffer_size=2**20)
         except OSError:
             raise
         except Exception as error:
@@ -100,12 +100,12 @@ class ParquetSource(Source):
             ) from error
 
     def _state(self) -> tuple[int, int]:
-        status = os.stat(self._path)
+        status = os.stat(self.path)
         return status.st_size, status.st_mtime_ns
 
     def check_unchanged(self) -> None:
         """Raises a UserError if what is read is no longer what was opened."""
-        with readable(self._path):
+        with readable(self.path):
             state = self._state()
         if state != self._opened:
             raise UserError(

@@ -48,11 +48,19 @@ class FitCheckpoints:
 
     def __enter__(self) -> FitCheckpoints:
         with contextlib.ExitStack() as stack:
-            processes.on_first(lambda: self._folder.mkdir(parents=True, exist_ok=True))
+            processes.on_first(self._make_folder)
             stack.enter_context(only_process_in(self._folder, "checkpoint_folder"))
             stack.enter_context(self._checkpoints)
             self._exit = stack.pop_all()
         return self
+
+    def _make_folder(self) -> None:
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"cannot make the checkpoint_folder {self._folder}: {error.strerror}"
+            ) from error
 
     def __exit__(self, kind, error, trace) -> None:
         self._exit.__exit__(kind, error, trace)

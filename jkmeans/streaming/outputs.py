@@ -28,7 +28,7 @@ from jkmeans.sharding import (
     place,
     to_host,
 )
-from jkmeans.sources import open_source, open_weights
+from jkmeans.sources import Source, open_source, open_weights
 from jkmeans.streaming import passes
 from jkmeans.streaming.pipeline import (
     Chunk,
@@ -182,7 +182,8 @@ def score_stream(
 
 def _refuse_outputs(source: Any, outputs: dict[str, Any]) -> None:
     """Refuses to write over the rows that are read, among them, or twice to one file."""
-    given = getattr(source, "filename", source)  # Of a memory map.
+    # Of a memory map, or of a file that is open already.
+    given = source.path if isinstance(source, Source) else getattr(source, "filename", source)
     there = None
     if isinstance(given, str | os.PathLike):
         there = Path(given).expanduser().resolve()
