@@ -18,6 +18,7 @@ from jkmeans.errors import CollapseError, UserError
 from jkmeans.interruption import Interrupted
 from jkmeans.methods import METHODS, with_method
 from jkmeans.published import PUBLISHED, Published, published_result
+from jkmeans.recorder import Recorder
 from tests import tiny
 from tests.test_launchers import run as launch
 
@@ -217,7 +218,7 @@ def test_a_signal_between_two_runs_is_heard(number, data, tmp_path, monkeypatch)
 @pytest.mark.slow
 def test_an_interrupted_table_goes_on(data, table, tmp_path, monkeypatch, capsys):
     with monkeypatch.context() as patch:
-        record = training.Recorder.epoch
+        record = Recorder.epoch
         seen = []
 
         def epoch(recorder, phase, number, *arguments):
@@ -226,7 +227,7 @@ def test_an_interrupted_table_goes_on(data, table, tmp_path, monkeypatch, capsys
             if len(seen) == 5:  # The first of seed 1.
                 os.kill(os.getpid(), signal.SIGTERM)
 
-        patch.setattr(training.Recorder, "epoch", epoch)
+        patch.setattr(Recorder, "epoch", epoch)
         with pytest.raises(Interrupted):
             compare(table_config(data), tmp_path)
     assert [line[:2] for line in markdown_cells(tmp_path)[1:]] == [[name, "1"] for name in ROWS]
