@@ -67,6 +67,12 @@ def claim(
         )
 
 
+def has_checkpoints(workdir: Path) -> bool:
+    """Whether anything was saved there, by a run or by a job on streamed rows."""
+    folder = workdir / CHECKPOINT_FOLDER
+    return folder.is_dir() and any(path.name.isdecimal() for path in folder.iterdir())
+
+
 def folders_of_seeds(workdir: Path) -> list[Path]:
     """The folders of the runs of several seeds, of which there are none in the folder of one."""
     return sorted(path.parent for path in workdir.glob(f"seed_*/{CONFIG_FILE}"))

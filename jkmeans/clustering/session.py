@@ -19,15 +19,13 @@ from jkmeans.clustering.progress import Progress
 from jkmeans.configuration import Config
 from jkmeans.errors import UserError
 from jkmeans.interruption import Interruption
-from jkmeans.workdir import CHECKPOINT_FOLDER, usable
+from jkmeans.workdir import has_checkpoints, usable
 
 
 def began_streamed(workdir: Path) -> bool:
     """Whether a job has saved what it found streamed, and nothing of what it found in memory."""
     with usable(workdir):
-        folder = workdir / CHECKPOINT_FOLDER
-        streamed = folder.is_dir() and any(path.name.isdecimal() for path in folder.iterdir())
-        return streamed and not (workdir / STATE_FILE).exists()
+        return has_checkpoints(workdir) and not (workdir / STATE_FILE).exists()
 
 
 class Session:

@@ -9,7 +9,7 @@ import numpy as np
 
 from jkmeans.configuration import Config
 from jkmeans.errors import CollapseError
-from jkmeans.workdir import CHECKPOINT_FOLDER
+from jkmeans.workdir import CHECKPOINT_FOLDER, has_checkpoints
 
 
 def check_pretrained(config: Config, workdir: Path, found: Mapping[str, float]) -> None:
@@ -86,6 +86,6 @@ def _remedies(config: Config, epoch: int) -> str:
 
 def _kept(workdir: Path) -> str:
     """Where what was saved before is, if anything was."""
-    folder = workdir / CHECKPOINT_FOLDER
-    saved = folder.is_dir() and any(path.name.isdecimal() for path in folder.iterdir())
-    return f"; what was saved before is in {folder}" if saved else ""
+    if not has_checkpoints(workdir):
+        return ""
+    return f"; what was saved before is in {workdir / CHECKPOINT_FOLDER}"
