@@ -11,8 +11,9 @@ import numpy as np
 
 from jkmeans.published import Published
 from jkmeans.whole_files import write_whole
+from jkmeans.workdir import TABLE_FILE
 
-TABLE_NAMES = ("table.md", "table.tex", "table.csv", "runs.csv", "table.json", "table.png")
+TABLE_NAMES = ("table.md", "table.tex", "table.csv", "runs.csv", TABLE_FILE, "table.png")
 SCORES = ("acc", "nmi", "ari")
 
 
@@ -38,7 +39,7 @@ def write_tables(workdir: Path, rows: Sequence[Row]) -> dict[str, dict[str, Any]
     workdir.mkdir(parents=True, exist_ok=True)
     summary = {row.name: summarize(row) for row in rows}
     forms = {
-        "table.json": json.dumps(summary, indent=2) + "\n",
+        TABLE_FILE: json.dumps(summary, indent=2) + "\n",
         "table.md": markdown(rows, summary),
         "table.tex": latex(rows, summary),
         "table.csv": comma_separated(rows, summary),

@@ -17,6 +17,8 @@ from jkmeans.whole_files import remove_leftovers, write_json
 CONFIG_FILE = "config.json"
 """What a run, a job or an experiment begins with."""
 RESULTS_FILE = "results.json"
+TABLE_FILE = "table.json"
+"""The numbers of a table of many runs."""
 CHECKPOINT_FOLDER = "checkpoints"
 CENTROIDS_FILE = "centroids.npy"
 """Of experiments.cluster, and beside predictions."""

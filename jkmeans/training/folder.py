@@ -11,10 +11,14 @@ import numpy as np
 from jkmeans import configuration, datasets
 from jkmeans.configuration import Config
 from jkmeans.errors import UserError
-from jkmeans.workdir import CHECKPOINT_FOLDER, CONFIG_FILE, claim, folders_of_seeds, usable
-
-TABLE_FILE = "table.json"
-"""What is in the folder of a table."""
+from jkmeans.workdir import (
+    CHECKPOINT_FOLDER,
+    CONFIG_FILE,
+    TABLE_FILE,
+    claim,
+    folders_of_seeds,
+    usable,
+)
 
 
 def claim_workdir(workdir: Path, config: Config) -> None:
