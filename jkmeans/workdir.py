@@ -81,12 +81,17 @@ def folders_of_seeds(workdir: Path) -> list[Path]:
 
 
 @contextlib.contextmanager
-def usable(workdir: Path) -> Iterator[None]:
-    """What of a workdir cannot be read or written, as a `UserError`."""
+def usable(workdir: Path, called: str = "--workdir") -> Iterator[None]:
+    """What of a workdir cannot be read or written, as a `UserError`.
+
+    Args:
+      workdir: or another folder.
+      called: what the user calls it.
+    """
     try:
         yield
     except OSError as error:
-        raise UserError(f"cannot write to --workdir {workdir}: {error.strerror}") from error
+        raise UserError(f"cannot write to {called} {workdir}: {error.strerror}") from error
 
 
 @contextlib.contextmanager

@@ -537,6 +537,26 @@ def test_files_that_moved_go_on_where_the_plan_says_so(run, many, tmp_path):
     assert json.loads((out / "plan.json").read_text()) == plan | {"input": str(moved)}
 
 
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        (b"{", "line 1"),
+        (b"\xff", "decode"),
+        (b"[]", "no columns"),
+        (b"7", "int"),
+        (b"{}", "no col"),
+    ],
+)
+def test_a_damaged_plan_is_named(run, many, tmp_path, content, why):
+    folder, _, _ = many
+    out = tmp_path / "out"
+    predict_files(run, str(folder), str(out))
+    (out / "plan.json").write_bytes(content)
+    with pytest.raises(UserError, match=rf"plan\.json is damaged \(.*{why}.*\); accepted: another"):
+        predict_files(run, str(folder), str(out))
+    assert (out / "plan.json").read_bytes() == content
+
+
 def test_merged_files_of_other_rows_do_not_stay(run, many, tmp_path, capsys):
     folder, _, rows = many
     out = tmp_path / "out"

@@ -427,7 +427,7 @@ def test_a_folder_of_checkpoints_is_of_one_fit_at_a_time(path, x, tmp_path):
 
 def test_a_folder_of_checkpoints_that_cannot_be_made(path, tmp_path):
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(UserError, match=r"cannot make the checkpoint_folder .*file: File exists"):
+    with pytest.raises(UserError, match=r"cannot write to checkpoint_folder .*file: File exists"):
         fit_stream(KEY, path, K, checkpoint_folder=tmp_path / "file")
     assert (tmp_path / "file").read_text() == "mine"
 

@@ -17,7 +17,7 @@ import os
 import secrets
 import socket
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from jkmeans.dispatch.master import Part, Shard
 from jkmeans.errors import UserError
 from jkmeans.streaming.outputs import npy_file
 from jkmeans.whole_files import write_json
-from jkmeans.workdir import CENTROIDS_FILE
+from jkmeans.workdir import CENTROIDS_FILE, usable
 
 PLAN_FILE = "plan.json"
 JOURNAL_FILE = "journal.jsonl"
@@ -229,11 +229,9 @@ def make_folder(folder: Path) -> None:
     Raises:
       UserError: there is, or it cannot be made.
     """
-    try:
+    with usable(folder, "--output"):
         folder.mkdir(parents=True, exist_ok=True)
         others = [f.name for f in folder.iterdir() if not f.name.startswith(".")]
-    except OSError as error:
-        raise UserError(f"cannot write to --output {folder}: {error.strerror}") from error
     if others and PLAN_FILE not in others:
         raise UserError(
             f"--output {folder} is a folder with other things in it, such as {min(others)}; "
@@ -259,57 +257,71 @@ def claim(folder: Path, plan: Mapping[str, Any], files: Iterable[str]) -> dict[s
         another folder, or it cannot be written to.
     """
     path = folder / PLAN_FILE
-    # A folder in which nothing was done yet may become one of another model.
-    records = read_journal(folder / JOURNAL_FILE)
-    if path.exists() and any("part" in record for record in records):
-        try:
-            there = json.loads(path.read_text())
-            model, described = there["model"], there["described"]
-            columns, shard_rows = there["columns"], there["shard_rows"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path} is damaged ({error}); accepted: another --output") from error
-        if model != plan["model"]:
-            raise UserError(
-                f"{folder} holds what another model predicted: {described} with digest {model}, "
-                f"and this is {plan['described']} with digest {plan['model']}; accepted: the same "
-                "model (--checkpoint chooses one), or another --output"
-            )
-        if columns != list(plan["columns"]):
-            raise UserError(
-                f"{folder} holds {', '.join(columns)}, and {', '.join(plan['columns'])} are asked "
-                "for; accepted: the same (--embeddings or not), or another --output"
-            )
-        if plan["shard_rows"] not in (0, shard_rows):
-            raise UserError(
-                f"--shard_rows is {plan['shard_rows']:,}, but the files of {folder} are cut into "
-                f"{shard_rows:,} rows; accepted: {shard_rows}, 0, or another --output"
-            )
-        # Files of one name, size and time are taken for the same, so they must be in one place.
-        before = there.get("input", plan["input"])
-        if Path(before).expanduser().resolve() != Path(plan["input"]):
-            raise UserError(
-                f"{folder} holds predictions for the files in {before}, and --input has those in "
-                f"{plan['input']}; accepted: the same --input, or another --output (if the files "
-                f'have only moved, write "input": "{plan["input"]}" into {path})'
-            )
-        done = {record["shard"].file for record in records if "part" in record}
-        if done.isdisjoint(files):
-            more = f" and {len(done) - 1:,} more" if len(done) > 1 else ""
-            raise UserError(
-                f"{folder} holds predictions for {min(done)}{more}, and --input has none of that; "
-                "accepted: the same input, with files more or less, or another --output"
-            )
-        if "input" not in there:  # A folder of before it was noted.
-            write_json(path, there | {"input": plan["input"]})
-        return there
-    mine = {name: plan[name] for name in ("model", "described", "columns", "input")}
-    mine["shard_rows"] = plan["shard_rows"] or plan["default_shard_rows"]
-    try:
+    done = {r["shard"].file for r in read_journal(folder / JOURNAL_FILE) if "part" in r}
+    if path.exists() and done:
+        there = _read_plan(path)
+        _refuse_other(path, there, plan, done, files)
+        if "input" in there:
+            return there
+        mine = there | {"input": plan["input"]}  # A folder of before it was noted.
+    else:  # A folder in which nothing was done yet may become one of another model.
+        mine = {name: plan[name] for name in ("model", "described", "columns", "input")}
+        mine["shard_rows"] = plan["shard_rows"] or plan["default_shard_rows"]
+    with usable(folder, "--output"):
         (folder / PARTS_FOLDER).mkdir(exist_ok=True)
         write_json(path, mine)
-    except OSError as error:
-        raise UserError(f"cannot write to --output {folder}: {error.strerror}") from error
     return mine
+
+
+def _read_plan(path: Path) -> dict[str, Any]:
+    try:
+        plan = json.loads(path.read_text())
+        if missing := {"model", "described", "columns", "shard_rows"} - set(plan):
+            raise ValueError(f"it has no {', '.join(sorted(missing))}")
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{path} is damaged ({error}); accepted: another --output") from error
+    return plan
+
+
+def _refuse_other(
+    path: Path,
+    there: Mapping[str, Any],
+    plan: Mapping[str, Any],
+    done: Set[str],
+    files: Iterable[str],
+) -> None:
+    """Refuses a plan that the one at the path cannot serve; arguments as in `claim`."""
+    folder, columns, shard_rows = path.parent, there["columns"], there["shard_rows"]
+    if there["model"] != plan["model"]:
+        raise UserError(
+            f"{folder} holds what another model predicted: {there['described']} with digest "
+            f"{there['model']}, and this is {plan['described']} with digest {plan['model']}; "
+            "accepted: the same model (--checkpoint chooses one), or another --output"
+        )
+    if columns != list(plan["columns"]):
+        raise UserError(
+            f"{folder} holds {', '.join(columns)}, and {', '.join(plan['columns'])} are asked "
+            "for; accepted: the same (--embeddings or not), or another --output"
+        )
+    if plan["shard_rows"] not in (0, shard_rows):
+        raise UserError(
+            f"--shard_rows is {plan['shard_rows']:,}, but the files of {folder} are cut into "
+            f"{shard_rows:,} rows; accepted: {shard_rows}, 0, or another --output"
+        )
+    # Files of one name, size and time are taken for the same, so they must be in one place.
+    before = there.get("input", plan["input"])
+    if Path(before).expanduser().resolve() != Path(plan["input"]):
+        raise UserError(
+            f"{folder} holds predictions for the files in {before}, and --input has those in "
+            f"{plan['input']}; accepted: the same --input, or another --output (if the files "
+            f'have only moved, write "input": "{plan["input"]}" into {path})'
+        )
+    if done.isdisjoint(files):
+        more = f" and {len(done) - 1:,} more" if len(done) > 1 else ""
+        raise UserError(
+            f"{folder} holds predictions for {min(done)}{more}, and --input has none of that; "
+            "accepted: the same input, with files more or less, or another --output"
+        )
 
 
 def clean(folder: Path) -> None:

@@ -192,6 +192,11 @@ def scaled_tol(tol: Any, x: jax.Array, n_rows: Any, axis_name: AxisName) -> jax.
     )
 
 
+def _tol_and_origin(x, n_rows, tol, relative_tol, axis_name):
+    scale, origin = scale_and_origin(x, n_rows, axis_name)
+    return (tol * scale if relative_tol else tol), origin
+
+
 def _fit(
     x,
     weights,
@@ -209,9 +214,7 @@ def _fit(
     oversampling_factor=None,
     **options,
 ):
-    scale, origin = scale_and_origin(x, n_rows, axis_name)
-    if relative_tol:
-        tol = tol * scale
+    tol, origin = _tol_and_origin(x, n_rows, tol, relative_tol, axis_name)
     if oversampling_factor is not None:
         centroids = kmeans.kmeans_parallel(
             jax.random.fold_in(key, restart),
@@ -270,9 +273,7 @@ def _fit_large_k(
     n_init,
 ):
     del n_init
-    scale, origin = scale_and_origin(x, n_rows, axis_name)
-    if relative_tol:
-        tol = tol * scale
+    tol, origin = _tol_and_origin(x, n_rows, tol, relative_tol, axis_name)
     if init is not None:
         centroids = kmeans.sample(
             jax.random.fold_in(key, restart),

@@ -16,8 +16,10 @@ from jkmeans import processes
 from jkmeans.checkpoints import Checkpoints, DamagedError
 from jkmeans.errors import UserError
 from jkmeans.streaming.passes import Partial, Picked
-from jkmeans.workdir import only_process_in
+from jkmeans.workdir import only_process_in, usable
 
+_FOLDER = "checkpoint_folder"
+"""What the user calls the folder."""
 _NAMES = {
     "data": "other data",
     "weights": "other weights",
@@ -49,18 +51,14 @@ class FitCheckpoints:
     def __enter__(self) -> FitCheckpoints:
         with contextlib.ExitStack() as stack:
             processes.on_first(self._make_folder)
-            stack.enter_context(only_process_in(self._folder, "checkpoint_folder"))
+            stack.enter_context(only_process_in(self._folder, _FOLDER))
             stack.enter_context(self._checkpoints)
             self._exit = stack.pop_all()
         return self
 
     def _make_folder(self) -> None:
-        try:
+        with usable(self._folder, _FOLDER):
             self._folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(
-                f"cannot make the checkpoint_folder {self._folder}: {error.strerror}"
-            ) from error
 
     def __exit__(self, kind, error, trace) -> None:
         self._exit.__exit__(kind, error, trace)
