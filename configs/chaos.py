@@ -9,7 +9,7 @@ from jkmeans.configuration import Config
 
 
 def get_config() -> Config:
-    """The config; every field is explained in jkmeans/processes/chaos.py."""
+    """The config; every field is explained in jkmeans/chaos/settings.py."""
     config: Config = ConfigDict()
     config.seed = 0
     config.n_faults = 100

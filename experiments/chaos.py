@@ -12,8 +12,8 @@ from experiments.launcher import FLAGS, launch
 
 
 def main() -> None:
-    """Calls `jkmeans.processes.chaos.run_chaos`."""
-    from jkmeans.processes.chaos import run_chaos
+    """Calls `jkmeans.chaos.run_chaos`."""
+    from jkmeans.chaos import run_chaos
 
     run_chaos(FLAGS.config, FLAGS.workdir)
 
@@ -23,4 +23,4 @@ if __name__ == "__main__":
 
     config_flags.DEFINE_config_file("config", None, "File with get_config().")
     flags.DEFINE_string("workdir", "runs/chaos", "Folder of the results; made if missing.")
-    launch(main, required=("config",), several=False, fields="jkmeans.processes.chaos:FIELDS")
+    launch(main, required=("config",), several=False, fields="jkmeans.chaos:FIELDS")

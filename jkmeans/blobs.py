@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
-from jkmeans import kmeans, metrics, sharded
+from jkmeans import experiment_folder, kmeans, metrics, sharded
 from jkmeans.configuration import Config, Field, boolean, choice, convert_fields, integer, nest
 from jkmeans.configuration import number as number_field
 from jkmeans.errors import UserError
@@ -22,7 +23,7 @@ from jkmeans.generation import make_blobs
 from jkmeans.recorder import results_table
 from jkmeans.sharding import make_mesh
 from jkmeans.whole_files import write_json
-from jkmeans.workdir import RESULTS_FILE, usable
+from jkmeans.workdir import RESULTS_FILE
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -84,7 +85,8 @@ def cluster_blobs(config: Config, workdir: str | os.PathLike[str]) -> dict[str, 
 
     Args:
       config: complete, as ``configs/blobs_1m.py``; see `FIELDS`.
-      workdir: receives ``results.json`` and ``blobs.png``.
+      workdir: receives ``results.json`` and ``blobs.png``; where it has them of the same config,
+        they are made anew.
 
     Returns:
       What is in ``results.json``: seconds of each step, compilation apart (``*_compile_seconds``);
@@ -97,8 +99,11 @@ def cluster_blobs(config: Config, workdir: str | os.PathLike[str]) -> dict[str, 
     config = validate(config)
     mesh = make_mesh(config.n_devices)
     folder = Path(workdir).absolute()
-    with usable(folder):
-        folder.mkdir(parents=True, exist_ok=True)
+    with experiment_folder.held(folder, config, FIELDS, runtime=("pictures",)):
+        return _measure(config, mesh, folder)
+
+
+def _measure(config: Config, mesh: Mesh, folder: Path) -> dict[str, Any]:
     blobs = config.blobs
     key, start_key = jax.random.split(jax.random.key(config.seed))
     results: dict[str, Any] = {
@@ -193,7 +198,8 @@ def draw(x: np.ndarray, labels: np.ndarray, centroids: np.ndarray, title: str) -
     from jkmeans.drawing import INK, head_figure, new_figure, palette, soften
     from jkmeans.report.clusters import SHOWN_CLUSTERS
 
-    if x.shape[1] == 1:
+    one_feature = x.shape[1] == 1
+    if one_feature:
         # The height means nothing: it only spreads the points.
         height = np.random.default_rng(0).uniform(-1, 1, len(x))
         x = np.column_stack([x[:, 0], height])
@@ -235,7 +241,7 @@ def draw(x: np.ndarray, labels: np.ndarray, centroids: np.ndarray, title: str) -
         linewidths=0.9,
     )
     ax.set_xlabel("feature 0", fontsize=9, color=INK)
-    ax.set_ylabel("feature 1" if x.shape[1] > 1 else "", fontsize=9, color=INK)
+    ax.set_ylabel("" if one_feature else "feature 1", fontsize=9, color=INK)
     soften(ax, 8.5)
     ax.grid(visible=False)
     head_figure(figure, title, "Points by cluster, darker where there are more (× centroids)")

@@ -16,9 +16,9 @@ from jkmeans.fields import accepted_of, integer
 from jkmeans.interruption import Interruption
 from jkmeans.published import published_result
 from jkmeans.recorder import results_table
-from jkmeans.training.folder import refuse_other_kinds
+from jkmeans.training.folder import claim_workdir
 from jkmeans.whole_files import write_json
-from jkmeans.workdir import CONFIG_FILE, RESULTS_FILE
+from jkmeans.workdir import CONFIG_FILE, RESULTS_FILE, TABLE_FILE, refuse_other_kinds
 
 PRETRAINED_FOLDER = "pretrained"
 COLLAPSE_FILE = "collapsed.json"
@@ -58,7 +58,7 @@ def compare(
     """
     n_seeds, configs = _validated(config, only)
     workdir = Path(workdir).absolute()
-    refuse_other_kinds(workdir, "table")
+    refuse_other_kinds(workdir, TABLE_FILE)
     runs = _runs_of(configs, n_seeds, workdir)
     chosen = [run for run in runs if not only or run.name in only]
     for run in chosen:
@@ -97,7 +97,7 @@ class _Run(NamedTuple):
     def check_folder(self) -> None:
         """Refuses a folder with another config now, not after hours of other runs."""
         if (self.folder / CONFIG_FILE).exists():
-            training.claim_workdir(self.folder, self.config)
+            claim_workdir(self.folder, self.config)
 
     def train(self) -> None:
         try:

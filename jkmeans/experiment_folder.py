@@ -1,19 +1,16 @@
 """The folder of an experiment: its config or settings, written once and compared ever after."""
 
+import contextlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from jkmeans import configuration
 from jkmeans.configuration import Config
-from jkmeans.errors import UserError
 from jkmeans.fields import Field
 from jkmeans.whole_files import write_json
-from jkmeans.workdir import CONFIG_FILE, RESULTS_FILE, claim, usable
-
-SETTINGS_FILE = "settings.json"
-"""What experiments with a server begin with, in place of a config."""
+from jkmeans.workdir import CONFIG_FILE, SETTINGS_FILE, claim, only_process_in, usable
 
 
 def claim_settings(folder: Path, settings: Mapping[str, Any]) -> None:
@@ -36,29 +33,29 @@ def claim_settings(folder: Path, settings: Mapping[str, Any]) -> None:
             if value != there.get(name)
         ]
 
-    _refuse_foreign(folder, SETTINGS_FILE)
     claim(folder, plain, differences, kind="run", name=SETTINGS_FILE)
 
 
-def claim_config(
+@contextlib.contextmanager
+def held(
     workdir: Path,
     config: Config,
     fields: Mapping[str, Field],
-    runtime: tuple[str, ...],
-    fingerprint: str,
-) -> None:
-    """Writes the config of an experiment into its folder, or checks that it goes on with it.
+    runtime: tuple[str, ...] = (),
+    fingerprint: str = "",
+) -> Iterator[None]:
+    """Holds the folder of an experiment: a new one, or one that goes on with the same config.
 
     Args:
       workdir: made if missing.
       config: validated.
       fields: what it consists of.
       runtime: starts of the names of fields that may differ when an experiment goes on.
-      fingerprint: of the data.
+      fingerprint: of the data, where there are any.
 
     Raises:
       UserError: the folder holds an experiment with another config, on other data or of another
-        kind, or cannot be written.
+        kind, another process has it, or it cannot be written.
     """
     content = {"fingerprint": fingerprint, "config": configuration.to_json(config)}
 
@@ -68,18 +65,9 @@ def claim_config(
         other_data = there["fingerprint"] != fingerprint
         return different or ["the data are other ones"] * other_data
 
-    _refuse_foreign(workdir, CONFIG_FILE)
     claim(workdir, content, differences, kind="experiment")
-    write_json(workdir / CONFIG_FILE, content)  # With what may differ.
-
-
-def _refuse_foreign(folder: Path, own: str) -> None:
-    """Refuses a folder of another experiment, whose results would be taken for ours or replaced."""
-    with usable(folder):
-        names = (own, CONFIG_FILE, SETTINGS_FILE, RESULTS_FILE)
-        there = [name for name in names if (folder / name).exists()]
-    for name in there:
-        if name != own and own not in there:
-            raise UserError(
-                f"{folder} has {name} of another experiment in it; accepted: another --workdir"
-            )
+    with only_process_in(workdir):
+        if json.loads((workdir / CONFIG_FILE).read_text()) != json.loads(json.dumps(content)):
+            with usable(workdir):
+                write_json(workdir / CONFIG_FILE, content)  # With what may differ.
+        yield

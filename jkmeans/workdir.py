@@ -1,24 +1,24 @@
-"""The folder of a run: whose it is, one run at a time, what the machine offers."""
+"""The folder of a run: whose it is, and one run at a time."""
 
 import contextlib
 import json
-import os
-import platform
 from collections.abc import Callable, Iterator
-from importlib import metadata as importlib_metadata
 from pathlib import Path
 from typing import Any
 
-import jkmeans
 from jkmeans import processes
 from jkmeans.errors import UserError
 from jkmeans.whole_files import remove_leftovers, write_json
 
 CONFIG_FILE = "config.json"
 """What a run, a job or an experiment begins with."""
+SETTINGS_FILE = "settings.json"
+"""What experiments with a server begin with, in place of a config."""
 RESULTS_FILE = "results.json"
 TABLE_FILE = "table.json"
 """The numbers of a table of many runs."""
+SEEDS = "seed_*"
+"""The folders of the runs of several seeds."""
 CHECKPOINT_FOLDER = "checkpoints"
 CENTROIDS_FILE = "centroids.npy"
 """Of experiments.cluster, and beside predictions."""
@@ -44,9 +44,10 @@ def claim(
       name: of the file.
 
     Raises:
-      UserError: the folder holds another one, or cannot be written.
+      UserError: the folder holds another one, or something else, or cannot be written.
     """
     path = workdir / name
+    refuse_other_kinds(workdir, name)
     with usable(workdir):
         if not path.exists():
             workdir.mkdir(parents=True, exist_ok=True)
@@ -69,6 +70,41 @@ def claim(
         )
 
 
+def refuse_other_kinds(workdir: Path, own: str) -> None:
+    """Refuses a folder of something else, whose files would stand among ours.
+
+    Args:
+      workdir: that does not belong to us as long as ``own`` is not in it.
+      own: what ours begin with: `CONFIG_FILE`, `SETTINGS_FILE`, `TABLE_FILE` or `SEEDS`.
+
+    Raises:
+      UserError: it holds something of another kind, or cannot be read.
+    """
+    with usable(workdir):
+        there = {
+            CONFIG_FILE: (workdir / CONFIG_FILE).exists(),
+            SETTINGS_FILE: (workdir / SETTINGS_FILE).exists(),
+            SEEDS: bool(folders_of_seeds(workdir)),
+            TABLE_FILE: (workdir / TABLE_FILE).exists(),
+        }
+        there |= {name: (workdir / name).exists() for name in (CHECKPOINT_FOLDER, RESULTS_FILE)}
+    if there[own]:
+        return
+    found = next((name for name, is_there in there.items() if is_there), None)
+    if found is not None:
+        raise UserError(f"{workdir} holds {_WORDS[found]}; accepted: another --workdir")
+
+
+_WORDS = {
+    CONFIG_FILE: f"a run, a job or an experiment ({CONFIG_FILE})",
+    SETTINGS_FILE: f"an experiment ({SETTINGS_FILE})",
+    SEEDS: "the runs of several seeds, each in a folder of its own",
+    TABLE_FILE: f"a table of many runs ({TABLE_FILE})",
+    CHECKPOINT_FOLDER: f"{CHECKPOINT_FOLDER} but no {CONFIG_FILE}",
+    RESULTS_FILE: f"{RESULTS_FILE} of something else",
+}
+
+
 def has_checkpoints(workdir: Path) -> bool:
     """Whether anything was saved there, by a run or by a job on streamed rows."""
     folder = workdir / CHECKPOINT_FOLDER
@@ -77,7 +113,7 @@ def has_checkpoints(workdir: Path) -> bool:
 
 def folders_of_seeds(workdir: Path) -> list[Path]:
     """The folders of the runs of several seeds, of which there are none in the folder of one."""
-    return sorted(path.parent for path in workdir.glob(f"seed_*/{CONFIG_FILE}"))
+    return sorted(path.parent for path in workdir.glob(f"{SEEDS}/{CONFIG_FILE}"))
 
 
 @contextlib.contextmanager
@@ -125,36 +161,3 @@ def only_process_in(workdir: Path, called: str = "--workdir") -> Iterator[None]:
 
         processes.together(lock)
         yield
-
-
-def versions(*packages: str) -> dict[str, str]:
-    """Versions of what computes: of jkmeans, Python and the packages named."""
-    return {
-        "jkmeans": jkmeans.__version__,
-        "python": platform.python_version(),
-        **{name: importlib_metadata.version(name) for name in packages},
-    }
-
-
-def device_room(mesh) -> float:
-    """Bytes that examples may take on a device: what is left after networks and banks.
-
-    The least that any of the processes has.
-
-    Args:
-      mesh: of the devices.
-    """
-    local = [device for device in mesh.devices.flat if device.process_index == processes.number()]
-    # A CPU's devices share the memory of their host, and so do the processes on it.
-    n_sharing = len(local) * processes.n_on_this_host()
-    return min(processes.gather(_room(local[0], n_sharing)))
-
-
-def _room(device, n_devices: int) -> float:
-    statistics = device.memory_stats() or {}
-    if "bytes_limit" in statistics:
-        return 0.6 * (statistics["bytes_limit"] - statistics.get("bytes_in_use", 0))
-    # macOS does not say how much is free.
-    pages = "SC_AVPHYS_PAGES" if "SC_AVPHYS_PAGES" in os.sysconf_names else "SC_PHYS_PAGES"
-    free = os.sysconf(pages) * os.sysconf("SC_PAGE_SIZE")
-    return 0.5 * free / n_devices

@@ -11,9 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jkmeans import clustering
+from jkmeans import chaos, clustering
+from jkmeans.chaos.records import read_faults, table, write_faults
+from jkmeans.chaos.supervised_run import fingerprints
 from jkmeans.errors import UserError
-from jkmeans.processes import chaos
 from jkmeans.processes.supervisor import EVENTS_FILE
 from tests import tiny
 from tests.test_clustering import make_config as cluster_config
@@ -88,7 +89,7 @@ def test_a_killed_worker_changes_no_bit(train_flags, tmp_path):
     output = finish(process)
     assert "process 1 was killed by SIGKILL; going on from the last checkpoint with 2" in output
     assert "going on after epoch" in output
-    assert chaos.fingerprints(killed) == chaos.fingerprints(undisturbed)
+    assert fingerprints(killed) == fingerprints(undisturbed)
 
 
 @pytest.mark.slow
@@ -222,7 +223,7 @@ FAULTS = [
 
 
 def test_the_table_counts_by_kind():
-    text = chaos.table(FAULTS, chaos_config())
+    text = table(FAULTS, chaos_config())
     rows = {line.split(" | ")[0].strip("| "): line for line in text.splitlines()}
     assert "| 1 of 2 | 0.20, 0.30 | 3.0, 4.0 | 4.0 | 2, 2 | 1 of 2 |" in rows["SIGKILL of a worker"]
     assert "| 1 of 1 | – | – | – | – | 1 of 1 |" in rows["a slow worker"]
@@ -230,8 +231,8 @@ def test_the_table_counts_by_kind():
 
 
 def test_faults_are_kept(tmp_path):
-    chaos._write(tmp_path / "faults.csv", FAULTS)
-    assert chaos._read(tmp_path / "faults.csv") == FAULTS
+    write_faults(tmp_path / "faults.csv", FAULTS)
+    assert read_faults(tmp_path / "faults.csv") == FAULTS
 
 
 @pytest.mark.parametrize(

@@ -328,9 +328,11 @@ def test_folders_of_one_run_and_of_several_are_not_mixed(tmp_path):
     for folder in (one, several / "seed_3"):
         folder.mkdir(parents=True)
         (folder / "config.json").write_text("{}")
-    with pytest.raises(UserError, match=r"holds a run or a job; accepted: another"):
+    with pytest.raises(
+        UserError, match=r"holds a run, a job or an experiment .*; accepted: another"
+    ):
         side_by_side(one, tiny.config())
-    with pytest.raises(UserError, match=r"holds a run or a job"):
+    with pytest.raises(UserError, match=r"holds a run, a job or an"):
         seeds.train_seeds(tiny.config(), one, 2)
     with pytest.raises(UserError, match=r"holds the runs of several seeds"):
         alone(several, tiny.config(), 3)

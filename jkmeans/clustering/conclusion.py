@@ -12,8 +12,9 @@ from jkmeans.clustering.folder import SUMMARY_FILE, write_npy
 from jkmeans.clustering.found import Found
 from jkmeans.clustering.session import Session
 from jkmeans.errors import underflow_sentence
+from jkmeans.versions import versions
 from jkmeans.whole_files import write_json
-from jkmeans.workdir import REPORT_FOLDER, versions
+from jkmeans.workdir import CENTROIDS_FILE, REPORT_FOLDER
 
 
 def conclude(session: Session, found: Found, sweep: dict[str, Any] | None) -> dict[str, Any]:
@@ -28,7 +29,7 @@ def conclude(session: Session, found: Found, sweep: dict[str, Any] | None) -> di
       What is in ``summary.json``.
     """
     k = len(found.sizes)
-    write_npy(session.workdir / "centroids.npy", found.centroids)
+    write_npy(session.workdir / CENTROIDS_FILE, found.centroids)
     write_npy(session.workdir / "sizes.npy", found.sizes)
     labels = found.labels
     if labels is None:

@@ -12,10 +12,10 @@ from jax.sharding import Mesh
 from jkmeans import datasets, processes
 from jkmeans.clustering.settings import NAMED
 from jkmeans.configuration import Config
+from jkmeans.device_memory import device_room
 from jkmeans.sharding import device_dtype
 from jkmeans.sources import Source, open_source
 from jkmeans.streaming.pipeline import refuse_not_finite
-from jkmeans.workdir import device_room
 
 _PIECE_BYTES = 2**25
 

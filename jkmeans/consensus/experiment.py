@@ -15,18 +15,18 @@ from typing import Any
 
 import jax
 
+from jkmeans import experiment_folder
 from jkmeans.configuration import Config, convert_fields, nest
 from jkmeans.consensus.averaging import check_loss
 from jkmeans.consensus.graphs import EDGES
 from jkmeans.consensus.mixing import MIXINGS
 from jkmeans.consensus.tasks.base import GEOMETRIC, GRAPH_NAMES, Arrays, Case, Task
 from jkmeans.errors import CollapseError, UserError
-from jkmeans.experiment_folder import claim_config
 from jkmeans.fields import Field, choice, integer, number, text, words
 from jkmeans.interruption import Interruption
 from jkmeans.recorder import format_duration
 from jkmeans.whole_files import UNREADABLE, read_arrays, remove_leftovers, write_arrays, write_json
-from jkmeans.workdir import RESULTS_FILE, only_process_in
+from jkmeans.workdir import RESULTS_FILE
 
 CASES_FOLDER = "cases"
 TASKS = ("estimation", "kmeans", "vq", "training")
@@ -111,8 +111,10 @@ def run_experiment(config: Config, workdir: str | os.PathLike[str]) -> dict[str,
     with jax.enable_x64(config.precision == "float64"):
         task = _task_module(config.task).make_task(config)
         workdir = Path(workdir).absolute()
-        claim_config(workdir, config, fields_of(config), _RUNTIME, task.fingerprint)
-        with only_process_in(workdir), Interruption() as interruption:
+        folder = experiment_folder.held(
+            workdir, config, fields_of(config), _RUNTIME, task.fingerprint
+        )
+        with folder, Interruption() as interruption:
             found = _compute(task, workdir / CASES_FOLDER, interruption)
             outcome = task.write(workdir, found)
             results = {"task": config.task, **outcome.results}

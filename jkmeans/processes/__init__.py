@@ -2,8 +2,8 @@
 
 `joining` finds the place of a process among the others and brings them together; `agreement` is
 what they say to each other besides collectives; `supervisor` starts them on one machine and again
-when one dies; `heartbeat` is how it hears that they live; `chaos` kills them and counts what
-survives.
+when one dies, or wakes a `spare`; `heartbeat` is how it hears that they live. What becomes of them
+when they are killed on purpose is for `jkmeans.chaos` to count.
 """
 
 from jkmeans.processes.agreement import (

@@ -10,20 +10,18 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import platform
 import socket
 import sys
 import time
 from collections.abc import Mapping
-from importlib import metadata
 from typing import Any, NamedTuple
 
 from jkmeans.errors import LostError, UserError
 from jkmeans.processes import agreement
+from jkmeans.versions import PACKAGES, versions
 
 COUNT, NUMBER, COORDINATOR = "JKMEANS_PROCESSES", "JKMEANS_PROCESS_ID", "JKMEANS_COORDINATOR"
 """Environment variables that say what the flags of the same names say."""
-_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 _KNOCK_SECONDS = 2.0
 _LEAVE_SECONDS = 3.0
 _MOST_BYTES = 2**22
@@ -164,11 +162,7 @@ def prepare_environment(stuck_seconds: int) -> None:
 
 def identity(values: Mapping[str, Any]) -> dict[str, str]:
     """What processes must have in common: versions, and ``values`` by name."""
-    import jkmeans
-
-    versions = {"jkmeans": jkmeans.__version__, "python": platform.python_version()}
-    versions |= {name: metadata.version(name) for name in _PACKAGES}
-    flat = {f"the version of {name}": version for name, version in versions.items()}
+    flat = {f"the version of {name}": v for name, v in versions(*PACKAGES).items()}
     return flat | {name: json.dumps(value, default=str) for name, value in values.items()}
 
 

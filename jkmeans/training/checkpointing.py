@@ -14,13 +14,12 @@ from jkmeans.checkpoints import Checkpoints, DamagedError
 from jkmeans.epoch import TrainState
 from jkmeans.errors import UserError
 from jkmeans.sharding import REPLICATED, place, relayout, to_host
-from jkmeans.workdir import versions
+from jkmeans.versions import PACKAGES, versions
 
 if TYPE_CHECKING:
     from jkmeans.training.run import Run
 
 _MODEL = ("parameters", "clusters")
-_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
 def create_pretrained(run: Run) -> tuple[TrainState, float]:
@@ -134,7 +133,7 @@ def save(
         {"model": model, "training": fields},
         {
             "config": configuration.to_json(run.config),
-            "versions": versions(*_PACKAGES),
+            "versions": versions(*PACKAGES),
             "data": run.data_record,
             "n_rows": run.layout.n_rows,
             "epoch": epoch,

@@ -12,6 +12,7 @@ import numpy as np
 from jkmeans import datasets, processes
 from jkmeans.checkpoints import Checkpoints
 from jkmeans.configuration import Config
+from jkmeans.device_memory import device_room
 from jkmeans.epoch import CLUSTER_SIZES, Rows, TrainState, make_programs
 from jkmeans.feeding import HostFeeder
 from jkmeans.interruption import Interruption
@@ -31,7 +32,6 @@ from jkmeans.sharding import (
 from jkmeans.training import checkpointing, collapse, conclusion
 from jkmeans.training.folder import describe_data
 from jkmeans.training.programs import Compiled, await_devices, scalars
-from jkmeans.workdir import device_room
 
 
 class Run:

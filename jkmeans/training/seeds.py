@@ -23,11 +23,11 @@ from jkmeans.sharding import (
     make_mesh,
 )
 from jkmeans.training import conclusion, train_and_evaluate
-from jkmeans.training.folder import claim_workdir, refuse_other_kinds
+from jkmeans.training.folder import claim_workdir
 from jkmeans.training.run import Run
 from jkmeans.training.side_by_side import Member, SideBySide
 from jkmeans.whole_files import write_json
-from jkmeans.workdir import CHECKPOINT_FOLDER, only_process_in
+from jkmeans.workdir import CHECKPOINT_FOLDER, SEEDS, only_process_in, refuse_other_kinds
 
 SEEDS_FILE = "seeds.json"
 
@@ -55,7 +55,7 @@ def train_seeds(config: Config, workdir: str | os.PathLike, n_seeds: int) -> dic
             f"config.n_seeds is {config.n_seeds}, and seeds side by side are trained by "
             "experiments.train; accepted: 1, with --n_seeds"
         )
-    processes.on_first(lambda: refuse_other_kinds(workdir, "seeds"))
+    processes.on_first(lambda: refuse_other_kinds(workdir, SEEDS))
     ones = [_of_seed(config, config.seed + i) for i in range(n_seeds)]
     results = [train_and_evaluate(one, workdir / f"seed_{one.seed}") for one in ones]
     return summarize(results, workdir)
@@ -142,7 +142,7 @@ class _Seeds:
         """Trains what is left to train, and reports."""
         with contextlib.ExitStack() as stack:
             left, results = [], {}
-            refuse_other_kinds(self.workdir, "seeds")
+            refuse_other_kinds(self.workdir, SEEDS)
             for run in self.runs:
                 claim_workdir(run.workdir, run.config)
                 stack.enter_context(only_process_in(run.workdir))

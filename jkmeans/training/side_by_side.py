@@ -14,6 +14,7 @@ import numpy as np
 from jkmeans import datasets
 from jkmeans.checkpoints import Checkpoints
 from jkmeans.configuration import Config
+from jkmeans.device_memory import device_room
 from jkmeans.epoch import CLUSTER_SIZES, Rows, TrainState, axis_of, make_programs
 from jkmeans.interruption import Interruption
 from jkmeans.methods import make_method
@@ -23,7 +24,6 @@ from jkmeans.sharding import REPLICATED, SHARDED, Layout, place, place_rows, rel
 from jkmeans.training import checkpointing, collapse, conclusion
 from jkmeans.training.programs import Compiled, await_devices, scalars
 from jkmeans.training.run import Run
-from jkmeans.workdir import device_room
 
 
 class Member:

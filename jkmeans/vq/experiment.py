@@ -16,10 +16,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jkmeans import experiment_folder
 from jkmeans.asynchronous.fields import RAY_FIELDS
 from jkmeans.configuration import Config, Field, choice, convert_fields, integer, integers, nest
 from jkmeans.errors import CollapseError, UserError
-from jkmeans.experiment_folder import claim_config
 from jkmeans.fields import number, text
 from jkmeans.interruption import Interruption
 from jkmeans.recorder import format_duration
@@ -47,7 +47,7 @@ from jkmeans.whole_files import (
     write_json,
     write_whole,
 )
-from jkmeans.workdir import RESULTS_FILE, only_process_in
+from jkmeans.workdir import RESULTS_FILE
 
 SIMULATIONS_FOLDER = "simulations"
 TABLE_FILE = "speed_ups.md"
@@ -166,8 +166,9 @@ def run_experiment(config: Config, workdir: str | os.PathLike[str]) -> dict[str,
     workdir = Path(workdir).absolute()
     samples = load_samples(config)
     _check_sizes(config, samples)
-    claim_config(workdir, config, FIELDS, _RUNTIME, ArraySource(samples).fingerprint())
-    with only_process_in(workdir), Interruption() as interruption:
+    fingerprint = ArraySource(samples).fingerprint()
+    folder = experiment_folder.held(workdir, config, FIELDS, _RUNTIME, fingerprint)
+    with folder, Interruption() as interruption:
         return _Experiment(config, workdir, samples).execute(interruption)
 
 
