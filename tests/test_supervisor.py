@@ -304,3 +304,103 @@ def test_a_parent_that_dies_ends_its_processes(tmp_path):
 def _alive(pid: int) -> bool:
     path = Path(f"/proc/{pid}/stat")
     return path.exists() and path.read_text().rsplit(")", 1)[1].split()[0] != "Z"
+
+
+def test_a_wish_holds_where_one_does_not_leave_in_time(tmp_path):
+    body = f"""
+        signal.signal(signal.SIGTERM, signal.SIG_IGN if i == 0 else lambda *_: os._exit(143))
+        await_all()
+        if life == 0 and i == 1: (folder / "logs" / {WANTED_FILE!r}).write_text("2")
+        if life == 0: sleep()
+    """
+    status, said, _ = supervise(tmp_path, body, grace_seconds=0.5, max_restarts=0)
+    assert status == 0
+    assert said == ["starting 2 processes, as asked"]
+    assert [event["n"] for event in events(tmp_path, "start")] == [3, 2]
+
+
+def test_a_wish_that_is_not_written_yet_waits(tmp_path):
+    body = f"""
+        wanted = folder / "logs" / {WANTED_FILE!r}
+        if life == 0:
+            signal.signal(signal.SIGTERM, lambda *_: os._exit(143))
+            wanted.touch()
+            time.sleep(0.5)
+            wanted.write_text("1")
+            sleep()
+    """
+    status, said, _ = supervise(tmp_path, body, n=1)
+    assert status == 0
+    assert said == ["starting 1 process, as asked"]
+
+
+def test_an_exception_of_the_supervisor_leaves_no_process(tmp_path):
+    def show(number, line):
+        pids.append(int(line))
+        if len(pids) == 2:
+            raise RuntimeError("the screen is gone")
+
+    pids: list[int] = []
+    body = "signal.signal(signal.SIGTERM, signal.SIG_IGN); print(os.getpid(), flush=True); sleep()"
+    with pytest.raises(RuntimeError, match="the screen is gone"):
+        Supervisor(Options(command(tmp_path, body), 2), lambda line: None, show).run()
+    assert not any(_alive(pid) for pid in pids)
+
+
+def test_the_work_goes_on_where_nobody_reads_any_more(tmp_path):
+    body = """
+        for line in range(20): print(line, flush=True); time.sleep(0.05)
+        (folder / f"done-{i}").touch()
+    """
+    process = launch(tmp_path, body, "--processes=2", f"--logs={tmp_path / 'logs'}")
+    process.stdout.readline()
+    process.stdout.close()
+    with process.stderr:
+        errors = process.stderr.read()
+    assert process.wait(60) == 0, errors
+    assert errors == ""
+    assert sorted(path.name for path in tmp_path.glob("done-*")) == ["done-0", "done-1"]
+    assert len((tmp_path / "logs" / "process-0.log").read_text().splitlines()) == 20
+
+
+def test_a_clock_that_is_set_is_no_silence(tmp_path):
+    beat = tmp_path / "beat"
+    listener = heartbeat.Listener(beat)
+    assert listener.silence() == 0
+    beat.touch()
+    for hours in (0, -5, 5):
+        os.utime(beat, (time.time() + 3600 * hours,) * 2)
+        assert listener.silence() < 0.1
+    time.sleep(0.3)
+    assert 0.3 <= listener.silence() < 5
+    assert not listener.is_at_work()
+    listener.end()
+    assert not beat.exists()
+
+
+@pytest.mark.parametrize("at_work", [False, True])
+def test_an_orphan_that_does_not_hear_ends_unless_it_has_work_to_save(tmp_path, at_work):
+    # Of a supervisor that was killed before the process could look who its parent is.
+    text = f"""
+import os, signal, time
+from jkmeans.processes import heartbeat
+heartbeat.ORPHAN_SECONDS = 1.0
+def hear(*_): print("heard", flush=True)
+signal.signal(signal.SIGTERM, hear)  # As in the middle of a compilation: nothing comes of it.
+heartbeat.start()
+if {at_work}: heartbeat.at_work()
+until = time.monotonic() + 4
+while time.monotonic() < until: time.sleep(0.1)
+"""
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    environment = os.environ | {
+        heartbeat.VARIABLE: str(tmp_path / "beat"),
+        heartbeat.PARENT: str(gone.pid),
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", text],
+        cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, timeout=60,
+    )  # fmt: skip
+    assert done.stdout == "heard\n"
+    assert done.returncode == (0 if at_work else 128 + signal.SIGTERM)

@@ -123,8 +123,8 @@ class Session:
         with concurrent.futures.ThreadPoolExecutor(1) as pool:
             future = pool.submit(call)
             while True:
-                with contextlib.suppress(concurrent.futures.TimeoutError):
-                    return future.result(timeout=0.1)
+                if concurrent.futures.wait([future], timeout=0.1).done:
+                    return future.result()
                 if self._interruption.announced():
                     self.progress.say("stopping at the next safe place; once more to stop at once")
 

@@ -22,7 +22,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
 from jkmeans.errors import LostError, UserError
 from jkmeans.processes import heartbeat, joining, spare
@@ -81,7 +81,7 @@ class _Process:
         self.number = -1
         self.buffer = b""
         self.log: Any = None
-        self.beat = Path()
+        self.life = heartbeat.Listener("")
         self.status: int | None = None
         self.silent = False
         self.ended = False
@@ -125,12 +125,13 @@ class Supervisor:
         show: Callable[[int, str], None] | None = None,
     ):
         self.options = options
-        self._say = say or (lambda line: print(f"launch: {line}", file=sys.stderr, flush=True))
-        self._show = show or (lambda number, line: print(f"{number}| {line}", flush=True))
+        self._say = say or (lambda line: _print(f"launch: {line}", sys.stderr))
+        self._show = show or (lambda number, line: _print(f"{number}| {line}", sys.stdout))
         self._wanted = options.n_processes
         self._regroup = False
         self._stop = 0
         self._selector = selectors.DefaultSelector()
+        self._processes: list[_Process] = []
         self._spares: list[_Process] = []
         self._generation = 0
         self._events: Any = None
@@ -147,7 +148,7 @@ class Supervisor:
             if self.options.logs is not None:
                 self._open_logs(stack, self.options.logs)
             stack.enter_context(self._signals())
-            stack.callback(self._end_spares)
+            stack.callback(self._end_all)
             return self._run_generations()
 
     def _run_generations(self) -> int:
@@ -158,13 +159,14 @@ class Supervisor:
             processes = self._start(n)
             self._watch(processes)
             status, lost, reason = self._end(processes)
+            self._processes = []
             if status is not None:
                 self._event("end", status=status, reason=reason)
                 return status
             if self._regroup:
                 self._regroup = False
+                n = self._wanted
                 if not reason:
-                    n = self._wanted
                     self._say(f"starting {n} {_processes(n)}, as asked")
                     continue
             n_restarts += 1
@@ -192,9 +194,10 @@ class Supervisor:
     def _start(self, n: int) -> list[_Process]:
         self._generation += 1
         port = _free_port()
-        processes = []
+        processes = self._processes
         for number in range(n):
             environment = {
+                heartbeat.PARENT: str(os.getpid()),
                 joining.COUNT: str(n),
                 joining.NUMBER: str(number),
                 joining.COORDINATOR: f"127.0.0.1:{port}",
@@ -205,12 +208,12 @@ class Supervisor:
                 environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, gpus))
             process = self._awaken(environment) or self._spawn(environment)
             process.number = number
-            process.beat = Path(environment[heartbeat.VARIABLE])
+            process.life = heartbeat.Listener(environment[heartbeat.VARIABLE])
+            processes.append(process)
             if self.options.logs is not None:
                 with contextlib.suppress(OSError):
                     path = self.options.logs / f"process-{number}.log"
                     process.log = open(path, "ab")  # noqa: SIM115, closed when it has ended
-            processes.append(process)
         self._event("start", n=n, pids=[process.popen.pid for process in processes])
         return processes
 
@@ -218,7 +221,7 @@ class Supervisor:
         """Starts what is lacking of them, once the generation no longer needs all cores itself."""
         if len(self._spares) == self.options.spares:
             return
-        at_work = all(heartbeat.is_at_work(process.beat) for process in processes)
+        at_work = all(process.life.is_at_work() for process in processes)
         if at_work or time.monotonic() - started > _LONGEST_START_SECONDS:
             while len(self._spares) < self.options.spares:
                 self._spares.append(self._spawn({spare.VARIABLE: "1"}))
@@ -265,8 +268,7 @@ class Supervisor:
                 return
             self._keep_spares(processes, started)
             for process in processes:
-                silence = heartbeat.silence(process.beat)
-                if process.status is None and silence and silence > self.options.hang_seconds:
+                if process.status is None and process.life.silence() > self.options.hang_seconds:
                     process.silent = True
                     self._event("silent", number=process.number, pid=process.popen.pid)
                     self._signal([process], signal.SIGKILL)
@@ -300,7 +302,7 @@ class Supervisor:
         primary = [process for process in processes if process.primary]
         # By the signal itself: one that had only just begun.
         left = (0, *_ASKED, -signal.SIGTERM, LostError.exit_status)
-        if self._regroup and all(p.status in left for p in processes):
+        if self._regroup and all(p.status in left or p.ended for p in processes):
             if all(process.status == 0 for process in processes):
                 return 0, 0, ""
             return None, 0, ""
@@ -411,21 +413,24 @@ class Supervisor:
                 assert process.popen.stdout is not None
                 self._selector.unregister(process.popen.stdout)
                 process.popen.stdout.close()
+                process.open = False
             if process.log is not None:
                 with contextlib.suppress(OSError):
                     process.log.close()
             if process.number >= 0:  # Spares do not beat.
-                process.beat.unlink(missing_ok=True)
+                process.life.end()
 
     def _look_for_wishes(self) -> None:
-        """A number in the control file, or SIGUSR1, asks for another number of processes."""
+        """A number in the control file asks for so many processes."""
         if self.options.logs is None:
             return
         path = self.options.logs / WANTED_FILE
         try:
             text = path.read_text().strip()
+            if not text:  # Made, and not written yet.
+                return
             path.unlink()
-        except OSError:
+        except (OSError, UnicodeDecodeError):
             return
         least, most = self.options.min_processes, self.options.n_processes
         if not text.isdecimal() or not least <= int(text) <= most:
@@ -484,8 +489,9 @@ class Supervisor:
             self._events.write(json.dumps(record) + "\n")
             self._events.flush()
 
-    def _end_spares(self) -> None:
-        self._kill(self._spares)
+    def _end_all(self) -> None:
+        """Leaves none behind, whatever ended the supervisor."""
+        self._kill([*self._processes, *self._spares])
 
 
 def _all_asked(processes: list[_Process]) -> bool:
@@ -494,6 +500,16 @@ def _all_asked(processes: list[_Process]) -> bool:
     return any(p.status in _ASKED for p in ended) and all(
         p.status in (0, LostError.exit_status, *_ASKED) for p in ended
     )
+
+
+def _print(line: str, stream: TextIO) -> None:
+    """Prints a line as long as somebody reads: who closes the pipe does not end the work."""
+    try:
+        print(line, file=stream, flush=True)
+    except BrokenPipeError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
 
 
 def _free_port() -> int:
