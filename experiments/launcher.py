@@ -146,6 +146,13 @@ def _run(
         if full and isinstance(error, OSError):
             where = error.filename or "a file of the run"
             fail(f"cannot write {where}: {error.strerror}; what was saved before is whole", 2)
+        if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+            fail(
+                f"there is not so much memory ({one_line(error)}); accepted: less of what the "
+                "config asks for (rows, widths, batches), or more devices; what was saved before "
+                "is whole",
+                2,
+            )
         if agreement.is_loss(error):
             fail(agreement.loss_sentence(error), LostError.exit_status)
         if agreement.count() > 1:

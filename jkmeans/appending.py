@@ -74,7 +74,7 @@ def _lock(file: IO[bytes], path: Path) -> None:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return
         time.sleep(0.1)
-    raise UserError(f"another server writes {path}; accepted: another --workdir, or wait")
+    raise UserError(f"another process writes {path}; accepted: another folder, or wait")
 
 
 @contextlib.contextmanager

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
+import signal
 import socket
 import subprocess
 import sys
+import threading
 import warnings
 from collections.abc import Iterator
 from typing import Any
 
 from jkmeans.errors import UserError
+from jkmeans.interruption import Interrupted
 
 # To find a cluster: both together stay below ten seconds.
 _KNOCK_SECONDS = 2.0
@@ -76,6 +80,7 @@ def session(address: str, n_cpus: int, option: str = "config.ray.address") -> It
 
     Raises:
       UserError: Ray is not installed, or there is no cluster.
+      Interrupted: SIGTERM came while Ray began.
     """
     ray = import_ray()
     if ray.is_initialized():  # The caller's own.
@@ -92,10 +97,13 @@ def session(address: str, n_cpus: int, option: str = "config.ray.address") -> It
         find_cluster(address, option)
         del options["include_dashboard"]
     try:
-        with warnings.catch_warnings():
+        with _our_sigterm(), warnings.catch_warnings():
             # JAX warns of forks; the children of Ray's start other programs at once.
             warnings.filterwarnings("ignore", message=r"os\.fork\(\)", category=RuntimeWarning)
             ray.init(address=address, **options)
+    except SystemExit as error:  # By the handler of SIGTERM that Ray installs.
+        ray.shutdown()
+        raise Interrupted(signal.SIGTERM) from error
     except Exception as error:  # Where a machine is too busy, a plain Exception.
         reason = str(error).split("\n")[0]
         if address == "local":
@@ -108,6 +116,65 @@ def session(address: str, n_cpus: int, option: str = "config.ray.address") -> It
         yield ray
     finally:
         ray.shutdown()
+
+
+@contextlib.contextmanager
+def _our_sigterm() -> Iterator[None]:
+    """Puts back what hears SIGTERM: Ray has a handler of its own, which ends with status 15."""
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        # Only the main thread can have had it replaced; None is a handler outside Python.
+        if threading.current_thread() is threading.main_thread() and before is not None:
+            signal.signal(signal.SIGTERM, before)
+
+
+def gpus_of_worker(value: Any) -> float:
+    """GPUs of a worker as Ray can deal them: see `ACCEPTED_GPUS`.
+
+    Raises:
+      TypeError, ValueError: something else.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError
+    whole = math.isfinite(value) and value == int(value)
+    if not 1e-4 <= value <= 1 and not (whole and value >= 0):
+        raise ValueError
+    return round(float(value), 4)  # All that Ray can tell apart.
+
+
+ACCEPTED_GPUS = "0, a number from 0.0001 to 1, or a whole number"
+"""What can be dealt to a worker."""
+
+
+def room_for_workers(ray: Any, n_gpus: float) -> int:
+    """Workers of one core, and so many GPUs, that the cluster, as it is now, has room for."""
+    resources = ray.cluster_resources()
+    room = resources.get("CPU", 0)
+    if n_gpus:
+        room = min(room, resources.get("GPU", 0) / n_gpus)
+    return int(room)
+
+
+def refuse_no_room(ray: Any, n_gpus: float, accepted: str) -> None:
+    """Refuses a cluster that has no room for a single worker.
+
+    Args:
+      ray: in a session.
+      n_gpus: of a worker.
+      accepted: what the user can change.
+
+    Raises:
+      UserError: it has none.
+    """
+    resources = ray.cluster_resources()
+    if not room_for_workers(ray, n_gpus):
+        raise UserError(
+            f"the Ray cluster has {resources.get('CPU', 0):.0f} CPUs and "
+            f"{resources.get('GPU', 0):g} GPUs, and no worker of one CPU and {n_gpus:g} GPUs has "
+            f"room in it; accepted: {accepted}"
+        )
 
 
 def find_cluster(address: str, option: str) -> None:

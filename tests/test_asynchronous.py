@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import types
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 
@@ -586,3 +587,57 @@ def test_twenty_random_kills_change_nothing_but_the_time(tmp_path):
 def test_ray_is_not_imported_with_the_package():
     program = "import sys, jkmeans, jkmeans.asynchronous; assert 'ray' not in sys.modules"
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+class _Deaf:
+    """Ray as far as `ray_session.session` needs it; SIGTERM comes while it begins."""
+
+    def __init__(self, number):
+        self.number, self.n_shutdowns = number, 0
+
+    def is_initialized(self):
+        return False
+
+    def init(self, **options):
+        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(number))
+        if self.number:
+            os.kill(os.getpid(), self.number)
+
+    def shutdown(self):
+        self.n_shutdowns += 1
+
+
+@pytest.mark.parametrize("number", [0, signal.SIGTERM])
+def test_sigterm_while_ray_begins_is_heard(monkeypatch, number):
+    ray, before = _Deaf(number), signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(ray_session, "import_ray", lambda: ray)
+    if number:
+        with pytest.raises(Interrupted) as caught, ray_session.session("local", 1):
+            pass
+        assert caught.value.exit_status == 143
+    else:
+        with ray_session.session("local", 1):
+            assert signal.getsignal(signal.SIGTERM) == before  # Not that of Ray.
+    assert ray.n_shutdowns == 1
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+@pytest.mark.parametrize("value", [0, 0.0001, 0.5, 1, 1.0, 3])
+def test_gpus_that_can_be_dealt(value):
+    assert ray_session.gpus_of_worker(value) == value
+
+
+@pytest.mark.parametrize("value", [-1, 1e-5, 1.5, float("nan"), float("inf"), True, "1", None])
+def test_gpus_that_cannot_be_dealt(value):
+    with pytest.raises((TypeError, ValueError)):
+        ray_session.gpus_of_worker(value)
+
+
+def test_a_cluster_without_room_is_refused():
+    ray = types.SimpleNamespace(cluster_resources=lambda: {"CPU": 4.0, "GPU": 1.0})
+    assert [ray_session.room_for_workers(ray, n) for n in (0.0, 0.25, 0.5, 1.0, 2.0)] == [
+        4, 4, 2, 1, 0,
+    ]  # fmt: skip
+    ray_session.refuse_no_room(ray, 1.0, "less")
+    with pytest.raises(UserError, match=r"4 CPUs and 1 GPUs, .* 2 GPUs has room .*accepted: less"):
+        ray_session.refuse_no_room(ray, 2.0, "less")

@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +15,10 @@ from ml_collections import ConfigDict
 from sklearn.cluster import KMeans
 from sklearn.metrics import adjusted_rand_score, silhouette_score
 
-from jkmeans import selection
-from jkmeans.clustering import FIELDS, cluster, memory, stream, validate
+from jkmeans import selection, whole_files
+from jkmeans.clustering import FIELDS, cluster, folder, memory, stream, validate
 from jkmeans.clustering.folder import read_sweep
+from jkmeans.clustering.session import Session
 from jkmeans.configuration import convert_fields, from_json, to_json
 from jkmeans.errors import UserError
 from jkmeans.interruption import Interrupted
@@ -512,6 +514,36 @@ def test_other_data_is_refused(done, files, tmp_path, monkeypatch):
     config.input = str(files / "x.npy")
     with pytest.raises(UserError, match="holds a job on other data"):
         cluster(config, tmp_path / "w")
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", "7"])
+def test_a_summary_that_is_none_is_named(content, tmp_path):
+    (tmp_path / "summary.json").write_text(content)
+    with pytest.raises(UserError, match=r"summary\.json is damaged .*; delete it"):
+        folder.read_summary(tmp_path, "print")
+
+
+def test_a_state_without_a_part_is_named(tmp_path):
+    folder.State().save(tmp_path / "state.npz", "print")
+    assert folder.State.load(tmp_path / "state.npz", "print").restart == 0
+    arrays = whole_files.read_arrays(tmp_path / "state.npz")
+    for name in arrays:
+        whole_files.write_arrays(
+            tmp_path / "state.npz", {n: a for n, a in arrays.items() if n != name}
+        )
+        with pytest.raises(UserError, match=r"state\.npz is damaged .*; delete it"):
+            folder.State.load(tmp_path / "state.npz", "print")
+
+
+def test_an_error_of_the_call_is_no_reason_to_wait_for_it():
+    session = types.SimpleNamespace(_interruption=types.SimpleNamespace(announced=lambda: False))
+
+    def call():
+        raise TimeoutError("the disk of another host")
+
+    with pytest.raises(TimeoutError, match="the disk of another host"):
+        Session.compute(session, call)  # type: ignore[arg-type]
+    assert Session.compute(session, lambda: 7) == 7  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

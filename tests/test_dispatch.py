@@ -24,6 +24,7 @@ from jkmeans.dispatch import engine, inputs, output, predict_files, read_predict
 from jkmeans.dispatch.master import MOST_DEATHS, Lease, Master, Part, Process, Shard
 from jkmeans.errors import UserError
 from jkmeans.interruption import Interrupted
+from jkmeans.workdir import only_process_in
 from tests import tiny
 
 HERE = Process("here", 1)
@@ -555,6 +556,19 @@ def test_a_damaged_plan_is_named(run, many, tmp_path, content, why):
     with pytest.raises(UserError, match=rf"plan\.json is damaged \(.*{why}.*\); accepted: another"):
         predict_files(run, str(folder), str(out))
     assert (out / "plan.json").read_bytes() == content
+
+
+def test_an_engine_that_there_is_none_of(run, many, tmp_path):
+    with pytest.raises(UserError, match="engine_name is 'rya'; accepted: process, ray"):
+        predict_files(run, str(many[0]), str(tmp_path / "out"), engine_name="rya")
+    assert not (tmp_path / "out").exists()
+
+
+def test_two_commands_with_one_output_take_turns(run, many, tmp_path):
+    out = tmp_path / "out"
+    predict_files(run, str(many[0]), str(out))
+    with only_process_in(out), pytest.raises(UserError, match="accepted: another --output, or"):
+        predict_files(run, str(many[0]), str(out))
 
 
 def test_merged_files_of_other_rows_do_not_stay(run, many, tmp_path, capsys):

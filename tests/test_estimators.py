@@ -212,6 +212,25 @@ def test_kmeans_on_degenerate_data(data):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("scale", [1e-28, 1e28])
+@pytest.mark.parametrize("kind", [KMeans, BisectingKMeans])
+def test_only_ratios_of_weights_matter(blobs, kind, scale):
+    plain = kind(4, random_state=0).fit(blobs)
+    scaled = kind(4, random_state=0).fit(blobs, sample_weight=np.full(301, scale))
+    np.testing.assert_array_equal(scaled.labels_, plain.labels_)
+    np.testing.assert_allclose(scaled.inertia_, scale * plain.inertia_, rtol=1e-4)
+
+
+@pytest.mark.parametrize("scale", [1e-38, 1e-45, 1e35])
+@pytest.mark.parametrize("kind", [KMeans, BisectingKMeans, MiniBatchKMeans, SphericalKMeans])
+def test_weights_that_float32_loses_are_refused(blobs, kind, scale):
+    # At 1e-38 there was one cluster, because products below the least number are taken for 0.
+    with pytest.raises(ValueError, match=r"sample_weight is .*accepted"):
+        kind(4).fit(blobs, sample_weight=np.full(301, scale, np.float32))
+    doubles = blobs.astype(np.float64)
+    assert np.unique(kind(4).fit(doubles, sample_weight=np.full(301, scale)).labels_).size == 4
+
+
 def test_weights_are_repetitions(blobs, mesh):
     weights = np.random.default_rng(0).integers(0, 4, 301)
     for where in (None, mesh):

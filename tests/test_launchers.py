@@ -331,3 +331,21 @@ def test_help_shows_the_command(program):
     assert done.returncode == 0
     assert f"python -m experiments.{program}" in done.stdout
     assert "--workdir" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "error", ["MemoryError('512 GiB')", "RuntimeError('RESOURCE_EXHAUSTED: 512 GiB')"]
+)
+def test_what_does_not_fit_is_said_in_one_sentence(error):
+    text = f"""
+from experiments.launcher import launch
+def main(): raise {error}
+launch(main, required=(), argv=["job"])
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", text], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 2
+    assert "there is not so much memory" in done.stderr
+    assert "512 GiB" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -121,10 +121,10 @@ def test_experiments_do_not_share_a_folder(finished, tmp_path):
     workdir, _ = finished
     config = small()
     config.engine = "ray"
-    with pytest.raises(UserError, match=r"has config\.json of another experiment"):
+    with pytest.raises(UserError, match=r"holds .* \(config\.json\); accepted: another"):
         run_experiment(config, workdir)
     (tmp_path / "settings.json").write_text("{}")
-    with pytest.raises(UserError, match=r"has settings\.json of another experiment"):
+    with pytest.raises(UserError, match=r"holds an experiment \(settings\.json\); accepted"):
         run_experiment(small(), tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["settings.json"]
 

@@ -349,6 +349,19 @@ def test_divergence_in_the_last_step_of_pretraining_is_not_kept(tmp_path, files,
     assert not list((tmp_path / "pretrained").glob("*"))
 
 
+@pytest.mark.parametrize(
+    ("loss", "variance", "sentence"),
+    [
+        (float("nan"), float("inf"), "the loss is nan in epoch 2: training diverged"),
+        (0.5, float("inf"), "the variance of the embeddings is inf in epoch 2: training diverged"),
+    ],
+)
+def test_what_is_not_finite_is_named(tmp_path, loss, variance, sentence):
+    values = {"loss": loss, "embedding_variance": variance}
+    with pytest.raises(CollapseError, match=sentence):
+        collapse.check_epoch(tiny.config(), tmp_path, values, 1.0, 2)
+
+
 def test_what_was_saved_is_named_only_where_something_was(tmp_path):
     run = make_run(n_devices=1)
     run.workdir = tmp_path

@@ -222,6 +222,8 @@ class _Run:
     def __init__(self, ray: Any, job: Job, folder: Path, options: Config, interruption):
         self._ray, self._folder, self._options = ray, folder, options
         self._interruption = interruption
+        accepted = "other config.ray.gpus_per_worker, or another config.ray.address"
+        ray_session.refuse_no_room(ray, options.gpus_per_worker, accepted)
         (folder / _JOB_FILE).write_bytes(ray.cloudpickle.dumps(job))
         self._job = ray.put(job)
         lives = {"max_restarts": options.max_restarts, "max_task_retries": -1}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from jkmeans.fields import Field, integer, number, text
+from jkmeans.ray_session import ACCEPTED_GPUS, gpus_of_worker
 
 RAY_FIELDS: dict[str, Field] = {
     "ray.address": text(
@@ -20,6 +21,10 @@ RAY_FIELDS: dict[str, Field] = {
     ),
     "ray.evaluate_seconds": number("between two evaluations of the shared version", positive=True),
     "ray.patience_seconds": number("how long the end of a run waits for a worker that hangs"),
-    "ray.gpus_per_worker": number("GPUs of a worker; below 1 they are shared, 0 for the CPU"),
+    "ray.gpus_per_worker": Field(
+        gpus_of_worker,
+        ACCEPTED_GPUS,
+        "GPUs of a worker; below 1 they are shared, 0 for the CPU",
+    ),
 }
 """What a config needs for `jkmeans.asynchronous`, besides what is to be computed."""

@@ -101,12 +101,13 @@ class State:
             found = read_arrays(path)
             restart, n_iter, inertia, best_n_iter, converged, seconds = found["scalars"].tolist()
             history = [(int(r), int(i), float(v)) for r, i, v in found["history"]]
+            other_data = str(found["fingerprint"]) != fingerprint
         except UNREADABLE as error:
             raise UserError(
                 f"{path} is damaged ({error}); accepted: the state that the job wrote; delete it "
                 "to start anew"
             ) from error
-        if str(found["fingerprint"]) != fingerprint:
+        if other_data:
             raise _other_data(path.parent)
         state.restart, state.n_iter, state.best_n_iter = int(restart), int(n_iter), int(best_n_iter)
         state.best_inertia, state.best_converged = inertia, bool(converged)
@@ -126,9 +127,10 @@ def read_summary(workdir: Path, fingerprint: str) -> dict[str, Any] | None:
         return None
     try:
         summary = json.loads(path.read_text())
-    except ValueError as error:
+        other_data = summary["fingerprint"] != fingerprint
+    except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is damaged ({error}); delete it to do the job anew") from error
-    if summary.get("fingerprint") != fingerprint:
+    if other_data:
         raise _other_data(workdir)
     missing = [n for n in _OUTPUTS if not (workdir / f"{n}.npy").exists()]
     return None if missing else summary

@@ -18,6 +18,7 @@ from jkmeans.errors import UserError
 EDGES = "edges"
 """What a graph is called that was read from a file of edges."""
 
+_LISTED_NODES = 10**6
 _SHOWN_NODES = 8
 
 
@@ -361,7 +362,14 @@ def read_edges(path: str | Path, n_nodes: int = 0) -> Graph:
             )
     if not edges:
         raise UserError(f"{path} holds no edge; accepted: two node numbers a line")
-    n_nodes = n_nodes or max(max(edge) for edge in edges) + 1
+    largest = max(max(edge) for edge in edges)
+    # It is not connected anyway; but to say which nodes are not takes an array of all of them.
+    if largest > max(len(edges), _LISTED_NODES):
+        raise UserError(
+            f"{path} names node {largest:,}, but has {len(edges):,} edges, which connect at most "
+            f"the nodes 0 to {len(edges):,}; accepted: nodes numbered from 0, all connected"
+        )
+    n_nodes = n_nodes or largest + 1
     return make_graph(EDGES, n_nodes, np.array(edges), weights=weights or None)
 
 

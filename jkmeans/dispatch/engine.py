@@ -48,10 +48,10 @@ class Options(NamedTuple):
       lease_seconds: after which a worker that says nothing loses its shard.
     """
 
-    address: str
-    workers: int
-    gpus_per_worker: float
-    lease_seconds: float
+    address: str = "local"
+    workers: int = 0
+    gpus_per_worker: float = -1.0
+    lease_seconds: float = 60.0
 
 
 class Job(NamedTuple):
@@ -226,15 +226,12 @@ class _Crew:
 
     def __init__(self, ray: Any, job: Job, options: Options, interruption: Interruption, say):
         self._ray, self._options, self._interruption, self._say = ray, options, interruption, say
-        resources = ray.cluster_resources()
         gpus = options.gpus_per_worker
-        self._gpus = (1.0 if resources.get("GPU", 0) >= 1 else 0.0) if gpus < 0 else gpus
-        if not self._room():
-            raise UserError(
-                f"the Ray cluster has {resources.get('CPU', 0):.0f} CPUs and "
-                f"{resources.get('GPU', 0):g} GPUs, and no worker of one CPU and {self._gpus:g} "
-                "GPUs has room in it; accepted: other --gpus_per_worker, or another --address"
-            )
+        if gpus < 0:
+            gpus = 1.0 if ray.cluster_resources().get("GPU", 0) >= 1 else 0.0
+        self._gpus = gpus
+        accepted = "other --gpus_per_worker, or another --address"
+        ray_session.refuse_no_room(ray, self._gpus, accepted)
         self._job = ray.put(job)
         self._master = (
             ray.remote(MasterActor)
@@ -283,20 +280,13 @@ class _Crew:
             with contextlib.suppress(Exception):
                 self._ray.kill(actor)
 
-    def _room(self) -> int:
-        """Workers that the cluster, as it is now, has room for."""
-        resources = self._ray.cluster_resources()
-        room = resources.get("CPU", 0)
-        if self._gpus:
-            room = min(room, resources.get("GPU", 0) / self._gpus)
-        return int(room)
-
     def _hire(self) -> None:
         """As many workers as are wanted; those that the cluster has no room for yet begin later."""
         now = time.monotonic()
         if now - self._counted_at > _COUNT_SECONDS:
             self._counted_at = now
-            self._wanted = self._options.workers or max(1, self._room())
+            room = ray_session.room_for_workers(self._ray, self._gpus)
+            self._wanted = self._options.workers or max(1, room)
         while len(self._actors) < self._wanted:
             self._started += 1
             name, actor = f"{self._started}", self._kind.remote()

@@ -19,15 +19,18 @@ from jkmeans.dispatch.models import Predictor, load_predictor
 from jkmeans.dispatch.worker import work_on
 from jkmeans.errors import UserError
 from jkmeans.interruption import Interruption
+from jkmeans.ray_session import ACCEPTED_GPUS, gpus_of_worker
 from jkmeans.recorder import results_table
 from jkmeans.streaming.progress import Reporter
 from jkmeans.workdir import only_process_in
 
 ENGINES = ("process", "ray")
+"""Who may compute."""
 
 _SHARD_BYTES = 2**26
 _LISTED = 10
 _HERE = "this process"
+_HOW = engine.Options()
 
 
 def predict_files(
@@ -39,7 +42,7 @@ def predict_files(
     embeddings: bool = False,
     merge: bool = False,
     engine_name: str = "process",
-    options: engine.Options | None = None,
+    options: engine.Options = _HOW,
     shard_rows: int = 0,
     n_devices: int = 0,
     watch=lambda status: None,
@@ -56,7 +59,7 @@ def predict_files(
       checkpoint: ``latest``, ``best`` or a position.
       embeddings: whether to write them.
       merge: whether to write each column into one file too, once all files are done.
-      engine_name: ``process`` for this one alone; ``ray`` for workers on Ray.
+      engine_name: one of `ENGINES`: ``process`` for this one alone, ``ray`` for workers on Ray.
       options: for Ray.
       shard_rows: rows that are computed and written at a time; a multiple of
         `jkmeans.blocks.block_rows`; 0 for about 64 MiB.
@@ -71,6 +74,15 @@ def predict_files(
         others are done, and the sentence and the manifest name these.
       Interrupted: Ctrl-C or SIGTERM came; what is done is in the journal.
     """
+    if engine_name not in ENGINES:
+        raise UserError(f"engine_name is {engine_name!r}; accepted: {', '.join(ENGINES)}")
+    if not options.gpus_per_worker < 0:
+        try:
+            options = options._replace(gpus_per_worker=gpus_of_worker(options.gpus_per_worker))
+        except (TypeError, ValueError):
+            raise UserError(
+                f"--gpus_per_worker is {options.gpus_per_worker!r}; accepted: -1, {ACCEPTED_GPUS}"
+            ) from None
     if jax.process_count() > 1:
         raise UserError(
             f"this is one of {jax.process_count()} processes, but one alone predicts for a folder, "
@@ -101,7 +113,7 @@ def predict_files(
         "input": str(paths[0].parent.resolve()),
     }
     output.make_folder(folder)
-    with only_process_in(folder):
+    with only_process_in(folder, "--output"):
         plan = output.claim(folder, plan, [path.name for path in paths])
         output.clean(folder)
         job = engine.Job(
@@ -113,7 +125,7 @@ def predict_files(
             shards=[shard for file in files for shard in cut(file, plan["shard_rows"])],
             unreadable=unreadable,
             folder=folder,
-            lease_seconds=options.lease_seconds if options else float("inf"),
+            lease_seconds=options.lease_seconds if engine_name == "ray" else float("inf"),
         )
         started = time.monotonic()
         with _Bar(row_bytes) as bar:
@@ -123,7 +135,6 @@ def predict_files(
                 watch(status)
 
             if engine_name == "ray":
-                assert options is not None
                 status = engine.run(job, options, say=_say, watch=follow)
                 output.clean(folder)
             else:

@@ -11,6 +11,8 @@ from jkmeans.configuration import Config
 from jkmeans.errors import CollapseError
 from jkmeans.workdir import CHECKPOINT_FOLDER, has_checkpoints
 
+_VARIANCE = "embedding_variance"
+
 
 def check_pretrained(config: Config, workdir: Path, found: Mapping[str, float]) -> None:
     """Raises CollapseError where the embeddings to be clustered first are not finite.
@@ -22,7 +24,7 @@ def check_pretrained(config: Config, workdir: Path, found: Mapping[str, float]) 
       workdir: of the run.
       found: what the program that made the first clusters says of them.
     """
-    if np.isfinite(found["embedding_variance"]):
+    if np.isfinite(found[_VARIANCE]):
         return
     n_epochs = config.training.n_pretrain_epochs
     if not n_epochs:
@@ -48,26 +50,32 @@ def check_epoch(
       reference: the variance of the embeddings that theirs is compared with.
       epoch: that ended.
     """
-    if not np.isfinite(values["loss"]) or not np.isfinite(values["embedding_variance"]):
+    wrong = {
+        name: values[field]
+        for name, field in {"loss": "loss", "variance of the embeddings": _VARIANCE}.items()
+        if not np.isfinite(values[field])
+    }
+    if wrong:
+        name, value = next(iter(wrong.items()))
         raise CollapseError(
-            f"the loss is {values['loss']} in epoch {epoch}: training diverged; try "
+            f"the {name} is {value} in epoch {epoch}: training diverged; try "
             f"{_remedies(config, epoch)}{_kept(workdir)}"
         )
     least = config.training.collapse_ratio * reference
     most = reference / max(config.training.collapse_ratio, 1e-30)
-    if values["embedding_variance"] > most:
+    if values[_VARIANCE] > most:
         # The embeddings of VaDE are Gaussian.
         bounded = config.network.normalize or config.objective.name == "vade"
         unit_norm = "" if bounded else "network.normalize = True or "
         raise CollapseError(
             f"the embeddings ran away in epoch {epoch}: their variance is "
-            f"{values['embedding_variance']:.3g}, and was {reference:.3g} at first; try "
+            f"{values[_VARIANCE]:.3g}, and was {reference:.3g} at first; try "
             f"{unit_norm}{_remedies(config, epoch)}{_kept(workdir)}"
         )
-    if values["embedding_variance"] < least:
+    if values[_VARIANCE] < least:
         raise CollapseError(
             f"the embeddings collapsed in epoch {epoch}: their variance is "
-            f"{values['embedding_variance']:.3g}, below training.collapse_ratio = "
+            f"{values[_VARIANCE]:.3g}, below training.collapse_ratio = "
             f"{config.training.collapse_ratio:g} of the {reference:.3g} it began with; "
             f"try {_remedies(config, epoch)}{_kept(workdir)}"
         )

@@ -156,8 +156,10 @@ def simulate(
         first = progress.evaluation * n_rounds
         state = lax.fori_loop(first, first + n_rounds, advance, progress.state)
         found = distortion(state.shared, shares, axis_name)
-        # Written so that NaN is not good either.
-        good = found <= EXPLODED * progress.distortion[0]
+        # Written so that NaN is not good either. The distortion does not show every prototype: one
+        # that is no number is nearest to no sample.
+        finite = jnp.all(jnp.isfinite(state.shared))
+        good = finite & (found <= EXPLODED * progress.distortion[0])
         return _Progress(
             state=state,
             good=jnp.where(good, state.shared, progress.good),

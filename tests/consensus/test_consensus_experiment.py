@@ -175,6 +175,19 @@ def test_what_diverges_is_written_and_said(tmp_path):
     assert cells["distortion"] == ""
 
 
+@pytest.mark.parametrize("lost", [0.0, 0.3])
+def test_vq_in_float64(tmp_path, lost):
+    config = small(consensus_vq)
+    config.vq.n_clusters, config.vq.duration, config.vq.n_evaluations = 3, 120, 2
+    config.vq.deals = ("shuffled",)
+    config.loss.messages = lost
+    (single,) = run_experiment(config, tmp_path / "float32")["vq"]
+    config.precision = "float64"
+    (double,) = run_experiment(config, tmp_path / "float64")["vq"]
+    assert double["distortion"] == pytest.approx(single["distortion"], rel=1e-2)
+    assert double["distortion"] != single["distortion"]
+
+
 @pytest.mark.slow
 def test_vq_and_training_as_experiments(tmp_path):
     config = small(consensus_vq)

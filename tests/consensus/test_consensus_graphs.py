@@ -137,6 +137,8 @@ def test_edges_are_read_from_a_file(tmp_path):
         ("0\n", "line 1 of"),
         ("# nothing\n", "holds no edge"),
         ("0 1\n2 3\n", "not connected"),
+        ("0 1\n1 0\n1 2\n2 0\n3 3\n", "self-loop"),
+        (f"0 {10**30}\n", "names node 1,000,000.*, but has 1 edges"),
     ],
 )
 def test_files_that_are_refused(tmp_path, text, sentence):

@@ -100,7 +100,8 @@ class _Work:
             )
         # Each the mean of some samples, so that none is a sample itself.
         n_averaged = max(1, min(20, len(points) // ours.n_clusters))
-        self.first = first_prototypes(rng, self.points, ours.n_clusters, n_averaged)
+        first = first_prototypes(rng, self.points, ours.n_clusters, n_averaged)
+        self.first = first.astype(self.points.dtype)
         check_enough(len(points), self.n_nodes)
         self.n_exchanges = ours.duration // (ours.tau * ours.n_evaluations)
         self.times = np.arange(ours.n_evaluations + 1) * self.n_exchanges * ours.tau
