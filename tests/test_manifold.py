@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from jkmeans.errors import UserError
+from jkmeans.methods import layouts
 from jkmeans.methods.manifold import manifold_clusters, nearest_labels
 from jkmeans.metrics import adjusted_rand_index
 
@@ -17,7 +18,7 @@ needs_umap = pytest.mark.skipif(
 )
 
 
-LAYOUTS_HERE = [pytest.param("umap", marks=needs_umap), "t-sne"]
+LAYOUTS_HERE = [pytest.param("umap", marks=needs_umap), "t-sne", "spectral"]
 
 
 def blobs(n_each=60, dimension=5):
@@ -71,8 +72,57 @@ def test_the_seed_decides_every_bit(layout):
     other = manifold_clusters(x, 4, seed=4, layout=layout)
     for a, b in zip(first, again, strict=True):
         np.testing.assert_array_equal(a, b)
-    # t-SNE starts from principal components, so that the seed is the mixture's alone.
-    assert np.array_equal(first[1], other[1]) == (layout == "t-sne")
+    # t-SNE starts from principal components, and eigenvectors of so few rows from nothing.
+    assert np.array_equal(first[1], other[1]) == (layout != "umap")
+
+
+@pytest.mark.parametrize("dense_rows", [0, 1000])
+def test_the_spectral_layout_separates_what_kmeans_cannot(monkeypatch, dense_rows):
+    monkeypatch.setattr(layouts, "_DENSE_ROWS", dense_rows)
+    x, truth = rings()
+    options = {"layout": "spectral", "clusterer": "k-means", "n_neighbors": 10, "starts": 5}
+    labels, places = manifold_clusters(x, 2, seed=0, **options)
+    assert adjusted_rand_index(truth, labels) == 1.0
+    assert places.dtype == np.float32
+    np.testing.assert_allclose(np.linalg.norm(places, axis=1), 1, rtol=1e-5)
+    again = manifold_clusters(x, 2, seed=0, **options)[1]
+    np.testing.assert_array_equal(again, places)
+
+
+def test_the_spectral_layout_is_of_the_leading_eigenvectors(monkeypatch):
+    x = np.random.default_rng(0).standard_normal((300, 3)).astype(np.float32)
+    monkeypatch.setattr(layouts, "_DENSE_ROWS", 0)
+    places = layouts.spectral(x, 8, 4, seed=1)
+    # By hand: neighbours by all distances, the matrix in full.
+    distances = np.linalg.norm(x[:, None] - x[None], axis=2)
+    ties = np.zeros((300, 300))
+    np.put_along_axis(ties, np.argsort(distances, axis=1)[:, 1:8], 1, axis=1)
+    ties += ties.T
+    scale = 1 / np.sqrt(ties.sum(axis=1))
+    _, vectors = np.linalg.eigh(scale[:, None] * ties * scale)
+    expected = vectors[:, -4:] / np.linalg.norm(vectors[:, -4:], axis=1, keepdims=True)
+    # Eigenvectors have no sign: compare the angles between the places.
+    np.testing.assert_allclose(places @ places.T, expected @ expected.T, atol=1e-3)
+
+
+@pytest.mark.parametrize("dense_rows", [0, 1000])
+@pytest.mark.parametrize(("n_groups", "n_components"), [(4, 4), (5, 5), (6, 6), (7, 4)])
+def test_the_spectral_layout_has_a_dimension_for_each_group(
+    monkeypatch, dense_rows, n_groups, n_components
+):
+    # Of 4 to 6 for four clusters; of seven groups none of these is told by a gap.
+    monkeypatch.setattr(layouts, "_DENSE_ROWS", dense_rows)
+    rng = np.random.default_rng(0)
+    truth = np.repeat(np.arange(n_groups), 50)
+    x = (9 * np.eye(7)[truth] + rng.standard_normal((len(truth), 7))).astype(np.float32)
+    labels, places = manifold_clusters(
+        x, 4, seed=0, layout="spectral", clusterer="k-means", n_neighbors=10, starts=5
+    )
+    if n_groups < 7:
+        assert places.shape[1] == n_components
+    assert 4 <= places.shape[1] <= 6
+    assert np.unique(labels).size == 4
+    assert layouts.spectral(x, 10, 2, seed=0).shape[1] == 2
 
 
 @needs_umap

@@ -1,36 +1,29 @@
 """N2D: a mixture of Gaussians on the manifold of an autoencoder's embeddings.
 
-The embeddings zᵢ of a trained autoencoder are laid out anew by UMAP or t-SNE, which keep neighbours
-together and let clusters fall apart, and a mixture of Gaussians with full covariances, or k-means,
-clusters the layout. The network is not trained any further, so these are functions of the
-embeddings on the host, not a `Method`.
+The embeddings zᵢ of a trained autoencoder are laid out anew (`jkmeans.methods.layouts`) by UMAP,
+t-SNE or eigenvectors of the graph of neighbours, which keep neighbours together and let clusters
+fall apart, and a mixture of Gaussians with full covariances, or k-means, clusters the layout. The
+network is not trained any further, so these are functions of the embeddings on the host, not a
+`Method`.
 
 The layout is of these embeddings only: UMAP places new ones by another optimisation, whose result
-depends on what else is placed with them, and t-SNE places no new ones. New data therefore get the
-cluster of the nearest embedding of the data that were clustered (`nearest_labels`).
+depends on what else is placed with them, and the others place no new ones. New data therefore get
+the cluster of the nearest embedding of the data that were clustered (`nearest_labels`).
 
 Source: McConville, Santos-Rodríguez, Piechocki and Craddock 2021, "N2D: (Not too) deep clustering
 via clustering the local manifold of an autoencoded embedding", sections III and IV, which compare
-both. UMAP: McInnes, Healy and Melville 2018; umap-learn is an extra: ``pip install
-"jkmeans[manifold]"``. t-SNE: van der Maaten and Hinton 2008, by trees (van der Maaten 2014), of
-scikit-learn.
+UMAP and t-SNE.
 """
 
-import warnings
 from typing import Any
 
 import numpy as np
 
 from jkmeans.errors import UserError
-
-LAYOUTS = ("umap", "t-sne")
-"""What lays embeddings out anew."""
+from jkmeans.methods.layouts import integer_in, lay_out
 
 CLUSTERERS = ("mixture", "k-means")
 """What clusters a layout."""
-
-METRICS = ("euclidean", "cosine", "manhattan", "correlation", "chebyshev")
-"""Distances between embeddings that a layout may use here."""
 
 
 def manifold_clusters(
@@ -57,13 +50,14 @@ def manifold_clusters(
         its number unused.
       seed: of the layout and of the start of the mixture, from 0 to 2³² − 1. t-SNE starts from
         principal components and draws nothing, where embeddings have as many dimensions as it.
-      layout: ``umap`` or ``t-sne``.
+      layout: ``umap``, ``t-sne`` or ``spectral``.
       n_neighbors: rows that each row is tied to on the manifold, itself included; 2 to n − 1. Of
         t-SNE it is the perplexity.
       min_dist: least distance of neighbours in the layout, 0 to 1; 0 packs clusters densest. Of
         UMAP only.
       n_components: q, the dimension of the layout, at most n − 2, and at most 3 of t-SNE, whose
-        trees have no more; if None, ``n_clusters``, and 2 of t-SNE.
+        trees have no more; if None, ``n_clusters``, 2 of t-SNE, and of the spectral layout what
+        its eigenvalues tell, see `jkmeans.methods.layouts.spectral`.
       metric: distance between embeddings, one of `METRICS`.
       clusterer: of the layout: ``mixture``, or ``k-means``, which depends less on its start.
       starts: of the clusterer, of which the best is kept; at least 1.
@@ -76,106 +70,24 @@ def manifold_clusters(
     """
     embeddings = _rows("embeddings", embeddings)
     n = len(embeddings)
-    n_clusters = _integer("n_clusters", n_clusters, 1, n, "the number of embeddings")
-    if layout not in LAYOUTS:
-        raise UserError(f"layout is {layout!r}; accepted: {', '.join(LAYOUTS)}")
-    n_components, n_neighbors = layout_sizes(n, n_clusters, layout, n_components, n_neighbors)
+    n_clusters = integer_in("n_clusters", n_clusters, 1, n, "the number of embeddings")
     if clusterer not in CLUSTERERS:
         raise UserError(f"clusterer is {clusterer!r}; accepted: {', '.join(CLUSTERERS)}")
-    starts = _integer("starts", starts, 1, 2**31 - 1)
-    seed = _integer("seed", seed, 0, 2**32 - 1)
-    if isinstance(min_dist, bool) or not isinstance(min_dist, int | float):
-        raise UserError(f"min_dist is {min_dist!r}; accepted: a number from 0 to 1")
-    if not 0 <= min_dist <= 1:
-        raise UserError(f"min_dist is {min_dist}; accepted: a number from 0 to 1")
-    if metric not in METRICS:
-        raise UserError(f"metric is {metric!r}; accepted: {', '.join(METRICS)}")
-
-    if layout == "umap":
-        places = _umap(embeddings, seed, n_neighbors, float(min_dist), n_components, metric)
-    else:
-        places = _t_sne(embeddings, seed, n_neighbors, n_components, metric)
-    if clusterer == "k-means":
-        return _kmeans_labels(places, n_clusters, seed, starts), places
-    return _mixture_labels(places, n_clusters, seed, starts), places
-
-
-def _t_sne(embeddings, seed, perplexity, n_components, metric) -> np.ndarray:
-    from sklearn.manifold import TSNE
-    from threadpoolctl import threadpool_limits
-
-    start = "pca" if n_components <= embeddings.shape[1] else "random"
-    with threadpool_limits(limits=1):  # Sums of several threads differ in their last bits.
-        t_sne = TSNE(
-            n_components,
-            perplexity=perplexity,
-            metric=metric,
-            init=start,
-            random_state=seed,
-        )
-        return np.asarray(t_sne.fit_transform(embeddings), np.float32)
-
-
-def layout_sizes(
-    n: int,
-    n_clusters: int,
-    layout: str,
-    n_components: int | None,
-    n_neighbors: int,
-    prefix: str = "",
-) -> tuple[int, int]:
-    """Dimensions and neighbours of a layout of n embeddings, as `manifold_clusters` has them.
-
-    What stands before their names in an error is the ``prefix``.
-
-    Raises:
-      UserError: there are too few embeddings for them.
-    """
-    if n < 3:
-        raise UserError(f"there are {n} examples; accepted: at least 3 for a layout of them")
-    if n_components is None:
-        n_components = n_clusters if layout == "umap" else 2
-    n_components = _integer(f"{prefix}n_components", n_components, 1, n - 2, "embeddings less two")
-    if layout == "t-sne":
-        _integer(f"{prefix}n_components", n_components, 1, 3, "what the trees of t-sne have")
-    n_neighbors = _integer(f"{prefix}n_neighbors", n_neighbors, 2, n - 1, "embeddings less one")
-    return n_components, n_neighbors
-
-
-def _umap(embeddings, seed, n_neighbors, min_dist, n_components, metric) -> np.ndarray:
-    umap = _import_umap()
-    reducer = umap.UMAP(
+    starts = integer_in("starts", starts, 1, 2**31 - 1)
+    seed = integer_in("seed", seed, 0, 2**32 - 1)
+    places = lay_out(
+        embeddings,
+        n_clusters,
+        seed=seed,
+        layout=layout,
         n_neighbors=n_neighbors,
         min_dist=min_dist,
         n_components=n_components,
         metric=metric,
-        random_state=seed,
-        n_jobs=1,  # A seed means this anyway, with a warning.
     )
-    with warnings.catch_warnings():
-        # Groups without a tie between them are what clusters look like; UMAP lays each out by
-        # itself then, and says so.
-        warnings.simplefilter("ignore", UserWarning)
-        layout = np.asarray(reducer.fit_transform(embeddings), np.float32)
-    if not np.isfinite(layout).all():
-        # UMAP leaves rows out that have no neighbour.
-        row = int(np.flatnonzero(~np.isfinite(layout).all(axis=1))[0])
-        raise UserError(f"UMAP has no place for row {row} of the embeddings; is it an outlier?")
-    return layout
-
-
-def _import_umap():
-    """umap-learn, without its warning that there is no TensorFlow."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            import umap  # pyright: ignore[reportMissingImports]
-        except ImportError as error:
-            raise UserError(
-                f"clustering on the manifold needs umap-learn, which cannot be imported ({error}); "
-                'pip install "jkmeans[manifold]" installs it'
-            ) from None
-    return umap
+    if clusterer == "k-means":
+        return _kmeans_labels(places, n_clusters, seed, starts), places
+    return _mixture_labels(places, n_clusters, seed, starts), places
 
 
 def _mixture_labels(layout: np.ndarray, n_clusters: int, seed: int, starts: int) -> np.ndarray:
@@ -188,10 +100,13 @@ def _mixture_labels(layout: np.ndarray, n_clusters: int, seed: int, starts: int)
 
 
 def _kmeans_labels(layout: np.ndarray, n_clusters: int, seed: int, starts: int) -> np.ndarray:
-    from jkmeans.estimators import KMeans
+    import jax
 
-    model = KMeans(n_clusters, n_init=starts, random_state=seed)
-    return model.fit(layout).labels_.astype(np.int32)
+    from jkmeans import sharded
+
+    key = jax.random.key(np.random.RandomState(seed).randint(2**31 - 1))
+    fitted = sharded.fit(key, layout, n_clusters, n_init=starts, tol=1e-4, relative_tol=True)
+    return np.asarray(fitted.labels, np.int32)
 
 
 def nearest_labels(bank: Any, bank_labels: Any, queries: Any, n_neighbors: int = 1) -> np.ndarray:
@@ -227,7 +142,9 @@ def nearest_labels(bank: Any, bank_labels: Any, queries: Any, n_neighbors: int =
             f"bank_labels is {labels.dtype} of shape {list(labels.shape)}; accepted: integers of "
             f"shape [{n}], one for each embedding of the bank"
         )
-    n_neighbors = _integer("n_neighbors", n_neighbors, 1, n, "the number of embeddings in the bank")
+    n_neighbors = integer_in(
+        "n_neighbors", n_neighbors, 1, n, "the number of embeddings in the bank"
+    )
     if len(queries) == 0:
         return np.zeros(0, np.int32)
     search = NearestNeighbors(n_neighbors=n_neighbors).fit(bank)
@@ -260,16 +177,3 @@ def _rows(name: str, value: Any, least: int = 3) -> np.ndarray:
         row = int(np.flatnonzero(~np.isfinite(rows).all(axis=1))[0])
         raise UserError(f"{name} has a number in row {row} that is not finite in float32")
     return rows
-
-
-def _integer(name: str, value: Any, least: int, most: int, what_most_is: str = "") -> int:
-    if (
-        isinstance(value, bool)
-        or not isinstance(value, int | np.integer)
-        or not least <= value <= most
-    ):
-        explained = f" ({what_most_is})" if what_most_is else ""
-        raise UserError(
-            f"{name} is {value!r}; accepted: an integer from {least} to {most}{explained}"
-        )
-    return int(value)

@@ -1,11 +1,11 @@
 """N2D: not too deep clustering, a mixture on the manifold of an autoencoder's embeddings.
 
 The network is an autoencoder that is only pretrained: its objective is ‖xᵢ − x̂ᵢ‖² / d. At the end
-of the run the embeddings of all examples are laid out by UMAP, or t-SNE, and clustered there by a
-mixture of Gaussians (`jkmeans.methods.manifold`), on the host and in one process. The clusters of
-the run are those of the mixture; the cluster of anything else is that of the nearest embedding
-among the examples that were clustered. The clusters therefore hold all embeddings, n · p numbers,
-on every device.
+of the run the embeddings of all examples are laid out by UMAP, t-SNE or eigenvectors of the graph
+of neighbours, and clustered there by a mixture of Gaussians or k-means
+(`jkmeans.methods.manifold`), on the host and in one process. The clusters of the run are those; the
+cluster of anything else is that of the nearest embedding among the examples that were clustered.
+The clusters therefore hold all embeddings, n · p numbers, on every device.
 
 Source: McConville et al. 2021, "N2D: (Not too) deep clustering via clustering the local manifold of
 an autoencoded embedding". The paper's autoencoder is trained for 1,000 epochs.
@@ -25,7 +25,8 @@ from jkmeans.fields import choice, integer, number
 from jkmeans.kmeans.collectives import AxisName
 from jkmeans.methods.autoencoder import objective, with_kmeans
 from jkmeans.methods.base import Method, MethodSpec, check_pretraining
-from jkmeans.methods.manifold import CLUSTERERS, LAYOUTS, layout_sizes, manifold_clusters
+from jkmeans.methods.layouts import LAYOUTS, layout_sizes
+from jkmeans.methods.manifold import CLUSTERERS, manifold_clusters
 
 # Numbers of the scores of a block of queries.
 _BLOCK_ENTRIES = 2**22
@@ -114,8 +115,8 @@ def _check(values: Mapping[str, Any]) -> None:
         )
     if layout == "umap" and importlib.util.find_spec("umap") is None:
         raise UserError(
-            "config.objective.layout is 'umap', which needs umap-learn; "
-            "pip install \"jkmeans[manifold]\" installs it, and layout 't-sne' needs nothing more"
+            "config.objective.layout is 'umap', which needs umap-learn; pip install "
+            "\"jkmeans[manifold]\" installs it, and 't-sne' and 'spectral' need nothing more"
         )
 
 
@@ -139,7 +140,9 @@ SPEC = MethodSpec(
         "layout": choice(LAYOUTS, "what lays the embeddings out anew"),
         "n_neighbors": integer(2, "rows that each row is tied to; the perplexity of t-SNE"),
         "min_dist": number("least distance of neighbours in a layout by UMAP"),
-        "n_components": integer(0, "dimension of the layout; 0 for K, and 2 of t-SNE"),
+        "n_components": integer(
+            0, "dimension of the layout; 0 for K, 2 of t-SNE, and of spectral what eigenvalues tell"
+        ),
         "clusterer": choice(CLUSTERERS, "what clusters the layout"),
         "starts": integer(1, "starts of the clusterer, of which the best is kept"),
     },
