@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from jkmeans import configuration, training
 from jkmeans.comparison_tables import Row, headline, write_tables
-from jkmeans.configuration import Config
+from jkmeans.configuration import Config, shown
 from jkmeans.errors import CollapseError, UserError
 from jkmeans.fields import accepted_of, integer
 from jkmeans.interruption import Interruption
@@ -191,7 +191,7 @@ def _validated(config: Config, only: Sequence[str]) -> tuple[int, dict[str, Conf
             f"config.n_seeds is {config.n_seeds!r}; accepted: {accepted_of(_N_SEEDS, error)}"
         ) from None
     if not isinstance(config.runs, ConfigDict) or not config.runs:
-        raise UserError(f"config.runs is {_shown(config.runs)}; accepted: configs by names of rows")
+        raise UserError(f"config.runs is {shown(config.runs)}; accepted: configs by names of rows")
     _refuse_names(list(config.runs))
     runs = {name: _validated_run(name, one) for name, one in config.runs.items()}
     strange = [name for name in only if name not in runs]
@@ -227,7 +227,7 @@ def _refuse_names(names: Sequence[Any]) -> None:
         text = isinstance(name, str) and name.isprintable() and name.strip() == name
         if not text or not 0 < len(name) <= _LONGEST_NAME:
             raise UserError(
-                f"config.runs has a row {_shown(name)}; accepted: 1 to {_LONGEST_NAME} printable "
+                f"config.runs has a row {shown(name)}; accepted: 1 to {_LONGEST_NAME} printable "
                 "characters, with no space before or after them"
             )
         # Some file systems take small and capital letters for the same.
@@ -238,8 +238,3 @@ def _refuse_names(names: Sequence[Any]) -> None:
                 f"{folders[folder]}; accepted: names that differ in letters and digits"
             )
         folders[folder] = f"the row {name!r}"
-
-
-def _shown(value: Any) -> str:
-    shown = repr(value.to_dict() if isinstance(value, ConfigDict) else value)
-    return shown if len(shown) <= 100 else f"{shown[:100]}…"

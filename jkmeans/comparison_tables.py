@@ -9,11 +9,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jkmeans import metrics
+from jkmeans.drawing import BLUE, DPI, FAINT, GRID, RED, new_figure
 from jkmeans.published import Published
 from jkmeans.whole_files import write_whole
 from jkmeans.workdir import TABLE_FILE
 
-TABLE_NAMES = ("table.md", "table.tex", "table.csv", "runs.csv", TABLE_FILE, "table.png")
 SCORES = ("acc", "nmi", "ari")
 
 
@@ -58,8 +59,7 @@ def summarize(row: Row) -> dict[str, Any]:
     for name in row.runs[0] if row.runs else ():
         values = [run[name] for run in row.runs if isinstance(run.get(name), int | float)]
         if len(values) == len(row.runs) and name != "seed":
-            sd = float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
-            summary[name] = {"mean": float(np.mean(values)), "sd": sd, "values": values}
+            summary[name] = metrics.spread(values)
     summary["failures"] = [list(failure) for failure in row.failures]
     return summary
 
@@ -231,36 +231,31 @@ def every_run(rows: Sequence[Row]) -> str:
     return out.getvalue()
 
 
-_BLUE, _RED, _GRAY = "#1f77b4", "#d62728", "#767676"
-
-
 def picture(rows: Sequence[Row]) -> bytes:
     """A PNG: accuracy of every run, the means, and what was published.
 
     Args:
       rows: of which at least one has ``acc``.
     """
-    from matplotlib.figure import Figure
-
     accuracies = [[100 * run["acc"] for run in row.runs if "acc" in run] for row in rows]
     published = [row.published.acc if row.published else None for row in rows]
     shown = [value for values in accuracies for value in values]
     shown += [value for value in published if value is not None]
     margin = max(1.0, 0.06 * (max(shown) - min(shown)))
-    figure = Figure(figsize=(7, 1.3 + 0.36 * len(rows)), layout="constrained")
+    figure = new_figure(7, 1.3 + 0.36 * len(rows))
     axes = figure.subplots()
     axes.set_xlim(max(0.0, min(shown) - margin), min(100.0, max(shown) + margin))
     axes.set_ylim(len(rows) - 0.5, -0.5)
     seed: dict[str, Any] = {
         "marker": "o",
-        "color": _BLUE,
+        "color": BLUE,
         "alpha": 0.5,
         "ms": 6,
         "mew": 0,
         "ls": "",
     }
-    mean: dict[str, Any] = {"marker": "|", "color": _BLUE, "ms": 16, "mew": 2.5, "ls": ""}
-    other: dict[str, Any] = {"marker": "D", "mfc": "none", "mec": _RED, "ms": 6, "ls": ""}
+    mean: dict[str, Any] = {"marker": "|", "color": BLUE, "ms": 16, "mew": 2.5, "ls": ""}
+    other: dict[str, Any] = {"marker": "D", "mfc": "none", "mec": RED, "ms": 6, "ls": ""}
     # Not clipped: marks at 0 and 100 % are whole.
     for place, (values, theirs) in enumerate(zip(accuracies, published, strict=True)):
         axes.plot(values, [place] * len(values), **seed, clip_on=False)
@@ -269,7 +264,7 @@ def picture(rows: Sequence[Row]) -> bytes:
         elif rows[place].failures:
             axes.annotate(
                 "collapsed", (0.5, place), xycoords=axes.get_yaxis_transform(),
-                ha="center", va="center", color=_GRAY, fontsize=9, backgroundcolor="white",
+                ha="center", va="center", color=FAINT, fontsize=9, backgroundcolor="white",
             )  # fmt: skip
         if theirs is not None:
             axes.plot([theirs], [place], **other, clip_on=False)
@@ -283,11 +278,11 @@ def picture(rows: Sequence[Row]) -> bytes:
     for label in axes.get_yticklabels():
         label.set_parse_math(False)  # A dollar sign in a name is a dollar sign.
     axes.set_xlabel("accuracy after matching, %")
-    axes.grid(color="#e6e6e6")
+    axes.grid(color=GRID)
     axes.set_axisbelow(True)
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.tick_params(axis="y", length=0)
     figure.legend(handles=handles, loc="outside upper right", ncols=3, frameon=False, fontsize=9)
     out = io.BytesIO()
-    figure.savefig(out, dpi=150, format="png")
+    figure.savefig(out, dpi=DPI, format="png")
     return out.getvalue()

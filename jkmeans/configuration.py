@@ -12,10 +12,11 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from jkmeans import datasets
 from jkmeans.augmentation import VIEWS
 from jkmeans.errors import UserError
 from jkmeans.fields import Field, accepted_of, boolean, choice, integer, integers, number, text
-from jkmeans.kmeans import INITIALIZATIONS
+from jkmeans.kmeans import EMPTY_POLICIES, INITIALIZATIONS
 from jkmeans.methods import METHODS, method_spec
 from jkmeans.networks import INITIALIZERS, NETWORKS
 from jkmeans.precision import PRECISIONS
@@ -32,8 +33,8 @@ FIELDS: dict[str, Field] = {
     "n_seeds": integer(1, "runs from seed on, side by side in one program"),
     "n_devices": integer(0, "devices of the mesh; 0 for all"),
     "n_clusters": integer(1, "K"),
-    "data.name": choice(("digits", "mnist", "fashion-mnist", "npy"), "the data set"),
-    "data.split": choice(("all", "train", "test"), "which part of it"),
+    "data.name": choice(datasets.NAMES, "the data set"),
+    "data.split": choice(datasets.SPLITS, "which part of it"),
     "data.path": text("the .npy file of examples, where name is 'npy'"),
     "data.labels_path": text("the .npy file of their labels, or '' for none"),
     "data.n_examples": integer(0, "only the first so many; 0 for all"),
@@ -59,7 +60,7 @@ FIELDS: dict[str, Field] = {
     "centroids.n_iterations": integer(0, "Lloyd iterations of a re-computation, at most"),
     "centroids.every": integer(1, "epochs from one re-computation to the next"),
     "centroids.bank": choice(("stored", "refreshed"), "embeddings of the pass, or of its end"),
-    "centroids.empty": choice(("keep", "farthest"), "what becomes of an empty cluster"),
+    "centroids.empty": choice(EMPTY_POLICIES, "what becomes of an empty cluster"),
     "centroids.final_max_iter": integer(0, "Lloyd iterations after the last epoch, at most"),
     "training.batch_size": integer(1, "B, over all devices"),
     "training.n_pretrain_epochs": integer(0, "epochs of the autoencoder alone"),
@@ -158,7 +159,7 @@ def convert_fields(config: Config, fields: Mapping[str, Field]) -> dict[str, Any
             members = [field for field in fields if field.startswith(f"{name}.")]
             if members:
                 raise UserError(
-                    f"config.{name} is {_shown(given[name])}; accepted: a group of the fields "
+                    f"config.{name} is {shown(given[name])}; accepted: a group of the fields "
                     f"{', '.join(members)}"
                 )
             known = _similar(name, fields)
@@ -172,7 +173,7 @@ def convert_fields(config: Config, fields: Mapping[str, Field]) -> dict[str, Any
             values[name] = field.convert(given[name])
         except (TypeError, ValueError, OverflowError) as error:
             raise UserError(
-                f"config.{name} is {_shown(given[name])}; accepted: {accepted_of(field, error)}"
+                f"config.{name} is {shown(given[name])}; accepted: {accepted_of(field, error)}"
             ) from None
     return values
 
@@ -310,7 +311,7 @@ def _flatten(config, fields: Mapping[str, Field], prefix: str = "") -> dict[str,
     return flat
 
 
-def _shown(value) -> str:
+def shown(value) -> str:
     """A value on one line."""
     shown = repr(value.to_dict() if isinstance(value, ConfigDict) else value)
     return shown if len(shown) <= 100 else f"{shown[:100]}…"

@@ -17,7 +17,9 @@ import numpy as np
 from jkmeans import named_data
 from jkmeans.errors import UserError
 
-NAMES = ("digits", "mnist", "fashion-mnist", "npy")
+NAMED = ("digits", "mnist", "fashion-mnist")
+"""Data sets that are found or downloaded."""
+NAMES = (*NAMED, "npy")
 SPLITS = ("all", "train", "test")
 DTYPES = (
     "float16",
@@ -397,12 +399,3 @@ def _listed(names: Sequence[str]) -> str:
 
 def _shape(sizes: Sequence[int | str]) -> str:
     return "[" + ", ".join(str(size) for size in sizes) + "]"
-
-
-def __getattr__(name: str):
-    # Made on the devices, so it needs JAX, which nothing else here does.
-    if name == "make_blobs":
-        from jkmeans.generation import make_blobs
-
-        return make_blobs
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -99,14 +99,14 @@ def make_blobs(
     # The last number is above every uniform draw, and blobs of share 0 are never reached.
     bounds = np.cumsum(shares / shares.sum())
     bounds[bounds == bounds[-1]] = np.inf
-    program = _program(n_samples, n_features, k, mesh, pad, dtype)
+    program = _program(n_samples, n_features, mesh, pad, dtype)
     noise_key = jax.random.fold_in(key, 1)
     x, labels = program(noise_key, centers, np.broadcast_to(std, (k,)), bounds.astype(np.float32))
     return Blobs(x, labels, jnp.asarray(centers.astype(dtype)))
 
 
 @functools.lru_cache(maxsize=32)
-def _program(n: int, d: int, k: int, mesh: Mesh | None, pad: bool, dtype: jnp.dtype):
+def _program(n: int, d: int, mesh: Mesh | None, pad: bool, dtype: jnp.dtype):
     """The compiled generator of one shape."""
     n_devices = 1 if mesh is None else mesh.size
     rows_per_device = -(-n // n_devices)

@@ -4,7 +4,7 @@ Labels are [n] integers of any values, of clusters and of classes alike; only wh
 one counts. Everything runs on the host.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -199,3 +199,16 @@ def _contingency(truth: Any, labels: Any) -> tuple[np.ndarray, np.ndarray, np.nd
 def _assign(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return the matched rows, in order, and the column of each."""
     return linear_sum_assignment(counts, maximize=True)
+
+
+def spread(values: Sequence[float]) -> dict[str, Any]:
+    """Mean and sample standard deviation of a number over seeds; that of one seed is 0.
+
+    Args:
+      values: of each seed; at least one.
+
+    Returns:
+      ``mean``, ``sd`` and the ``values``.
+    """
+    sd = float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+    return {"mean": float(np.mean(values)), "sd": sd, "values": list(values)}

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from configs import mnist, table_digits, table_mnist
 from jkmeans import comparison, configuration, training
 from jkmeans.comparison import compare, run_folder
-from jkmeans.comparison_tables import TABLE_NAMES, Row, write_tables
+from jkmeans.comparison_tables import Row, write_tables
 from jkmeans.errors import CollapseError, UserError
 from jkmeans.interruption import Interrupted
 from jkmeans.methods import METHODS, with_method
@@ -23,6 +23,8 @@ from tests import tiny
 from tests.test_launchers import run as launch
 
 ROWS = ("dec", "autoencoder")  # Not in the order of the alphabet.
+
+TABLE_NAMES = ("table.md", "table.tex", "table.csv", "runs.csv", "table.json", "table.png")
 
 
 @pytest.fixture(scope="module")

@@ -284,9 +284,9 @@ def test_devices_agree_over_a_run(n_devices, init):
 def test_host_fed_epochs_equal_resident_ones(bank, n_devices):
     changes = {"n_devices": n_devices, "centroids__bank": bank}
     run, resident, values = run_epochs(4, data__placement="device", **changes)
-    assert not run.on_host
+    assert not run.is_fed
     run, fed, others = run_epochs(4, data__placement="host", data__chunk_mebibytes=1, **changes)
-    assert run.on_host
+    assert run.is_fed
     assert run.rows.examples is None
     for name, value in resident.parameters.items():
         np.testing.assert_allclose(fed.parameters[name], value, rtol=1e-5, atol=1e-6)

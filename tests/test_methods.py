@@ -414,7 +414,7 @@ def test_resumed_equals_uninterrupted(name, tmp_path):
 def test_fed_from_the_host_equals_resident(name):
     run, resident, values = trained(name, 8)
     fed_run = run_of(name, n_devices=8, data__placement="host", data__chunk_mebibytes=1)
-    assert fed_run.on_host
+    assert fed_run.is_fed
     fed, others = train(fed_run)
     for path, value in resident.parameters.items():
         np.testing.assert_allclose(fed.parameters[path], value, rtol=1e-5, atol=1e-6)

@@ -17,6 +17,7 @@ import numpy as np
 import optax
 from ml_collections import ConfigDict
 
+from jkmeans import datasets
 from jkmeans.asynchronous.curve import (
     CURVE_FILE,
     Curve,
@@ -49,7 +50,7 @@ OPTIMIZERS: dict[str, Callable[[float], optax.GradientTransformation]] = {
 
 FIELDS: dict[str, Field] = {
     "seed": integer(0, "of the first parameters and the order of examples"),
-    "data.name": choice(("digits", "mnist", "fashion-mnist"), "the data set"),
+    "data.name": choice(datasets.NAMED, "the data set"),
     "data.n_examples": integer(0, "only the first so many; 0 for all"),
     "problem.name": choice(tuple(PROBLEMS), "model, loss and examples", or_function=True),
     "problem.widths": integers("of hidden layers"),

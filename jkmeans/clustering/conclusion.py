@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from jkmeans import metrics, processes, selection
-from jkmeans.clustering.folder import SUMMARY_FILE, write_npy
+from jkmeans.clustering.folder import LABELS_FILE, SIZES_FILE, SUMMARY_FILE, write_npy
 from jkmeans.clustering.found import Found
 from jkmeans.clustering.session import Session
 from jkmeans.errors import underflow_sentence
@@ -30,12 +30,12 @@ def conclude(session: Session, found: Found, sweep: dict[str, Any] | None) -> di
     """
     k = len(found.sizes)
     write_npy(session.workdir / CENTROIDS_FILE, found.centroids)
-    write_npy(session.workdir / "sizes.npy", found.sizes)
+    write_npy(session.workdir / SIZES_FILE, found.sizes)
     labels = found.labels
     if labels is None:
         # Of a file that another host has just written: when process 0 says it is there.
         processes.gather("written")
-        labels = np.load(session.workdir / "labels.npy", mmap_mode="r")
+        labels = np.load(session.workdir / LABELS_FILE, mmap_mode="r")
     key = session.key(0)
     numbers, rows = session.sample(key, session.config.report.sample_size)
     sample_labels = np.asarray(labels[numbers])

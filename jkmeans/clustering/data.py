@@ -10,7 +10,6 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jkmeans import datasets, processes
-from jkmeans.clustering.settings import NAMED
 from jkmeans.configuration import Config
 from jkmeans.device_memory import device_room
 from jkmeans.sharding import device_dtype
@@ -42,7 +41,7 @@ def open_data(config: Config) -> Data:
     Raises:
       UserError: it cannot be read.
     """
-    if config.input not in NAMED:
+    if config.input not in datasets.NAMED:
         return Data(
             Path(config.input).name, open_source(config.input, config.columns or None), None, None
         )

@@ -14,12 +14,13 @@ from jkmeans.clustering.settings import FIELDS, RUNTIME
 from jkmeans.configuration import Config, convert_fields, nest
 from jkmeans.errors import UserError
 from jkmeans.whole_files import UNREADABLE, read_arrays, write_array, write_arrays
-from jkmeans.workdir import claim
+from jkmeans.workdir import CENTROIDS_FILE, claim
 
 SUMMARY_FILE = "summary.json"
 SWEEP_FILE = "sweep.json"
 STATE_FILE = "state.npz"
-_OUTPUTS = ("centroids", "labels", "distances", "sizes")
+LABELS_FILE, DISTANCES_FILE, SIZES_FILE = "labels.npy", "distances.npy", "sizes.npy"
+_OUTPUTS = (CENTROIDS_FILE, LABELS_FILE, DISTANCES_FILE, SIZES_FILE)
 
 
 def claim_workdir(workdir: Path, config: Config) -> None:
@@ -132,7 +133,7 @@ def read_summary(workdir: Path, fingerprint: str) -> dict[str, Any] | None:
         raise UserError(f"{path} is damaged ({error}); delete it to do the job anew") from error
     if other_data:
         raise _other_data(workdir)
-    missing = [n for n in _OUTPUTS if not (workdir / f"{n}.npy").exists()]
+    missing = [name for name in _OUTPUTS if not (workdir / name).exists()]
     return None if missing else summary
 
 

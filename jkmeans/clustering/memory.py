@@ -13,7 +13,13 @@ import jax
 import numpy as np
 
 from jkmeans import kmeans, processes, sharded
-from jkmeans.clustering.folder import STATE_FILE, State, write_npy
+from jkmeans.clustering.folder import (
+    DISTANCES_FILE,
+    LABELS_FILE,
+    STATE_FILE,
+    State,
+    write_npy,
+)
 from jkmeans.clustering.found import Found, refuse_overflow
 from jkmeans.clustering.session import Session, began_streamed
 from jkmeans.recorder import format_duration
@@ -112,8 +118,8 @@ class _Fit:
         final = self._run(_assign, state.best, out_specs=sharded.RESULT_SPECS)
         labels = to_host(final.labels)[: self._rows.n_rows]
         distances = to_host(final.distances)[: self._rows.n_rows]
-        write_npy(session.workdir / "labels.npy", labels)
-        write_npy(session.workdir / "distances.npy", distances)
+        write_npy(session.workdir / LABELS_FILE, labels)
+        write_npy(session.workdir / DISTANCES_FILE, distances)
         return Found(
             centroids=state.best,
             sizes=np.bincount(labels, minlength=self._k).astype(np.int64),

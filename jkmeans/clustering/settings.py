@@ -21,7 +21,6 @@ from jkmeans.configuration import (
 from jkmeans.errors import UserError
 from jkmeans.fields import TooLargeError, texts
 
-NAMED = tuple(name for name in datasets.NAMES if name != "npy")
 """Data sets that an input can name; other inputs are paths."""
 AUTO = "auto"
 
@@ -41,7 +40,9 @@ def _convert_n_clusters(value: Any) -> str:
 FIELDS: dict[str, Field] = {
     "seed": integer(0, "the root of all random keys"),
     "n_devices": integer(0, "devices of the mesh; 0 for all"),
-    "input": text(f"{', '.join(NAMED)}, or a .npy file, a folder of them, .zarr or Parquet"),
+    "input": text(
+        f"{', '.join(datasets.NAMED)}, or a .npy file, a folder of them, .zarr or Parquet"
+    ),
     "columns": texts("columns of Parquet; () for all but the index of a data frame", "names"),
     "memory_mebibytes": integer(0, "data above this is streamed; 0 for half of what is free"),
     "n_clusters": Field(
@@ -86,11 +87,11 @@ def validate(config: Config) -> Config:
             raise UserError(
                 f"config.sweep.n_clusters is {ks}; accepted: at least one integer, of at least 2"
             )
-    if values["columns"] and values["input"] in NAMED:
+    if values["columns"] and values["input"] in datasets.NAMED:
         raise UserError(
             f"config.columns is {values['columns']}, but input is {values['input']!r}; accepted: "
             "() for all but Parquet"
         )
-    if values["input"] not in NAMED:
+    if values["input"] not in datasets.NAMED:
         values["input"] = str(Path(values["input"]).expanduser().absolute())
     return nest(values)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 
 from jkmeans import processes
-from jkmeans.clustering.folder import STATE_FILE
+from jkmeans.clustering.folder import DISTANCES_FILE, LABELS_FILE, STATE_FILE
 from jkmeans.clustering.found import Found, refuse_overflow
 from jkmeans.clustering.session import Session
 from jkmeans.recorder import format_duration
@@ -57,8 +57,8 @@ def fit_streamed(session: Session, k: int) -> Found:
     predicted = predict_stream(
         source,
         result.centroids,
-        session.workdir / "labels.npy",
-        distances_path=session.workdir / "distances.npy",
+        session.workdir / LABELS_FILE,
+        distances_path=session.workdir / DISTANCES_FILE,
         mesh=session.mesh,
         memory_budget=budget,
         progress=tell_and_listen,

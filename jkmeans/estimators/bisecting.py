@@ -115,8 +115,7 @@ class BisectingKMeans(CentroidEstimator):
         X = read_rows(self, X, reset=True)
         weights = read_weights(sample_weight, X)
         n_rows = X.shape[0]
-        if n_rows < self.n_clusters:
-            raise ValueError(f"n_samples={n_rows} should be >= n_clusters={self.n_clusters}.")
+        sharded.refuse_few_rows(n_rows, self.n_clusters)
         random_state = check_random_state(self.random_state)
         key = random_key(random_state)
         mesh = sharded.mesh_of(X) if self.mesh is None else self.mesh

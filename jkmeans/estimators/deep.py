@@ -26,7 +26,7 @@ from sklearn.utils import check_array, check_random_state
 from sklearn.utils._param_validation import Interval, StrOptions
 from sklearn.utils.validation import check_is_fitted, validate_data
 
-from jkmeans import configuration, datasets, evaluation, training
+from jkmeans import configuration, datasets, evaluation, sharded, training
 from jkmeans.configuration import Config
 from jkmeans.errors import CollapseError, UserError
 from jkmeans.estimators.base import at_least
@@ -195,8 +195,7 @@ class DeepClustering(
         X = self._read(X, reset=True)
         with _value_errors(), _said(self.verbose):
             config = self._config(self._seed())
-            if len(X) < config.n_clusters:
-                raise ValueError(f"n_samples={len(X)} should be >= n_clusters={config.n_clusters}.")
+            sharded.refuse_few_rows(len(X), config.n_clusters)
             dataset = datasets.from_arrays(X, name="X", scale=self._scale(X))
             run = RunFolder.temporary() if self.workdir is None else RunFolder(self.workdir)
             with _stops(kept=self.workdir is not None):

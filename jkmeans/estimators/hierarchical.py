@@ -193,8 +193,7 @@ class HierarchicalKMeans(CentroidEstimator):
                 f"n_clusters={self.n_clusters!r}: expected a number of clusters of at least 1 for "
                 "each level, none larger than the one before it."
             )
-        if n_rows < sizes[0]:
-            raise ValueError(f"n_samples={n_rows} should be >= n_clusters={sizes[0]}.")
+        sharded.refuse_few_rows(n_rows, sizes[0])
         return sizes
 
     def _through_levels(self, labels: np.ndarray) -> list[np.ndarray]:

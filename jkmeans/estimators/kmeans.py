@@ -138,8 +138,7 @@ class KMeans(CentroidEstimator):
             return self._fit_source(X, sample_weight)
         X = read_rows(self, X, reset=True)
         weights = read_weights(sample_weight, X)
-        if X.shape[0] < self.n_clusters:
-            raise ValueError(f"n_samples={X.shape[0]} should be >= n_clusters={self.n_clusters}.")
+        sharded.refuse_few_rows(X.shape[0], self.n_clusters)
         with sharded.precision(X):
             rows = sharded.place(X, weights, mesh=self.mesh, multiple_of=self._multiple_of)
             result = self._best_of_restarts(X, rows)

@@ -206,8 +206,8 @@ class MiniBatchKMeans(CentroidEstimator):
 
     def _read(self, X: Any, sample_weight: Any, *, reset: bool) -> tuple[Any, np.ndarray | None]:
         X = read_rows(self, X, reset=reset)
-        if reset and X.shape[0] < self.n_clusters:
-            raise ValueError(f"n_samples={X.shape[0]} should be >= n_clusters={self.n_clusters}.")
+        if reset:
+            sharded.refuse_few_rows(X.shape[0], self.n_clusters)
         return X, read_weights(sample_weight, X)
 
     def _init_size(self, n_rows: int) -> int | None:

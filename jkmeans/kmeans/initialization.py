@@ -71,7 +71,7 @@ def sample(
       ValueError: x has fewer than k rows.
     """
     x, weights, index = _prepare(x, weights, index, axis_name)
-    priority = _priority(key, jnp.ones_like(weights), weights, index)
+    priority = draw_priorities(key, jnp.ones_like(weights), weights, index)
     if centroid_axis is None:
         return _choose(priority, x, n_clusters, axis_name)
     row, local = _choose_rows(priority, n_clusters, axis_name)
@@ -201,7 +201,7 @@ def kmeans_parallel(
 
     def draw(r, carry):
         candidates, labels, closest = carry
-        priority = _priority(jax.random.fold_in(key, r), weights * closest, weights, index)
+        priority = draw_priorities(jax.random.fold_in(key, r), weights * closest, weights, index)
         drawn = _choose(priority, x, per_round, axis_name)
         nearest = assign_rows(x, drawn)
         # Strictly nearer: a candidate that repeats an earlier one gets no rows, hence no weight.
@@ -211,7 +211,9 @@ def kmeans_parallel(
         closest = jnp.where(nearer, nearest.distances, closest)
         return lax.dynamic_update_slice_in_dim(candidates, drawn, first, 0), labels, closest
 
-    first = _choose(_priority(jax.random.fold_in(key, 0), weights, weights, index), x, 1, axis_name)
+    first = _choose(
+        draw_priorities(jax.random.fold_in(key, 0), weights, weights, index), x, 1, axis_name
+    )
     candidates = vary_like(jnp.zeros((n_candidates, x.shape[1]), x.dtype), first)
     candidates = candidates.at[0].set(first[0])
     closest = assign_rows(x, first).distances
@@ -372,7 +374,9 @@ def _prepare(x, weights, index, axis_name) -> tuple[jax.Array, jax.Array, jax.Ar
     return x, weights, index
 
 
-def _priority(key: jax.Array, scores: jax.Array, weights: jax.Array, index: jax.Array) -> jax.Array:
+def draw_priorities(
+    key: jax.Array, scores: jax.Array, weights: jax.Array, index: jax.Array
+) -> jax.Array:
     """log(scores) + Gumbel noise: its top k are k draws without replacement by the scores.
 
     Rows of score 0 come after all others, rows of weight 0 are at −∞.

@@ -15,7 +15,14 @@ from jkmeans.sharded.fits import (
     scale_and_origin,
     scaled_tol,
 )
-from jkmeans.sharded.placing import Rows, mesh_of, place, precision, unpadded
+from jkmeans.sharded.placing import (
+    Rows,
+    mesh_of,
+    place,
+    precision,
+    refuse_few_rows,
+    unpadded,
+)
 from jkmeans.sharded.programs import BLOCKS, result_specs, run
 from jkmeans.sharded.queries import assign, distances, evaluate_rows, inertia, nearest
 
@@ -34,6 +41,7 @@ __all__ = [
     "nearest",
     "place",
     "precision",
+    "refuse_few_rows",
     "result_specs",
     "run",
     "scale_and_origin",

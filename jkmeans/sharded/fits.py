@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from jkmeans import kmeans, sharding
 from jkmeans.kmeans.collectives import AxisName, row_numbers
-from jkmeans.sharded.placing import Rows, place, precision, unpadded
+from jkmeans.sharded.placing import Rows, place, precision, refuse_few_rows, unpadded
 from jkmeans.sharded.programs import BLOCKS, result_specs, run
 
 RESULT_SPECS = result_specs(kmeans.KMeansResult)
@@ -101,8 +101,7 @@ def fit_rows(
 
     ``oversampling_factor`` is an option too, of "k-means||".
     """
-    if n_clusters > rows.n_rows:
-        raise ValueError(f"n_samples={rows.n_rows} should be >= n_clusters={n_clusters}.")
+    refuse_few_rows(rows.n_rows, n_clusters)
     by_name = isinstance(init, str)
     large_k = rows.mesh is not None and rows.mesh.shape.get(sharding.CENTROID_AXIS, 1) > 1
     if "oversampling_factor" in options and not (by_name and init == "k-means||"):

@@ -63,6 +63,16 @@ def mesh_of(x: Any) -> Mesh | None:
     return Mesh(np.array(devices), (sharding.DATA_AXIS,), axis_types=(AxisType.Auto,))
 
 
+def refuse_few_rows(n_rows: int, n_clusters: int) -> None:
+    """Refuses more clusters than rows, in the words of scikit-learn.
+
+    Raises:
+      ValueError: there are more.
+    """
+    if n_rows < n_clusters:
+        raise ValueError(f"n_samples={n_rows} should be >= n_clusters={n_clusters}.")
+
+
 def place(
     x: Any,
     weights: Any = None,

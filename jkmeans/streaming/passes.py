@@ -19,7 +19,7 @@ from jax import lax
 
 from jkmeans import kmeans, processes
 from jkmeans.errors import UserError
-from jkmeans.kmeans.initialization import _priority
+from jkmeans.kmeans.initialization import draw_priorities
 from jkmeans.kmeans.statistics import two_sum
 from jkmeans.sharding import (
     DATA_AXIS,
@@ -141,13 +141,13 @@ def moments(rows: Rows, shift: jax.Array, key: jax.Array) -> Contribution:
     n = jnp.sum(rows.valid).astype(shift.dtype)
     numbers = jnp.concatenate([n[None], jnp.sum(x, axis=0), jnp.sum(x**2, axis=0)])
     weights = _weights(rows, shift.dtype)
-    return Contribution(numbers, _priority(key, weights, weights, rows.index))
+    return Contribution(numbers, draw_priorities(key, weights, weights, rows.index))
 
 
 def moments_and_sample(rows: Rows, shift: jax.Array, key: jax.Array) -> Contribution:
     """As `moments`, but rows are drawn uniformly."""
     weights = _weights(rows, shift.dtype)
-    drawn = _priority(key, jnp.ones_like(weights), weights, rows.index)
+    drawn = draw_priorities(key, jnp.ones_like(weights), weights, rows.index)
     return moments(rows, shift, key)._replace(priority=drawn)
 
 
@@ -156,7 +156,7 @@ def draw(rows: Rows, candidates: jax.Array, key: jax.Array) -> Contribution:
     closest = _closest(rows.x, candidates)
     weights = _weights(rows, closest.dtype)
     scores = jnp.where(rows.valid, weights * closest, 0)
-    return Contribution(jnp.sum(scores)[None], _priority(key, scores, weights, rows.index))
+    return Contribution(jnp.sum(scores)[None], draw_priorities(key, scores, weights, rows.index))
 
 
 def potentials(rows: Rows, candidates: jax.Array, trials: jax.Array) -> Contribution:

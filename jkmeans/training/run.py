@@ -89,7 +89,7 @@ class Run:
     # What is where
 
     @functools.cached_property
-    def on_host(self) -> bool:
+    def is_fed(self) -> bool:
         """Whether examples stay on the host and are fed."""
         placement = self.config.data.placement
         if placement != "auto":
@@ -103,7 +103,7 @@ class Run:
         """The examples on the devices, or only their weights and numbers where they are fed."""
         index = self.layout.row_index()
         examples = None
-        if not self.on_host:
+        if not self.is_fed:
             examples = place_rows(self.dataset.examples, self.layout, self.mesh)
         return Rows(
             examples=examples,
@@ -182,7 +182,7 @@ class Run:
         devices = f"{self.mesh.size} × {self.mesh.devices.flat[0].platform}"
         if processes.count() > 1:
             devices += f" of {processes.count()} processes"
-        feeding = "fed from the host" if self.on_host else "on the devices"
+        feeding = "fed from the host" if self.is_fed else "on the devices"
         self.recorder.say(
             f"{self.dataset.name}: {self.dataset.n_examples:,} examples {feeding} ({devices}), "
             f"{self.n_steps} steps of {self.layout.effective_batch_size} an epoch"
@@ -205,7 +205,7 @@ class Run:
             state = self.begin_epoch(state, epoch - n_pretrain)
         started, self.compiled.seconds = time.perf_counter(), 0.0
         first_step = int(state.step)
-        if self.on_host:
+        if self.is_fed:
             state, values = self._fed_epoch(state, clustering)
             if values is None:
                 return state, None
@@ -256,7 +256,7 @@ class Run:
 
     def refresh(self, state: TrainState) -> TrainState:
         """Embeds every example with the weights as they are now."""
-        if not self.on_host:
+        if not self.is_fed:
             return self.compiled("refresh", state, self.rows)
         for rows, examples in self.feeder.chunks(self.feeder.in_row_order()):
             state = self.compiled("fill", state, rows, examples)

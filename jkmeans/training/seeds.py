@@ -12,16 +12,12 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from jkmeans import configuration, datasets, processes
+from jkmeans import configuration, datasets, metrics, processes
 from jkmeans.checkpoints import Checkpoints
 from jkmeans.configuration import Config
 from jkmeans.errors import UserError
 from jkmeans.recorder import results_table, silence
-from jkmeans.sharding import (
-    make_mesh,
-)
+from jkmeans.sharding import make_mesh
 from jkmeans.training import conclusion, train_and_evaluate
 from jkmeans.training.folder import claim_workdir
 from jkmeans.training.run import Run
@@ -92,9 +88,7 @@ def summarize(results: Sequence[dict[str, Any]], workdir: Path) -> dict[str, Any
     summary = {}
     for name, first in results[0].items():
         if isinstance(first, int | float):
-            values = [one[name] for one in results]
-            sd = float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
-            summary[name] = {"mean": float(np.mean(values)), "sd": sd, "values": values}
+            summary[name] = metrics.spread([one[name] for one in results])
     if processes.is_first():
         write_json(workdir / SEEDS_FILE, summary)
     rows = {name: _mean_and_sd(found) for name, found in summary.items()}
@@ -132,7 +126,7 @@ class _Seeds:
             like = self.runs[0] if self.runs else None
             folder = workdir / f"seed_{seed}"
             self.runs.append(Run(_of_seed(config, seed), folder, dataset, self.mesh, like))
-        if self.runs[0].on_host:
+        if self.runs[0].is_fed:
             raise UserError(
                 f"config.n_seeds is {config.n_seeds}, but the examples are fed from the host; "
                 "accepted: 1, or data.placement = 'device' and room for all examples"

@@ -12,7 +12,7 @@ from jkmeans.vq.mixtures import spline_mixture
 
 MIXTURE = "mixture"
 _CHUNK_BYTES = 2**26
-NAMED = (MIXTURE, *(name for name in datasets.NAMES if name != "npy"))
+NAMED = (MIXTURE, *datasets.NAMED)
 
 
 def load_samples(config: Config) -> np.ndarray:
@@ -34,15 +34,33 @@ def load_samples(config: Config) -> np.ndarray:
         return spline_mixture(
             config.seed, n_samples, mixture.n_components, mixture.n_features, mixture.n_knots
         )
-    if name in NAMED:
+    return load_rows(name, n_samples, patch=config.data.patch, seed=config.seed)
+
+
+def load_rows(name: str, n_samples: int, *, patch: int = 0, seed: int) -> np.ndarray:
+    """Images of a named set, their pixels or patches of them, or rows of a file, in their order.
+
+    Args:
+      name: of the set, or of the file.
+      n_samples: drawn from them; 0 for all.
+      patch: side of the patches; 0 for whole images.
+      seed: of the draw.
+
+    Returns:
+      [N, d] float32.
+
+    Raises:
+      UserError: the data cannot be read, or not be cut as asked for.
+    """
+    if name in datasets.NAMED:
         dataset = datasets.load(name)
         images = dataset.examples * np.float32(dataset.scale)
-        if config.data.patch:
-            images = cut_patches(images, config.data.patch)
+        if patch:
+            images = cut_patches(images, patch)
         rows = images.reshape(len(images), -1)
-        return rows[_drawn(name, len(rows), n_samples, config.seed)]
+        return rows[_drawn(name, len(rows), n_samples, seed)]
     source = open_source(name)
-    return _read_rows(source, _drawn(name, source.n_rows, n_samples, config.seed))
+    return _read_rows(source, _drawn(name, source.n_rows, n_samples, seed))
 
 
 def _drawn(name: str, n_rows: int, n_samples: int, seed: int) -> np.ndarray:

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from jkmeans.configuration import Config
+from jkmeans.drawing import BLUE, DPI, GREEN, GRID, INK, ORANGE, RED, new_figure
 from jkmeans.vq.simulation import Setting
 
 SEQUENTIAL = "averaging"
@@ -24,7 +25,7 @@ _NAMES = {
     "displacements": "B: displacements",
     "asynchronous": "C: asynchronous",
 }
-_COLOURS = ("#222222", "#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf", "#8c564b")
+_COLOURS = (INK, BLUE, RED, GREEN, "#9467bd", ORANGE, "#17becf", "#8c564b")
 
 
 class Curve(NamedTuple):
@@ -207,10 +208,7 @@ def picture(title: str, curves: Sequence[Curve], *, logarithmic: bool = False) -
         another scheme than the second's.
       logarithmic: whether time is: equal speed-ups are then equal shifts.
     """
-    from matplotlib.figure import Figure
-
-    width = 9.6 if logarithmic else 7.2
-    figure = Figure(figsize=(width, 4.4), layout="constrained", facecolor="white")
+    figure = new_figure(9.6 if logarithmic else 7.2, 4.4)
     axes = figure.subplots()
     common = curves[1 % len(curves)].setting.scheme
     top = max(float(np.nanmean(curve.distortion[:, 0])) for curve in curves)
@@ -246,7 +244,7 @@ def picture(title: str, curves: Sequence[Curve], *, logarithmic: bool = False) -
     axes.set_ylabel(f"distortion C(w){of_seeds}")
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.6g}")
-    axes.grid(color="#e6e6e6")
+    axes.grid(color=GRID)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     if logarithmic:
@@ -255,7 +253,7 @@ def picture(title: str, curves: Sequence[Curve], *, logarithmic: bool = False) -
     else:
         axes.legend(frameon=False, fontsize=9, loc="upper right")
     out = io.BytesIO()
-    figure.savefig(out, dpi=150, format="png")
+    figure.savefig(out, dpi=DPI, format="png")
     return out.getvalue()
 
 

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import numpy as np
-from ml_collections import ConfigDict
 
+from jkmeans import datasets
 from jkmeans.configuration import Config
 from jkmeans.consensus.tasks.base import number_type
 from jkmeans.errors import UserError
 from jkmeans.fields import Field, integer, text
-from jkmeans.vq.data import MIXTURE, NAMED, load_samples
+from jkmeans.vq.data import MIXTURE, load_rows
 
 DEALS = ("shuffled", "sorted")
-_NAMES = tuple(name for name in NAMED if name != MIXTURE)
 
 FIELDS: dict[str, Field] = {
-    "data.input": text(f"{', '.join(_NAMES)}, or a .npy file, a folder of them, .zarr or Parquet"),
+    "data.input": text(
+        f"{', '.join(datasets.NAMED)}, or a .npy file, a folder of them, .zarr or Parquet"
+    ),
     "data.n_samples": integer(0, "drawn from them; 0 for all"),
     "data.n_features": integer(0, "principal components that are kept; 0 for what there is"),
 }
@@ -33,8 +34,7 @@ def load_points(config: Config) -> np.ndarray:
         raise UserError(
             f"config.data.input is {config.data.input!r}; accepted: {FIELDS['data.input'].meaning}"
         )
-    wanted = {"input": config.data.input, "n_samples": config.data.n_samples, "patch": 0}
-    points = load_samples(ConfigDict({"seed": config.seed, "data": wanted}))
+    points = load_rows(config.data.input, config.data.n_samples, seed=config.seed)
     n_features = config.data.n_features
     # Principal components are computed in the type of the points.
     seen = points if n_features else points.astype(number_type(config))

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jkmeans import datasets
 from jkmeans.asynchronous.gradients import OPTIMIZERS
 from jkmeans.asynchronous.problems import PROBLEMS, make_problem
 from jkmeans.configuration import Config
@@ -37,7 +38,7 @@ from jkmeans.fields import Field, choice, integer, integers, number, words
 from jkmeans.sharding import REPLICATED, SHARDED
 
 FIELDS: dict[str, Field] = {
-    "data.name": choice(("digits", "mnist", "fashion-mnist"), "the data set"),
+    "data.name": choice(datasets.NAMED, "the data set"),
     "data.n_examples": integer(0, "only the first so many; 0 for all"),
     "problem.name": choice(tuple(PROBLEMS), "model, loss and examples", or_function=True),
     "problem.widths": integers("of hidden layers"),
