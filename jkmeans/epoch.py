@@ -12,6 +12,7 @@ give the same batches in the same order.
 """
 
 import dataclasses
+import enum
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -273,8 +274,8 @@ def make_programs(
     def train_step(state: TrainState, examples, weights, labels, stored, index, *, clustering):
         """One step on the local examples of a batch; returns embeddings [b, p] too."""
         epoch = state.epoch - options.n_pretrain_epochs if clustering else state.epoch
-        step_key = jax.random.fold_in(_epoch_key(state, 1), state.step)
-        other_key = jax.random.fold_in(_epoch_key(state, 5), state.step)
+        step_key = jax.random.fold_in(_epoch_key(state, _Purpose.VIEWS), state.step)
+        other_key = jax.random.fold_in(_epoch_key(state, _Purpose.OTHER_VIEWS), state.step)
         x = network_input(examples, scale)
         batch = Batch(
             x=x,
@@ -284,7 +285,7 @@ def make_programs(
             weights=weights,
             labels=labels,
             index=index,
-            key=jax.random.fold_in(_epoch_key(state, 4), state.step),
+            key=jax.random.fold_in(_epoch_key(state, _Purpose.BATCH), state.step),
             progress=(epoch + state.step / layout.n_steps).astype(jnp.float32),
             clustering=clustering,
             invariance=augmentation.invariance,
@@ -360,7 +361,7 @@ def make_programs(
         """Rows of each step: [n_steps, shards_per_device · rows_per_step] int32, local."""
         first = axis_index(axis) * layout.shards_per_device
         shards = jnp.arange(layout.shards_per_device)
-        epoch_key = _epoch_key(state, 0)
+        epoch_key = _epoch_key(state, _Purpose.ORDER)
 
         def shuffle(shard):
             # One sort of 32 random bits a row: jax.random.permutation sorts twice, and takes twice
@@ -411,7 +412,7 @@ def make_programs(
         return state._replace(clusters=clusters, labels=assigned.labels), metrics
 
     def initialize(state: TrainState, rows: Rows):
-        key = _epoch_key(state, 2)
+        key = _epoch_key(state, _Purpose.CLUSTERS)
         clusters, assigned = method.initialize(key, state.bank, rows.weights, rows.index)
         state, metrics = adopt(state, rows, clusters, assigned)
         if method.fresh_optimizer:
@@ -420,21 +421,26 @@ def make_programs(
 
     def reset(state: TrainState):
         # Of the hidden layers only: θ ← α θ + (1 − α) φ.
-        key = _epoch_key(state, 6)
+        key = _epoch_key(state, _Purpose.FRESH_LAYERS)
         fresh = blueprint.fresh_hidden_layers(key)
         kept = config.reset.kept
         mixed = {k: kept * state.parameters[k] + (1.0 - kept) * v for k, v in fresh.items()}
         return state._replace(parameters=state.parameters | mixed)
 
     def restart(state: TrainState, rows: Rows):
-        key = _epoch_key(state, 7)
+        key = _epoch_key(state, _Purpose.CLUSTERS_AFTER_RESET)
         clusters, assigned = method.initialize(key, state.bank, rows.weights, rows.index)
         state, metrics = adopt(state, rows, clusters, assigned)
         return state._replace(optimizer=_forget_clusters(state.optimizer)), metrics
 
     def assign(state: TrainState, rows: Rows, n_iterations):
         clusters, assigned = method.update(
-            _epoch_key(state, 3), state.clusters, state.bank, rows.weights, rows.index, n_iterations
+            _epoch_key(state, _Purpose.RECLUSTERING),
+            state.clusters,
+            state.bank,
+            rows.weights,
+            rows.index,
+            n_iterations,
         )
         return adopt(state, rows, clusters, assigned)
 
@@ -551,12 +557,20 @@ def _forget_clusters(optimizer_state):
     return jax.tree_util.tree_map_with_path(forget, optimizer_state)
 
 
-def _epoch_key(state: TrainState, purpose: int) -> jax.Array:
-    """A key of this epoch.
+class _Purpose(enum.IntEnum):
+    """What a key of an epoch is for; the numbers decide what is drawn."""
 
-    Purposes: 0 order, 1 views, 2 clusters, 3 re-clustering, 4 Batch, 5 second views, 6 fresh
-    layers, 7 clusters after a reset.
-    """
+    ORDER = 0
+    VIEWS = 1
+    CLUSTERS = 2
+    RECLUSTERING = 3
+    BATCH = 4
+    OTHER_VIEWS = 5
+    FRESH_LAYERS = 6
+    CLUSTERS_AFTER_RESET = 7
+
+
+def _epoch_key(state: TrainState, purpose: _Purpose) -> jax.Array:
     root = jax.random.wrap_key_data(state.key)
     return jax.random.fold_in(jax.random.fold_in(root, purpose), state.epoch)
 

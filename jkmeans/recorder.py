@@ -28,9 +28,9 @@ from jkmeans.whole_files import whole_file
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
 
+MOST_SIZES = 200  # More clusters than that are not recorded one by one.
 # The remaining time follows the last few epochs: long enough to average over epochs that also
 # re-cluster, short enough to follow a machine that has become slower.
-MOST_SIZES = 200  # More clusters than that are not recorded one by one.
 RECENT_EPOCHS = 10
 
 _RESERVED = ("epoch", "phase", "time", "seconds", "examples_per_second", "cluster_sizes")

@@ -78,7 +78,7 @@ def run(
         return jax.random.wrap_key_data(words, impl=jax.random.key_impl(argument))
 
     arguments = jax.tree.map(bring, arguments)
-    # Waited for: see "Collectives on several CPU devices can hang" in docs/architecture.md; and
+    # Waited for: see "Fake devices" in docs/architecture.md; and
     # NumPy memory that is shared may be written to once we return.
     return jax.block_until_ready(program(rows.x, rows.weights, *arguments))
 
