@@ -85,6 +85,9 @@ class Run:
             )
         self.compiled = Compiled(self.programs)
         self.data_record = describe_data(dataset)
+        # Of whoever executes it: this run, or all seeds side by side.
+        self.recorder: Recorder = NoRecorder()
+        self.interruption = Interruption()
 
     # What is where
 
