@@ -399,3 +399,12 @@ def _listed(names: Sequence[str]) -> str:
 
 def _shape(sizes: Sequence[int | str]) -> str:
     return "[" + ", ".join(str(size) for size in sizes) + "]"
+
+
+def __getattr__(name: str):
+    # Made on the devices, so it needs JAX, which nothing else here does.
+    if name == "make_blobs":
+        from jkmeans.generation import make_blobs
+
+        return make_blobs
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -154,7 +154,7 @@ def test_other_versions(monkeypatch):
     def version(name):
         return "0.1" if name == "jax" and threading.current_thread().name == "old" else "0.2"
 
-    monkeypatch.setattr(joining.metadata, "version", version)
+    monkeypatch.setattr("jkmeans.versions.metadata.version", version)
     first, second = places((0, 1), 2)
     errors = []
 

@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-import optax
 from ml_collections import ConfigDict
 
 from jkmeans import datasets
@@ -24,9 +22,7 @@ from jkmeans.asynchronous.curve import (
     follow,
     results_of,
 )
-from jkmeans.asynchronous.fields import RAY_FIELDS
 from jkmeans.asynchronous.pictures import STALENESS_PICTURE, draw_curves, draw_staleness
-from jkmeans.asynchronous.problems import PROBLEMS, Problem, make_problem
 from jkmeans.asynchronous.rules import Rule, Tree, gradient_rule
 from jkmeans.asynchronous.work import Work, gradient_work
 from jkmeans.asynchronous.worker import Read
@@ -34,19 +30,14 @@ from jkmeans.configuration import Config, convert_fields, nest
 from jkmeans.errors import UserError
 from jkmeans.experiment_folder import claim_settings
 from jkmeans.fields import Field, choice, integer, integers, number
+from jkmeans.problems import OPTIMIZERS, PROBLEMS, Problem, make_problem
+from jkmeans.ray_session import RAY_FIELDS
 from jkmeans.recorder import results_table
 from jkmeans.whole_files import write_json
 from jkmeans.workdir import RESULTS_FILE, only_process_in
 
 CURVES_PICTURE = "curves.png"
 MODES = ("asynchronous", "synchronous")
-
-OPTIMIZERS: dict[str, Callable[[float], optax.GradientTransformation]] = {
-    "sgd": optax.sgd,
-    "momentum": lambda rate: optax.sgd(rate, momentum=0.9),
-    "adam": optax.adam,
-}
-"""Optimizers by name: learning rate -> optax transformation."""
 
 FIELDS: dict[str, Field] = {
     "seed": integer(0, "of the first parameters and the order of examples"),

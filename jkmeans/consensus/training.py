@@ -16,11 +16,11 @@ import numpy as np
 import optax
 from jax import lax
 
-from jkmeans.asynchronous.problems import Problem
 from jkmeans.consensus.averaging import mix, working_links
 from jkmeans.consensus.links import Links, Tree
 from jkmeans.consensus.mixing import Mixing
 from jkmeans.errors import UserError
+from jkmeans.problems import Problem
 
 MODES = ("all_reduce", "gossip", "alone")
 DEALS = ("shuffled", "sorted")

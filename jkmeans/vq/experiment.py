@@ -17,11 +17,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jkmeans import experiment_folder
-from jkmeans.asynchronous.fields import RAY_FIELDS
 from jkmeans.configuration import Config, Field, choice, convert_fields, integer, integers, nest
 from jkmeans.errors import CollapseError, UserError
 from jkmeans.fields import number, text
 from jkmeans.interruption import Interruption
+from jkmeans.ray_session import RAY_FIELDS
 from jkmeans.recorder import format_duration
 from jkmeans.sharding import make_mesh
 from jkmeans.sources.base import ArraySource

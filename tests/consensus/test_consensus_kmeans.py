@@ -9,7 +9,6 @@ from ml_collections import ConfigDict
 from sklearn.datasets import make_blobs
 
 from jkmeans import kmeans
-from jkmeans.asynchronous.problems import make_problem
 from jkmeans.consensus import training
 from jkmeans.consensus import vq as decentralised_vq
 from jkmeans.consensus.averaging import push_sum, symmetric
@@ -19,6 +18,7 @@ from jkmeans.consensus.links import Nodes
 from jkmeans.consensus.mixing import metropolis, spectrum
 from jkmeans.consensus.tasks.data import order_of, stretches
 from jkmeans.errors import UserError
+from jkmeans.problems import make_problem
 from jkmeans.sharding import BY_STEP, REPLICATED, SHARDED, make_mesh
 from jkmeans.vq.simulation import Setting, deal, run
 from jkmeans.vq.steps import make_steps

@@ -11,8 +11,6 @@ import jax
 import numpy as np
 
 from jkmeans import datasets
-from jkmeans.asynchronous.gradients import OPTIMIZERS
-from jkmeans.asynchronous.problems import PROBLEMS, make_problem
 from jkmeans.configuration import Config
 from jkmeans.consensus import figures
 from jkmeans.consensus.averaging import deviation
@@ -35,6 +33,7 @@ from jkmeans.consensus.traffic import all_reduce_bytes, bytes_per_round
 from jkmeans.consensus.training import DEALS, MODES, State, begin, deal_examples, train
 from jkmeans.errors import UserError
 from jkmeans.fields import Field, choice, integer, integers, number, words
+from jkmeans.problems import OPTIMIZERS, PROBLEMS, make_problem
 from jkmeans.sharding import REPLICATED, SHARDED
 
 FIELDS: dict[str, Field] = {

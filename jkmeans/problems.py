@@ -1,4 +1,4 @@
-"""What gradients are computed of: a model, a loss, examples."""
+"""What workers or nodes compute gradients of: a model, a loss, examples; and optimizers."""
 
 from __future__ import annotations
 
@@ -12,10 +12,19 @@ import numpy as np
 import optax
 
 from jkmeans import datasets
-from jkmeans.asynchronous.rules import Tree
 from jkmeans.configuration import Config
 from jkmeans.errors import UserError
 from jkmeans.naming import resolve
+
+Tree = Any
+"""A pytree of float arrays."""
+
+OPTIMIZERS: dict[str, Callable[[float], optax.GradientTransformation]] = {
+    "sgd": optax.sgd,
+    "momentum": lambda rate: optax.sgd(rate, momentum=0.9),
+    "adam": optax.adam,
+}
+"""Optimizers by name: learning rate -> optax transformation."""
 
 _HELD_OUT = 6  # Every sixth example is held out, as in MNIST.
 
@@ -104,7 +113,7 @@ def make_problem(config: Config) -> Problem:
     if not isinstance(problem, Problem):
         raise UserError(
             f"config.problem.name is {config.problem.name!r}, which returns "
-            f"{type(problem).__name__}; accepted: jkmeans.asynchronous.problems.Problem"
+            f"{type(problem).__name__}; accepted: jkmeans.problems.Problem"
         )
     lengths = {len(leaf) for leaf in jax.tree.leaves(problem.examples)}
     if len(lengths) != 1:
