@@ -7,7 +7,7 @@ import time
 import pytest
 
 from jkmeans.errors import LostError, UserError
-from jkmeans.processes import agreement, joining
+from jkmeans.processes import agreement
 from jkmeans.processes.joining import Place, find_place, roll_call
 from tests.test_processes import free_port
 
