@@ -203,18 +203,18 @@ def place_rows(
 
     Each process reads the rows of its own devices only.
     """
-    sharding = NamedSharding(mesh, spec)
 
-    def read(index: Any) -> np.ndarray:
-        start, stop, _ = index[0].indices(layout.n_rows)
-        return layout.read(examples, start, stop)
+    def read(first: int, last: int) -> np.ndarray:
+        return layout.read(examples, first, last)
 
-    shape = (layout.n_rows, *examples.shape[1:])
-    return jax.make_array_from_callback(shape, sharding, read)
+    return read_to_devices(read, (layout.n_rows, *examples.shape[1:]), mesh, spec)
 
 
 def read_to_devices(
-    read: Callable[[int, int], np.ndarray], shape: tuple[int, ...], mesh: Mesh
+    read: Callable[[int, int], Any],
+    shape: tuple[int, ...],
+    mesh: Mesh,
+    spec: PartitionSpec = SHARDED,
 ) -> jax.Array:
     """Rows on the devices of a mesh, each of which is given those that it shall have.
 
@@ -223,13 +223,14 @@ def read_to_devices(
         process's devices only.
       shape: of all of them; rows are a multiple of the number of devices.
       mesh: the devices.
+      spec: how rows lie on them.
     """
 
-    def of_device(index: Any) -> np.ndarray:
+    def of_device(index: Any) -> Any:
         first, last, _ = index[0].indices(shape[0])
         return read(first, last)
 
-    return jax.make_array_from_callback(shape, NamedSharding(mesh, SHARDED), of_device)
+    return jax.make_array_from_callback(shape, NamedSharding(mesh, spec), of_device)
 
 
 def place(array: np.ndarray, mesh: Mesh, spec: PartitionSpec) -> jax.Array:

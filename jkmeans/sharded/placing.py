@@ -156,12 +156,11 @@ def _place(array: Any, n_padded: int, mesh: Mesh, padding: Any) -> jax.Array:
         fill = jax.jit(_fill, static_argnums=1, out_shardings=layout)
         return fill(array, n_padded, padding)
 
-    def read(index: Any) -> Any:
-        start, stop, _ = index[0].indices(n_padded)
-        part = array[start : min(stop, n_rows)]
-        return _fill(part, stop - start, padding) if stop > n_rows else part
+    def read(first: int, last: int) -> Any:
+        part = array[first : min(last, n_rows)]
+        return _fill(part, last - first, padding) if last > n_rows else part
 
-    return jax.make_array_from_callback((n_padded, *array.shape[1:]), layout, read)
+    return sharding.read_to_devices(read, (n_padded, *array.shape[1:]), mesh)
 
 
 def _aligned(x: Any) -> Any:

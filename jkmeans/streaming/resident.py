@@ -8,10 +8,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
 from jkmeans import kmeans, processes
-from jkmeans.sharding import DATA_AXIS, REPLICATED, SHARDED, data_parallel, place
+from jkmeans.sharding import DATA_AXIS, REPLICATED, SHARDED, data_parallel, place, read_to_devices
 from jkmeans.sources import Source
 from jkmeans.streaming.pipeline import Feeder, check_weights, refuse_not_finite, streamed_dtype
 
@@ -36,7 +36,6 @@ def load(feeder: Feeder) -> Resident:
     source, mesh = feeder.source, feeder.mesh
     n_devices = mesh.shape[DATA_AXIS]
     n_padded = -(-source.n_rows // n_devices) * n_devices
-    sharding = NamedSharding(mesh, SHARDED)
     source.check_unchanged()
     weights = None
     if feeder.weights is not None or n_padded > source.n_rows:
@@ -46,8 +45,7 @@ def load(feeder: Feeder) -> Resident:
             feeder.weights.read_into(0, weights[: source.n_rows, None])
             check_weights(weights, 0, feeder.weights.name)
 
-    def read(index: Any) -> np.ndarray:
-        start, stop, _ = index[0].indices(n_padded)
+    def read(start: int, stop: int) -> np.ndarray:
         rows = np.zeros((stop - start, source.n_features), feeder.dtype)
         count = max(0, min(stop, source.n_rows) - start)
         step = max(1, _CHECKED_BYTES // rows[0].nbytes)
@@ -61,7 +59,7 @@ def load(feeder: Feeder) -> Resident:
         return rows
 
     shape = (n_padded, source.n_features)
-    x = processes.together(lambda: jax.make_array_from_callback(shape, sharding, read))
+    x = processes.together(lambda: read_to_devices(read, shape, mesh))
     source.check_unchanged()
     return Resident(x, None if weights is None else place(weights, mesh, SHARDED), mesh)
 
