@@ -30,12 +30,13 @@ def get_config() -> Config:
     config.runs = ConfigDict(sort_keys=False)  # The order of the rows.
     config.runs.update(after_gradient_descent(plain))
     config.runs["n2d"] = with_method(by_adam, "n2d", objective__starts=10)
-    config.runs["n2d, spectral"] = with_method(
-        by_adam,
-        "n2d",
-        objective__layout="spectral",
-        objective__clusterer="k-means",
-        objective__starts=20,
-    )
+    for layout in ("spectral", "consensus"):
+        config.runs[f"n2d, {layout}"] = with_method(
+            by_adam,
+            "n2d",
+            objective__layout=layout,
+            objective__clusterer="k-means",
+            objective__starts=20,
+        )
     config.runs["joint"] = for_a_table(joint)
     return config

@@ -37,6 +37,7 @@ from jkmeans.asynchronous.server import (
 from jkmeans.asynchronous.work import Work, gradient_work, quantization_work
 from jkmeans.asynchronous.worker import work_on
 from jkmeans.errors import CollapseError, UserError
+from jkmeans.experiment_folder import claim_settings
 from jkmeans.interruption import Interrupted
 from jkmeans.vq import make_steps
 
@@ -484,6 +485,7 @@ def test_a_run_that_is_stopped_goes_on_and_loses_nothing(ray, tmp_path):
             os.kill(os.getpid(), signal.SIGTERM)
 
     sent = []
+    claim_settings(tmp_path, {"seed": 0})
     with pytest.raises(Interrupted):
         engine.run(job, tmp_path, options, evaluate=lambda *_: True, watch=stop)
     results = quantize_in_parallel(job, tmp_path, options, {"seed": 0}, clusters())

@@ -7,10 +7,12 @@ import sys
 import numpy as np
 import pytest
 
+from jkmeans.configuration import validate
 from jkmeans.errors import UserError
-from jkmeans.methods import layouts
+from jkmeans.methods import layouts, with_method
 from jkmeans.methods.manifold import manifold_clusters, nearest_labels
 from jkmeans.metrics import adjusted_rand_index
+from tests import tiny
 
 needs_umap = pytest.mark.skipif(
     importlib.util.find_spec("umap") is None,
@@ -123,6 +125,29 @@ def test_the_spectral_layout_has_a_dimension_for_each_group(
     assert 4 <= places.shape[1] <= 6
     assert np.unique(labels).size == 4
     assert layouts.spectral(x, 10, 2, seed=0).shape[1] == 2
+
+
+def test_the_consensus_is_of_clusterings_of_several_dimensions():
+    x, truth = blobs()
+    options = {"layout": "consensus", "clusterer": "k-means", "n_neighbors": 10, "starts": 5}
+    labels, places = manifold_clusters(x, 3, seed=0, **options)
+    assert adjusted_rand_index(truth, labels) == 1.0
+    assert places.shape == (180, 3 * 4)  # Clusterings of 3, 4, 5 and 6 dimensions.
+    np.testing.assert_array_equal(places.reshape(180, 4, 3).sum(axis=2), 1)
+    for a, b in zip(manifold_clusters(x, 3, seed=0, **options), (labels, places), strict=True):
+        np.testing.assert_array_equal(a, b)
+    # The first clustering is that of the spectral layout of so many dimensions.
+    alone = layouts.kmeans_labels(layouts.spectral(x, 10, 3, seed=0), 3, 0, 20)
+    np.testing.assert_array_equal(places[:, :3], np.eye(3)[alone])
+    _, one = manifold_clusters(x, 3, seed=0, n_components=3, **options)
+    np.testing.assert_array_equal(one, places[:, :3])
+
+
+def test_the_consensus_of_as_few_rows_as_there_can_be():
+    options = {"layout": "consensus", "clusterer": "k-means", "n_neighbors": 2}
+    for k in (1, 2, 3):
+        labels, _ = manifold_clusters(np.eye(3), k, seed=0, **options)
+        assert labels.shape == (3,)
 
 
 @needs_umap
@@ -250,6 +275,11 @@ def test_equal_rows_are_no_obstacle():
         ({"layout": "tsne"}, "layout is 'tsne'; accepted: umap, t-sne"),
         ({"layout": "t-sne", "n_components": 4}, "n_components is 4; accepted: an integer from 1"),
         ({"clusterer": "kmeans"}, "clusterer is 'kmeans'; accepted: mixture, k-means"),
+        ({"layout": "consensus"}, "accepted with layout 'consensus': 'k-means'"),
+        (
+            {"layout": "consensus", "clusterer": "k-means", "n_components": 2},
+            "n_components is 2; accepted: an integer from 3 to 28",
+        ),
         ({"starts": 0}, "starts is 0; accepted: an integer from 1"),
         ({"metric": "euclid"}, "metric is 'euclid'; accepted: euclidean, cosine"),
     ],
@@ -326,3 +356,20 @@ def test_what_nearest_labels_cannot_use_is_a_sentence(changed, sentence):
     with pytest.raises(UserError) as caught:
         nearest_labels(**(arguments | changed))
     assert sentence in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"objective__layout": "consensus"}, "clusterer is 'mixture', but layout 'consensus'"),
+        (
+            {"objective__layout": "t-sne", "objective__n_components": 4},
+            "n_components is 4, but a layout of t-sne has 1 to 3 dimensions",
+        ),
+    ],
+)
+def test_a_config_that_no_layout_fits(changes, sentence):
+    with pytest.raises(UserError, match=sentence):
+        validate(with_method(tiny.config(), "n2d", **changes))
+    fits = {"objective__layout": "consensus", "objective__clusterer": "k-means"}
+    assert validate(with_method(tiny.config(), "n2d", **fits)).objective.layout == "consensus"

@@ -2,7 +2,8 @@
 
 UMAP (McInnes, Healy and Melville 2018; umap-learn is an extra: ``pip install "jkmeans[manifold]"``)
 and t-SNE (van der Maaten and Hinton 2008, by trees (van der Maaten 2014), of scikit-learn) move
-places by descent. The spectral layout is computed at once: see `spectral`.
+places by descent. Those of `spectral` are eigenvectors of the graph of neighbours, and those of
+`consensus` say what clusterings by several numbers of these have in common.
 """
 
 import warnings
@@ -12,7 +13,7 @@ import numpy as np
 
 from jkmeans.errors import UserError
 
-LAYOUTS = ("umap", "t-sne", "spectral")
+LAYOUTS = ("umap", "t-sne", "spectral", "consensus")
 """What lays embeddings out anew."""
 
 METRICS = ("euclidean", "cosine", "manhattan", "correlation", "chebyshev")
@@ -20,6 +21,7 @@ METRICS = ("euclidean", "cosine", "manhattan", "correlation", "chebyshev")
 
 # Rows up to which all eigenvectors are computed.
 _DENSE_ROWS = 256
+_CONSENSUS_STARTS = 20
 # How much an eigenvalue of the Laplacian is known to.
 _EIGENVALUE_TOLERANCE = 1e-6
 
@@ -57,6 +59,9 @@ def lay_out(
         return _umap(embeddings, seed, n_neighbors, float(min_dist), n_components, metric)
     if layout == "t-sne":
         return _t_sne(embeddings, seed, n_neighbors, n_components, metric)
+    if layout == "consensus":
+        most = n_components or min(2 * n_clusters, len(embeddings) - 2)
+        return consensus(embeddings, n_clusters, n_neighbors, most, seed=seed, metric=metric)
     chosen = n_components or dimensions_to_choose_from(len(embeddings), n_clusters)
     return spectral(embeddings, n_neighbors, chosen, seed=seed, metric=metric)
 
@@ -79,13 +84,16 @@ def layout_sizes(
     if n < 3:
         raise UserError(f"there are {n} examples; accepted: at least 3 for a layout of them")
     if n_components is None:
-        n_components = {"umap": n_clusters, "t-sne": 2, "spectral": 0}[layout]
-    if n_components or layout != "spectral":
+        n_components = {"umap": n_clusters, "t-sne": 2, "spectral": 0, "consensus": 0}[layout]
+    if n_components or layout in ("umap", "t-sne"):
         n_components = integer_in(
             f"{prefix}n_components", n_components, 1, n - 2, "embeddings less two"
         )
     if layout == "t-sne":
         integer_in(f"{prefix}n_components", n_components, 1, 3, "what the trees of t-sne have")
+    if layout == "consensus" and n_components:
+        least = min(n_clusters, n - 2)
+        integer_in(f"{prefix}n_components", n_components, least, n - 2, "embeddings less two")
     n_neighbors = integer_in(f"{prefix}n_neighbors", n_neighbors, 2, n - 1, "embeddings less one")
     return n_components, n_neighbors
 
@@ -179,25 +187,85 @@ def spectral(
     Source: Ng, Jordan and Weiss 2001, "On spectral clustering: analysis and an algorithm"; the
     eigengap: von Luxburg 2007, "A tutorial on spectral clustering", section 8.3.
     """
+    choices = (
+        range(n_components, n_components + 1) if isinstance(n_components, int) else n_components
+    )
+    values, vectors = _eigenvectors(embeddings, n_neighbors, choices[-1] + 1, seed, metric)
+    missing = np.maximum(1 - values, _EIGENVALUE_TOLERANCE)  # Of the Laplacian, rising.
+    q = max(choices, key=lambda q: missing[q] / missing[q - 1])
+    return _directions(vectors, q)
+
+
+def consensus(
+    embeddings: np.ndarray,
+    n_clusters: int,
+    n_neighbors: int,
+    most_components: int,
+    *,
+    seed: int,
+    metric: str = "euclidean",
+) -> np.ndarray:
+    """Memberships of spectral clusterings of K, K + 1, … dimensions, side by side.
+
+    Each is by k-means, the best of twenty starts, of the places that `spectral` has of so many
+    dimensions. Rows that the clusterings put together are near each other; no one of them decides.
+
+    Args:
+      embeddings: [n, p] float32.
+      n_clusters: K, of each clustering.
+      n_neighbors: see `spectral`.
+      most_components: dimensions of the last of them, at most n − 2; below K it is the only one.
+      seed: of the search for eigenvectors and of all k-means.
+      metric: one of `METRICS`.
+
+    Returns:
+      [n, K · number of clusterings] float32, of 0 and 1.
+
+    Source: Strehl and Ghosh 2002, "Cluster ensembles: a knowledge reuse framework for combining
+    multiple partitions", whose hypergraph this is; that k-means may cluster it: Topchy, Jain and
+    Punch 2005, "Clustering ensembles: models of consensus and weak partitions".
+    """
+    dimensions = range(min(n_clusters, most_components), most_components + 1)
+    _, vectors = _eigenvectors(embeddings, n_neighbors, dimensions[-1], seed, metric)
+    memberships = []
+    for q in dimensions:
+        labels = kmeans_labels(_directions(vectors, q), n_clusters, seed, _CONSENSUS_STARTS)
+        memberships.append(np.eye(n_clusters, dtype=np.float32)[labels])
+    return np.concatenate(memberships, axis=1)
+
+
+def kmeans_labels(places: np.ndarray, n_clusters: int, seed: int, starts: int) -> np.ndarray:
+    """The clusters of places [n, q] by k-means, the best of so many starts: [n] int32."""
+    import jax
+
+    from jkmeans import sharded
+
+    key = jax.random.key(np.random.RandomState(seed).randint(2**31 - 1))
+    fitted = sharded.fit(key, places, n_clusters, n_init=starts, tol=1e-4, relative_tol=True)
+    return np.asarray(fitted.labels, np.int32)
+
+
+def _directions(vectors: np.ndarray, q: int) -> np.ndarray:
+    places = vectors[:, :q]
+    lengths = np.linalg.norm(places, axis=1, keepdims=True)
+    return (places / np.maximum(lengths, np.finfo(np.float64).tiny)).astype(np.float32)
+
+
+def _eigenvectors(
+    embeddings: np.ndarray, n_neighbors: int, count: int, seed: int, metric: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """Of the graph of neighbours: eigenvalues [count], falling, and eigenvectors [n, count]."""
     from scipy.sparse import csr_array
     from sklearn.neighbors import NearestNeighbors
     from threadpoolctl import threadpool_limits
 
     n, m = len(embeddings), n_neighbors - 1
-    choices = (
-        range(n_components, n_components + 1) if isinstance(n_components, int) else n_components
-    )
     with threadpool_limits(limits=1):  # Sums of several threads differ in their last bits.
         search = NearestNeighbors(n_neighbors=m, metric=metric).fit(embeddings)
         nearest = search.kneighbors(return_distance=False)
         ends = np.arange(0, n * m + 1, m)
         ties = csr_array((np.ones(n * m), nearest.ravel(), ends), shape=(n, n))
-        values, vectors = _leading_eigenvectors(ties + ties.T, choices[-1] + 1, seed)
-    missing = np.maximum(1 - values, _EIGENVALUE_TOLERANCE)  # Of the Laplacian, rising.
-    q = max(choices, key=lambda q: missing[q] / missing[q - 1])
-    places = vectors[:, :q]
-    lengths = np.linalg.norm(places, axis=1, keepdims=True)
-    return (places / np.maximum(lengths, np.finfo(np.float64).tiny)).astype(np.float32)
+        return _leading_eigenvectors(ties + ties.T, count, seed)
 
 
 def _leading_eigenvectors(ties: Any, count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:

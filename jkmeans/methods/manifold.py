@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from jkmeans.errors import UserError
-from jkmeans.methods.layouts import integer_in, lay_out
+from jkmeans.methods.layouts import integer_in, kmeans_labels, lay_out
 
 CLUSTERERS = ("mixture", "k-means")
 """What clusters a layout."""
@@ -50,14 +50,15 @@ def manifold_clusters(
         its number unused.
       seed: of the layout and of the start of the mixture, from 0 to 2³² − 1. t-SNE starts from
         principal components and draws nothing, where embeddings have as many dimensions as it.
-      layout: ``umap``, ``t-sne`` or ``spectral``.
+      layout: ``umap``, ``t-sne``, ``spectral`` or ``consensus``.
       n_neighbors: rows that each row is tied to on the manifold, itself included; 2 to n − 1. Of
         t-SNE it is the perplexity.
       min_dist: least distance of neighbours in the layout, 0 to 1; 0 packs clusters densest. Of
         UMAP only.
       n_components: q, the dimension of the layout, at most n − 2, and at most 3 of t-SNE, whose
         trees have no more; if None, ``n_clusters``, 2 of t-SNE, and of the spectral layout what
-        its eigenvalues tell, see `jkmeans.methods.layouts.spectral`.
+        its eigenvalues tell. Of the consensus it is the most dimensions of a clustering, at least
+        ``n_clusters``; if None, 2 ``n_clusters``. See `jkmeans.methods.layouts`.
       metric: distance between embeddings, one of `METRICS`.
       clusterer: of the layout: ``mixture``, or ``k-means``, which depends less on its start.
       starts: of the clusterer, of which the best is kept; at least 1.
@@ -73,6 +74,11 @@ def manifold_clusters(
     n_clusters = integer_in("n_clusters", n_clusters, 1, n, "the number of embeddings")
     if clusterer not in CLUSTERERS:
         raise UserError(f"clusterer is {clusterer!r}; accepted: {', '.join(CLUSTERERS)}")
+    if layout == "consensus" and clusterer != "k-means":
+        raise UserError(
+            f"clusterer is {clusterer!r}, but memberships, of 0 and 1, are no mixture of "
+            "Gaussians; accepted with layout 'consensus': 'k-means'"
+        )
     starts = integer_in("starts", starts, 1, 2**31 - 1)
     seed = integer_in("seed", seed, 0, 2**32 - 1)
     places = lay_out(
@@ -86,7 +92,7 @@ def manifold_clusters(
         metric=metric,
     )
     if clusterer == "k-means":
-        return _kmeans_labels(places, n_clusters, seed, starts), places
+        return kmeans_labels(places, n_clusters, seed, starts), places
     return _mixture_labels(places, n_clusters, seed, starts), places
 
 
@@ -97,16 +103,6 @@ def _mixture_labels(layout: np.ndarray, n_clusters: int, seed: int, starts: int)
     mixture = GaussianMixture(n_clusters, covariance_type="full", n_init=starts, random_state=seed)
     # Dense clusters have covariances whose Cholesky factors float32 may not have.
     return mixture.fit_predict(layout.astype(np.float64)).astype(np.int32)
-
-
-def _kmeans_labels(layout: np.ndarray, n_clusters: int, seed: int, starts: int) -> np.ndarray:
-    import jax
-
-    from jkmeans import sharded
-
-    key = jax.random.key(np.random.RandomState(seed).randint(2**31 - 1))
-    fitted = sharded.fit(key, layout, n_clusters, n_init=starts, tol=1e-4, relative_tol=True)
-    return np.asarray(fitted.labels, np.int32)
 
 
 def nearest_labels(bank: Any, bank_labels: Any, queries: Any, n_neighbors: int = 1) -> np.ndarray:

@@ -108,6 +108,12 @@ def _check(values: Mapping[str, Any]) -> None:
             f"config.objective.min_dist is {values['objective.min_dist']}; accepted: 0 to 1"
         )
     layout, n_components = values["objective.layout"], values["objective.n_components"]
+    clusterer = values["objective.clusterer"]
+    if layout == "consensus" and clusterer != "k-means":
+        raise UserError(
+            f"config.objective.clusterer is {clusterer!r}, but layout 'consensus' has memberships "
+            "of 0 and 1, which are no mixture of Gaussians; accepted: 'k-means'"
+        )
     if layout == "t-sne" and n_components > 3:
         raise UserError(
             f"config.objective.n_components is {n_components}, but a layout of t-sne has 1 to 3 "
@@ -116,7 +122,7 @@ def _check(values: Mapping[str, Any]) -> None:
     if layout == "umap" and importlib.util.find_spec("umap") is None:
         raise UserError(
             "config.objective.layout is 'umap', which needs umap-learn; pip install "
-            "\"jkmeans[manifold]\" installs it, and 't-sne' and 'spectral' need nothing more"
+            '"jkmeans[manifold]" installs it, and the other layouts need nothing more'
         )
 
 
@@ -141,7 +147,9 @@ SPEC = MethodSpec(
         "n_neighbors": integer(2, "rows that each row is tied to; the perplexity of t-SNE"),
         "min_dist": number("least distance of neighbours in a layout by UMAP"),
         "n_components": integer(
-            0, "dimension of the layout; 0 for K, 2 of t-SNE, and of spectral what eigenvalues tell"
+            0,
+            "dimension of the layout; 0 for K, 2 of t-SNE, what eigenvalues tell of spectral, and "
+            "2K of consensus",
         ),
         "clusterer": choice(CLUSTERERS, "what clusters the layout"),
         "starts": integer(1, "starts of the clusterer, of which the best is kept"),
