@@ -404,3 +404,18 @@ while time.monotonic() < until: time.sleep(0.1)
     )  # fmt: skip
     assert done.stdout == "heard\n"
     assert done.returncode == (0 if at_work else 128 + signal.SIGTERM)
+
+
+def test_a_wish_counts_where_one_dies_of_it(tmp_path):
+    body = f"""
+        def leave(*_): os._exit(1 if i == 0 else 143)
+        signal.signal(signal.SIGTERM, leave)
+        await_all()
+        if life == 0 and i == 1: (folder / "logs" / {WANTED_FILE!r}).write_text("3")
+        if life == 0: sleep()
+    """
+    status, said, _ = supervise(tmp_path, body, n=4)
+    assert status == 0
+    assert "process 0 ended with status 1" in said[0]
+    # Of the three that are wanted one is lost.
+    assert [event["n"] for event in events(tmp_path, "start")] == [4, 2]
