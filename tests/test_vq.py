@@ -179,9 +179,11 @@ def test_a_simulation_that_diverges_stops_and_keeps_the_last_good_version():
     )
 
 
+@pytest.mark.filterwarnings("ignore:overflow")
 def test_a_prototype_that_is_no_number_is_no_good_version():
     # The nearest prototype is found among those that are numbers, so that the distortion is one.
-    found = run(setting("averaging", steps=("constant", 3e38, 0.0)), 0, FIRST, DATA)
+    wild = setting("averaging", steps=("constant", 1e300, 0.0), n_workers=1)
+    found = run(wild, 0, FIRST, DATA)
     assert int(found.n_evaluations) == 0
     assert np.isnan(found.distortion[1:]).all()
     np.testing.assert_array_equal(found.shared, FIRST)

@@ -299,9 +299,11 @@ class Supervisor:
         if self._stop:
             done = all(process.status == 0 for process in processes)
             return 0 if done else 128 + self._stop, 0, ""
-        primary = [process for process in processes if process.primary]
         # By the signal itself: one that had only just begun.
         left = (0, *_ASKED, -signal.SIGTERM, LostError.exit_status)
+        primary = [process for process in processes if process.primary]
+        if self._regroup:  # Those that left as they were asked are not lost.
+            primary = [process for process in primary if process.status not in left]
         if self._regroup and all(p.status in left or p.ended for p in processes):
             if all(process.status == 0 for process in processes):
                 return 0, 0, ""
