@@ -1,5 +1,7 @@
 """Parallel stochastic vector quantization: the recursion, the schemes, the simulated machine."""
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,8 +12,8 @@ from jkmeans.sharding import make_mesh
 from jkmeans.vq import STEPS, Setting, displacement, make_scheme, make_steps, quantize
 from jkmeans.vq.data import cut_patches, first_prototypes
 from jkmeans.vq.mixtures import SCALE, cubic_splines, spline_centres, spline_mixture
-from jkmeans.vq.schemes import Round
-from jkmeans.vq.simulation import deal, run
+from jkmeans.vq.schemes import Round, Scheme
+from jkmeans.vq.simulation import Shares, deal, run, simulate
 
 K, D, N, M, TAU = 5, 7, 205, 8, 4
 RNG = np.random.default_rng(0)
@@ -179,14 +181,24 @@ def test_a_simulation_that_diverges_stops_and_keeps_the_last_good_version():
     )
 
 
-@pytest.mark.filterwarnings("ignore:overflow")
 def test_a_prototype_that_is_no_number_is_no_good_version():
-    # The nearest prototype is found among those that are numbers, so that the distortion is one.
-    wild = setting("averaging", steps=("constant", 1e300, 0.0), n_workers=1)
-    found = run(wild, 0, FIRST, DATA)
+    # It is nearest to no sample, so that the distortion does not show it.
+    def advance(state, work):
+        return state._replace(shared=state.shared.at[-1].set(jnp.nan))
+
+    class State(NamedTuple):
+        shared: jax.Array
+
+    broken = Scheme(lambda prototypes, samples: State(prototypes), advance)
+    shares = Shares(jnp.asarray(DATA)[None], jnp.asarray([N]))
+    first = np.concatenate([FIRST, 100 + FIRST[:1]])  # The one that is lost is far from all.
+    found = simulate(
+        jax.random.key(0), jnp.asarray(first), shares, broken, make_steps("constant", 0.1, 0.0),
+        tau=TAU, n_rounds=2, n_evaluations=3,
+    )  # fmt: skip
     assert int(found.n_evaluations) == 0
     assert np.isnan(found.distortion[1:]).all()
-    np.testing.assert_array_equal(found.shared, FIRST)
+    np.testing.assert_array_equal(found.shared, first)
 
 
 def test_dealing_gives_every_sample_to_one_worker():
