@@ -508,7 +508,7 @@ def _print(line: str, stream: TextIO) -> None:
     """Prints a line as long as somebody reads: who closes the pipe does not end the work."""
     try:
         print(line, file=stream, flush=True)
-    except BrokenPipeError:
+    except OSError:  # Or a terminal that is gone, or a full disk.
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, stream.fileno())
         os.close(nowhere)
