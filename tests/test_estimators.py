@@ -227,6 +227,8 @@ def test_weights_that_float32_loses_are_refused(blobs, kind, scale):
     # At 1e-38 there was one cluster, because products below the least number are taken for 0.
     with pytest.raises(ValueError, match=r"sample_weight is .*accepted"):
         kind(4).fit(blobs, sample_weight=np.full(301, scale, np.float32))
+    if kind is not KMeans:
+        return
     doubles = blobs.astype(np.float64)
     assert np.unique(kind(4).fit(doubles, sample_weight=np.full(301, scale)).labels_).size == 4
 
