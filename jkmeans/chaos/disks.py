@@ -19,7 +19,7 @@ def small_disk(folder: Path, small: bool) -> Iterator[None]:
         yield
     finally:
         if small:
-            subprocess.run(["umount", "-l", folder], check=False, capture_output=True)
+            _unmount(folder)
 
 
 def _mount(folder: Path) -> bool:
@@ -29,12 +29,17 @@ def _mount(folder: Path) -> bool:
     return False
 
 
+def _unmount(folder: Path) -> None:
+    """Takes the disk away; nothing happens where there is none."""
+    subprocess.run(["umount", "-l", folder], check=False, capture_output=True)
+
+
 def can_mount(folder: Path) -> bool:
     """Whether a disk can be mounted at a folder, which takes the rights of root."""
     folder.mkdir(parents=True, exist_ok=True)
     possible = _mount(folder)
     if possible:
-        subprocess.run(["umount", "-l", folder], check=False, capture_output=True)
+        _unmount(folder)
     folder.rmdir()
     return possible
 
@@ -42,6 +47,5 @@ def can_mount(folder: Path) -> bool:
 def remove(folder: Path) -> None:
     """Removes a folder, and the disk that a round which was cut has left there."""
     if folder.exists():
-        # Of a round that was cut; nothing happens where it is no mount.
-        subprocess.run(["umount", "-l", folder], check=False, capture_output=True)
+        _unmount(folder)
         shutil.rmtree(folder)

@@ -62,7 +62,7 @@ def lay_out(
     if layout == "consensus":
         most = n_components or min(2 * n_clusters, len(embeddings) - 2)
         return consensus(embeddings, n_clusters, n_neighbors, most, seed=seed, metric=metric)
-    chosen = n_components or dimensions_to_choose_from(len(embeddings), n_clusters)
+    chosen = n_components or _dimensions_to_choose_from(len(embeddings), n_clusters)
     return spectral(embeddings, n_neighbors, chosen, seed=seed, metric=metric)
 
 
@@ -86,19 +86,17 @@ def layout_sizes(
     if n_components is None:
         n_components = {"umap": n_clusters, "t-sne": 2, "spectral": 0, "consensus": 0}[layout]
     if n_components or layout in ("umap", "t-sne"):
+        least = min(n_clusters, n - 2) if layout == "consensus" else 1
         n_components = integer_in(
-            f"{prefix}n_components", n_components, 1, n - 2, "embeddings less two"
+            f"{prefix}n_components", n_components, least, n - 2, "embeddings less two"
         )
     if layout == "t-sne":
         integer_in(f"{prefix}n_components", n_components, 1, 3, "what the trees of t-sne have")
-    if layout == "consensus" and n_components:
-        least = min(n_clusters, n - 2)
-        integer_in(f"{prefix}n_components", n_components, least, n - 2, "embeddings less two")
     n_neighbors = integer_in(f"{prefix}n_neighbors", n_neighbors, 2, n - 1, "embeddings less one")
     return n_components, n_neighbors
 
 
-def dimensions_to_choose_from(n: int, n_clusters: int) -> range:
+def _dimensions_to_choose_from(n: int, n_clusters: int) -> range:
     """Of a spectral layout for K clusters: K to 3K/2, and fewer than there are embeddings."""
     least = min(n_clusters, n - 2)
     return range(least, min(3 * n_clusters // 2, n - 2) + 1)

@@ -105,15 +105,10 @@ class Listener:
 
     def is_at_work(self) -> bool:
         """Whether the process has said so."""
-        return _is_at_work(self._path)
+        with contextlib.suppress(OSError):
+            return self._path.stat().st_size > 0
+        return False
 
     def end(self) -> None:
         """Removes what is left of it."""
         self._path.unlink(missing_ok=True)
-
-
-def _is_at_work(path: Path) -> bool:
-    try:
-        return path.stat().st_size > 0
-    except OSError:
-        return False

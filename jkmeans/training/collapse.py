@@ -50,17 +50,12 @@ def check_epoch(
       reference: the variance of the embeddings that theirs is compared with.
       epoch: that ended.
     """
-    wrong = {
-        name: values[field]
-        for name, field in {"loss": "loss", "variance of the embeddings": _VARIANCE}.items()
-        if not np.isfinite(values[field])
-    }
-    if wrong:
-        name, value = next(iter(wrong.items()))
-        raise CollapseError(
-            f"the {name} is {value} in epoch {epoch}: training diverged; try "
-            f"{_remedies(config, epoch)}{_kept(workdir)}"
-        )
+    for name, field in (("loss", "loss"), ("variance of the embeddings", _VARIANCE)):
+        if not np.isfinite(values[field]):
+            raise CollapseError(
+                f"the {name} is {values[field]} in epoch {epoch}: training diverged; try "
+                f"{_remedies(config, epoch)}{_kept(workdir)}"
+            )
     least = config.training.collapse_ratio * reference
     most = reference / max(config.training.collapse_ratio, 1e-30)
     if values[_VARIANCE] > most:
