@@ -407,12 +407,20 @@ def _without_late_complaints() -> Iterator[None]:
     before = sys.unraisablehook
 
     def hook(unraisable: Any) -> None:
-        if str(unraisable.exc_value) != "Event loop is closed":
+        error = unraisable.exc_value
+        while error is not None and not _is_of_an_end(error):
+            error = error.__cause__ or error.__context__  # Orbax may have wrapped it.
+        if error is None:
             before(unraisable)
 
     sys.unraisablehook = hook
     yield
     sys.unraisablehook = before
+
+
+def _is_of_an_end(error: BaseException) -> bool:
+    """Whether it says no more than that nobody waits any longer."""
+    return isinstance(error, GeneratorExit) or str(error) == "Event loop is closed"
 
 
 @contextlib.contextmanager
