@@ -227,7 +227,9 @@ def consensus(
     _, vectors = _eigenvectors(embeddings, n_neighbors, dimensions[-1], seed, metric)
     memberships = []
     for q in dimensions:
-        labels = kmeans_labels(_directions(vectors, q), n_clusters, seed, _CONSENSUS_STARTS)
+        places = np.zeros(vectors.shape, np.float32)  # Of one width, for one compiled k-means.
+        places[:, :q] = _directions(vectors, q)
+        labels = kmeans_labels(places, n_clusters, seed, _CONSENSUS_STARTS)
         memberships.append(np.eye(n_clusters, dtype=np.float32)[labels])
     return np.concatenate(memberships, axis=1)
 
