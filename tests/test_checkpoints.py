@@ -16,7 +16,7 @@ import pytest
 from jax.sharding import NamedSharding
 
 from jkmeans import processes
-from jkmeans.checkpoints import Checkpoints, DamagedError
+from jkmeans.checkpoints import Checkpoints, DamagedError, _without_late_complaints
 from jkmeans.errors import LostError, UserError
 from jkmeans.methods import Clusters
 from jkmeans.sharding import REPLICATED, SHARDED, make_mesh, place
@@ -30,6 +30,15 @@ def _absl_level():
     level = logger.level
     yield
     logger.setLevel(level)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _quick_collections():
+    """Tests and code of this module collect garbage often; what is there before is none."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 class Counters(NamedTuple):
@@ -548,3 +557,31 @@ def test_other_errors_are_not_called_a_full_disk(tmp_path):
     with Checkpoints(tmp_path) as writer, pytest.raises(TypeError):
         writer.save(1, on_mesh(host_trees()), {"not JSON": object()}, None)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_reads_that_nobody_waits_for_end_in_silence(monkeypatch):
+    heard = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda unraisable: heard.append(unraisable))
+
+    class Data:
+        def __await__(self):
+            yield
+
+    async def read():
+        try:
+            await Data()
+        except BaseException as error:
+            raise ValueError("while reading") from error
+
+    class Other:
+        def __del__(self):
+            raise ValueError("of something else")
+
+    reading, other = read(), Other()
+    reading.send(None)
+    with pytest.raises(OSError, match="cut"), _without_late_complaints():
+        raise OSError("cut")
+    del reading
+    assert not heard
+    del other
+    assert len(heard) == 1

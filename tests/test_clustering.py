@@ -275,6 +275,7 @@ def test_values_whose_squares_overflow(memory, tmp_path):
         cluster(config, tmp_path / "w")
 
 
+@pytest.mark.slow
 def test_large_float64_has_a_sweep_and_a_silhouette(tmp_path):
     rng = np.random.default_rng(0)
     x = rng.normal(size=(300, 4)) + 4 * (np.arange(300) % 3)[:, None]

@@ -204,6 +204,7 @@ def test_kmeans_of_the_layout_is_that_of_scikit_learn():
     np.testing.assert_array_equal(labels, again)
 
 
+@pytest.mark.slow
 def test_more_starts_never_make_the_mixture_less_likely():
     from sklearn.mixture import GaussianMixture
 

@@ -171,6 +171,7 @@ def damage(folder):
         path.write_bytes(path.read_bytes()[:100])
 
 
+@pytest.mark.slow
 def test_more_seeds_train_the_new_ones_only(tmp_path, capfd):
     two = side_by_side(tmp_path / "w", tiny.config(), n_seeds=2)
     before = files(tmp_path / "w" / "seed_3") | files(tmp_path / "w" / "seed_4")

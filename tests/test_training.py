@@ -207,7 +207,7 @@ def test_a_run_goes_on_with_other_devices(tmp_path, files, monkeypatch, before, 
     assert ours["nmi"] == pytest.approx(theirs["nmi"], abs=1e-6)
 
 
-@pytest.mark.parametrize("then", ["host", "device"])
+@pytest.mark.parametrize("then", [pytest.param("host", marks=pytest.mark.slow), "device"])
 def test_a_fed_run_stops_within_an_epoch_and_goes_on(tmp_path, files, monkeypatch, then):
     """The position inside an epoch is saved; the rest of it is trained after the resume."""
     changes = files | {"data__placement": "host"}
