@@ -19,8 +19,10 @@ from jkmeans.sources import Source, open_source
 from jkmeans.streaming import (
     fit_stream,
     passes,
+    picking,
     pipeline,
     predict_stream,
+    programs,
     score_stream,
     transform_stream,
 )
@@ -244,13 +246,11 @@ def test_counts_and_inertia_are_right_where_float32_is_not(monkeypatch):
     x = np.array([[0.0], [1.0], [1.0]], np.float32)
     feeder = pipeline.Feeder(open_source(np.tile(x, (5, 1))), make_mesh(1), 3)
     start = np.array([[2.0**24, 2.0**24, 2.0**24]], np.float32)  # sums, counts, inertia
-    nothing = passes.Picked(
-        np.zeros(0, np.float32), *(np.zeros(0, np.int64),) * 2, np.zeros(0), x[:0]
-    )
+    nothing = picking.nothing(1, x.dtype)
     partial = passes.Partial(0, start, np.zeros_like(start), nothing)
     numbers, _ = passes.run_pass(
         feeder,
-        passes.statistics,
+        programs.statistics,
         (np.zeros((1, 1), np.float32), np.zeros(1, np.float32)),
         partial=partial,
     )
@@ -272,7 +272,7 @@ def test_one_all_reduce_a_pass_and_none_a_chunk():
         np.uint32(0),
         np.int32(64),
         (jnp.zeros((K, D)), jnp.zeros(D)),
-        program=passes.statistics,
+        program=programs.statistics,
         mesh=mesh,
         n_picked=K,
     )

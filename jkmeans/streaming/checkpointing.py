@@ -15,7 +15,8 @@ import numpy as np
 from jkmeans import processes
 from jkmeans.checkpoints import Checkpoints, DamagedError
 from jkmeans.errors import UserError
-from jkmeans.streaming.passes import Partial, Picked
+from jkmeans.streaming.passes import Partial
+from jkmeans.streaming.picking import Picked
 from jkmeans.workdir import only_process_in, usable
 
 _FOLDER = "checkpoint_folder"

@@ -25,8 +25,9 @@ from jkmeans.errors import UserError
 from jkmeans.interruption import Interruption
 from jkmeans.sharding import DATA_AXIS, make_mesh
 from jkmeans.sources import Source, open_source, open_weights
-from jkmeans.streaming import passes, resident
+from jkmeans.streaming import passes, programs, resident
 from jkmeans.streaming.checkpointing import FitCheckpoints
+from jkmeans.streaming.picking import Picked
 from jkmeans.streaming.pipeline import (
     Feeder,
     checked_sizes,
@@ -314,26 +315,26 @@ class _Fit:
             raise ValueError("init has NaN or infinity: expected finite centroids")
         return centroids.astype(self.dtype)
 
-    def program(self, state: State) -> tuple[passes.Program, tuple[Any, ...], int]:
+    def program(self, state: State) -> tuple[programs.Program, tuple[Any, ...], int]:
         """The next pass: a program, its parameters, and how many rows it picks."""
         key = jax.random.fold_in(self.key, state.restart)
         arrays, step = state.arrays, state.step
         if state.stage == "first":
             shift = self._first_row
             if self.init_name == "sample":
-                return passes.moments_and_sample, (shift, key), self.n_clusters
-            return passes.moments, (shift, jax.random.fold_in(key, 0)), 1
+                return programs.moments_and_sample, (shift, key), self.n_clusters
+            return programs.moments, (shift, jax.random.fold_in(key, 0)), 1
         if state.stage == "draw":
             n_picked = self.per_round if self.init_name == "k-means||" else self._n_trials
-            return passes.draw, (arrays["candidates"], jax.random.fold_in(key, step)), n_picked
+            return programs.draw, (arrays["candidates"], jax.random.fold_in(key, step)), n_picked
         if state.stage == "trial":
-            return passes.potentials, (arrays["candidates"], arrays["trials"]), 0
+            return programs.potentials, (arrays["candidates"], arrays["trials"]), 0
         if state.stage == "weigh":
-            return passes.counts, (arrays["candidates"],), 0
+            return programs.counts, (arrays["candidates"],), 0
         # A single cluster cannot be empty.
         n_far = min(self.n_clusters, kmeans.MAX_RELOCATIONS) if self.n_clusters > 1 else 0
         parameters = arrays["centroids"], self._shift(state)
-        return passes.statistics, parameters, n_far if state.stage == "lloyd" else 0
+        return programs.statistics, parameters, n_far if state.stage == "lloyd" else 0
 
     def describe(self, state: State) -> str:
         """The next pass in words."""
@@ -348,7 +349,7 @@ class _Fit:
         }
         return restart + words[state.stage]
 
-    def next(self, state: State, numbers: np.ndarray, picked: passes.Picked) -> State:
+    def next(self, state: State, numbers: np.ndarray, picked: Picked) -> State:
         """The state after a pass."""
         state = dataclasses.replace(
             state, numbers=dict(state.numbers), arrays=dict(state.arrays), partial=None
@@ -370,7 +371,7 @@ class _Fit:
     def _n_trials(self) -> int:
         return min(2 + int(np.log(self.n_clusters)), self.source.n_rows)
 
-    def _after_first(self, state: State, numbers: np.ndarray, picked: passes.Picked) -> State:
+    def _after_first(self, state: State, numbers: np.ndarray, picked: Picked) -> State:
         n, sums, squares = numbers[0], *np.split(numbers[1:], 2)
         if n == 0:
             raise UserError("all weights are 0: accepted is at least one weight above 0.")
@@ -394,7 +395,7 @@ class _Fit:
             state.arrays["candidates"] = np.repeat(first, self.n_clusters, axis=0)
         return dataclasses.replace(state, stage="draw", step=1)
 
-    def _after_draw(self, state: State, numbers: np.ndarray, picked: passes.Picked) -> State:
+    def _after_draw(self, state: State, numbers: np.ndarray, picked: Picked) -> State:
         if self.init_name == "k-means++":
             state.arrays["trials"] = self._in_turn(picked, self._n_trials)
             return dataclasses.replace(state, stage="trial")
@@ -404,7 +405,7 @@ class _Fit:
             return dataclasses.replace(state, step=state.step + 1)
         return dataclasses.replace(state, stage="weigh")
 
-    def _after_trial(self, state: State, numbers: np.ndarray, picked: passes.Picked) -> State:
+    def _after_trial(self, state: State, numbers: np.ndarray, picked: Picked) -> State:
         candidates = state.arrays["candidates"].copy()
         candidates[state.step] = state.arrays.pop("trials")[int(np.argmin(numbers))]
         if state.step + 1 < self.n_clusters:
@@ -414,7 +415,7 @@ class _Fit:
         state.arrays["centroids"] = candidates
         return self._first_iteration(state)
 
-    def _after_weigh(self, state: State, numbers: np.ndarray, picked: passes.Picked) -> State:
+    def _after_weigh(self, state: State, numbers: np.ndarray, picked: Picked) -> State:
         key = jax.random.fold_in(jax.random.fold_in(self.key, state.restart), self.n_rounds + 1)
         state.arrays["centroids"] = np.asarray(
             _choose_among(
@@ -443,7 +444,7 @@ class _Fit:
         # There is none without that pass, nor in a state that an older version has saved.
         return state.arrays.get("shift", np.zeros(self.source.n_features, self.dtype))
 
-    def _after_lloyd(self, state: State, numbers: np.ndarray, picked: passes.Picked) -> State:
+    def _after_lloyd(self, state: State, numbers: np.ndarray, picked: Picked) -> State:
         centroids = state.arrays["centroids"]
         sums, counts, inertia = _unpack(numbers, centroids.shape)
         _refuse_no_weight(counts)
@@ -462,7 +463,7 @@ class _Fit:
             return dataclasses.replace(state, stage="final")
         return state
 
-    def _after_final(self, state: State, numbers: np.ndarray, picked: passes.Picked) -> State:
+    def _after_final(self, state: State, numbers: np.ndarray, picked: Picked) -> State:
         _, counts, inertia = _unpack(numbers, state.arrays["centroids"].shape)
         _refuse_no_weight(counts)
         return self._end_of_restart(state, counts, inertia)
@@ -478,7 +479,7 @@ class _Fit:
             return self.start(state, state.restart + 1)
         return dataclasses.replace(state, stage="done")
 
-    def _in_turn(self, picked: passes.Picked, k: int) -> np.ndarray:
+    def _in_turn(self, picked: Picked, k: int) -> np.ndarray:
         """K of the rows picked; if there are fewer, they are repeated in turn."""
         if not len(picked.rows):
             raise UserError("all weights are 0: accepted is at least one weight above 0.")
@@ -501,7 +502,7 @@ def _refuse_no_weight(counts: np.ndarray) -> None:
 
 
 def _relocate(
-    sums: np.ndarray, counts: np.ndarray, picked: passes.Picked, shift: np.ndarray
+    sums: np.ndarray, counts: np.ndarray, picked: Picked, shift: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, int]:
     """Gives each empty cluster one of the farthest rows, which leaves its old cluster."""
     empty = np.flatnonzero(counts == 0)

@@ -29,7 +29,7 @@ from jkmeans.sharding import (
     to_host,
 )
 from jkmeans.sources import Source, open_source, open_weights
-from jkmeans.streaming import passes
+from jkmeans.streaming import passes, programs
 from jkmeans.streaming.pipeline import (
     Chunk,
     Feeder,
@@ -173,7 +173,7 @@ def score_stream(
         reporter.start("score")
         numbers, _ = passes.run_pass(
             feeder,
-            passes.statistics,
+            programs.statistics,
             (centroids, jnp.zeros_like(centroids[0])),
             on_chunk=lambda done, snapshot: reporter.advance(done),
         )

@@ -10,16 +10,15 @@ from __future__ import annotations
 import functools
 from collections import deque
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jkmeans import kmeans, processes
+from jkmeans import processes
 from jkmeans.errors import UserError
-from jkmeans.kmeans.initialization import draw_priorities
 from jkmeans.kmeans.statistics import two_sum
 from jkmeans.sharding import (
     DATA_AXIS,
@@ -30,70 +29,15 @@ from jkmeans.sharding import (
     place,
     to_host,
 )
-from jkmeans.streaming.pipeline import (
-    BLOCK_ROWS,
-    Chunk,
-    Feeder,
-    computed_dtype,
-    refuse_not_finite,
-)
+from jkmeans.streaming import picking
+from jkmeans.streaming.picking import Picked
+from jkmeans.streaming.pipeline import Chunk, Feeder, computed_dtype, refuse_not_finite
+from jkmeans.streaming.programs import Program, Rows
 
 # Chunks with the devices at a time: one computes while the next one is on its way.
 IN_FLIGHT = 2
 MEETING_CHUNKS = 8
 """Of several processes: chunks between two places where they agree to stop, to save, to refuse."""
-
-
-class Rows(NamedTuple):
-    """The rows of a chunk that one device has.
-
-    Attributes:
-      x: [n, d].
-      weights: [n] or None for ones; 0 for padding.
-      valid: [n] bool, False for padding and for rows of weight 0.
-      index: [n] uint32, global row numbers.
-    """
-
-    x: jax.Array
-    weights: jax.Array | None
-    valid: jax.Array
-    index: jax.Array
-
-
-class Contribution(NamedTuple):
-    """What a device's rows of a chunk add to a pass.
-
-    Attributes:
-      numbers: [p] float, to be added up.
-      priority: [n] float: the rows of highest priority are picked. None to pick none.
-      labels: [n] int32, known of the rows picked. None for none.
-    """
-
-    numbers: jax.Array
-    priority: jax.Array | None = None
-    labels: jax.Array | None = None
-
-
-Program = Callable[..., Contribution]
-"""From Rows and parameters (replicated arrays) to a Contribution."""
-
-
-class Picked(NamedTuple):
-    """Rows picked in a pass, highest priority first; among equals, in the order of the source.
-
-    Attributes:
-      priority: [m] float32.
-      index: [m] int64, global row numbers.
-      labels: [m] int32.
-      weights: [m] float64.
-      rows: [m, d], of the type that rows have on the devices.
-    """
-
-    priority: np.ndarray
-    index: np.ndarray
-    labels: np.ndarray
-    weights: np.ndarray
-    rows: np.ndarray
 
 
 class Partial(NamedTuple):
@@ -110,93 +54,6 @@ class Partial(NamedTuple):
     high: np.ndarray
     low: np.ndarray
     picked: Picked
-
-
-def statistics(rows: Rows, centroids: jax.Array, shift: jax.Array) -> Contribution:
-    """Sums [k, d] of x − shift, counts [k] and inertia of the clusters; farthest rows first."""
-    k = centroids.shape[0]
-    nearest = kmeans.nearest(rows.x, centroids)
-    distances = jnp.where(rows.valid, _distances(rows.x, centroids, nearest), 0)
-    # Out of range: padding is left out of sums and counts.
-    labels = jnp.where(rows.valid, nearest, k)
-    added = kmeans.cluster_statistics(
-        rows.x, labels, k, weights=rows.weights, distances=distances, shift=shift
-    )
-    numbers = jnp.concatenate([added.sums.reshape(-1), added.counts, added.inertia[None]])
-    return Contribution(numbers, jnp.where(rows.valid, distances, -jnp.inf), nearest)
-
-
-def counts(rows: Rows, candidates: jax.Array) -> Contribution:
-    """The weight [k] of the rows nearest to each candidate."""
-    k = candidates.shape[0]
-    labels = jnp.where(rows.valid, kmeans.nearest(rows.x, candidates), k)
-    # Only the counts are wanted, so rows without features are summed.
-    added = kmeans.cluster_statistics(rows.x[:, :0], labels, k, weights=rows.weights)
-    return Contribution(added.counts)
-
-
-def moments(rows: Rows, shift: jax.Array, key: jax.Array) -> Contribution:
-    """Row count, Σ(x − shift) and Σ(x − shift)² of each feature; rows drawn by weight."""
-    x = jnp.where(rows.valid[:, None], rows.x.astype(shift.dtype) - shift[None, :], 0)
-    n = jnp.sum(rows.valid).astype(shift.dtype)
-    numbers = jnp.concatenate([n[None], jnp.sum(x, axis=0), jnp.sum(x**2, axis=0)])
-    weights = _weights(rows, shift.dtype)
-    return Contribution(numbers, draw_priorities(key, weights, weights, rows.index))
-
-
-def moments_and_sample(rows: Rows, shift: jax.Array, key: jax.Array) -> Contribution:
-    """As `moments`, but rows are drawn uniformly."""
-    weights = _weights(rows, shift.dtype)
-    drawn = draw_priorities(key, jnp.ones_like(weights), weights, rows.index)
-    return moments(rows, shift, key)._replace(priority=drawn)
-
-
-def draw(rows: Rows, candidates: jax.Array, key: jax.Array) -> Contribution:
-    """The potential Σ w D²; rows drawn by w D², D² the squared distance to the candidates."""
-    closest = _closest(rows.x, candidates)
-    weights = _weights(rows, closest.dtype)
-    scores = jnp.where(rows.valid, weights * closest, 0)
-    return Contribution(jnp.sum(scores)[None], draw_priorities(key, scores, weights, rows.index))
-
-
-def potentials(rows: Rows, candidates: jax.Array, trials: jax.Array) -> Contribution:
-    """The potential [t] that each trial would leave if it joined the candidates."""
-    closest = _closest(rows.x, candidates)
-    weights = _weights(rows, closest.dtype)
-
-    def potential(trial: jax.Array) -> jax.Array:
-        distances = jnp.sum((rows.x.astype(trial.dtype) - trial[None, :]) ** 2, axis=1)
-        left = jnp.minimum(closest, distances)
-        return jnp.sum(jnp.where(rows.valid, weights * left, 0))
-
-    return Contribution(lax.map(potential, trials))
-
-
-def _distances(x: jax.Array, centroids: jax.Array, labels: jax.Array) -> jax.Array:
-    """`kmeans.squared_distances`, [n]; on a CPU three times as fast.
-
-    There a block of rows stays in the cache, and XLA's sum along a row is scalar code, where a
-    product with ones is vectorised.
-    """
-    n, d = x.shape
-    if n % BLOCK_ROWS or jax.default_backend() != "cpu":
-        return kmeans.squared_distances(x, centroids, labels)
-    ones = jnp.ones((d, 1), centroids.dtype)
-
-    def of_block(block: tuple[jax.Array, jax.Array]) -> jax.Array:
-        squares = (block[0].astype(centroids.dtype) - centroids[block[1]]) ** 2
-        return jnp.matmul(squares, ones, precision=lax.Precision.HIGHEST)[:, 0]
-
-    blocks = (x.reshape(-1, BLOCK_ROWS, d), labels.reshape(-1, BLOCK_ROWS))
-    return lax.map(of_block, blocks).reshape(-1)
-
-
-def _closest(x: jax.Array, candidates: jax.Array) -> jax.Array:
-    return _distances(x, candidates, kmeans.nearest(x, candidates))
-
-
-def _weights(rows: Rows, dtype: Any) -> jax.Array:
-    return rows.valid.astype(dtype) if rows.weights is None else rows.weights.astype(dtype)
 
 
 class _Found(NamedTuple):
@@ -293,100 +150,136 @@ def run_pass(
     Raises:
       UserError: the source cannot be read, or holds NaN or infinity.
     """
-    mesh = feeder.mesh
-    n_devices = mesh.shape[DATA_AXIS]
     parameters = tuple(
-        value if isinstance(value, jax.Array) else place(value, mesh, REPLICATED)
+        value if isinstance(value, jax.Array) else place(value, feeder.mesh, REPLICATED)
         for value in parameters
     )
+    n_devices = feeder.mesh.shape[DATA_AXIS]
     if partial is None:
-        one_row = Rows(
-            jnp.zeros((1, feeder.source.n_features), feeder.dtype),
-            None,
-            jnp.ones(1, bool),
-            jnp.zeros(1, jnp.uint32),
-        )
-        n_numbers = jax.eval_shape(program, one_row, *parameters).numbers.size
-        zeros = np.zeros((n_devices, n_numbers), computed_dtype(feeder.source))
-        nothing = Picked(
-            np.zeros(0, np.float32),
-            np.zeros(0, np.int64),
-            np.zeros(0, np.int32),
-            np.zeros(0),
-            np.zeros((0, feeder.source.n_features), feeder.dtype),
-        )
-        partial = Partial(0, zeros, zeros, nothing)
+        partial = _nothing_done(feeder, program, parameters)
     elif len(partial.high) != n_devices:
         partial = _for_devices(partial, n_devices)
-    high, low = place(partial.high, mesh, SHARDED), place(partial.low, mesh, SHARDED)
-    position, picked = partial.position, partial.picked
-
-    with feeder.chunks(position) as chunks:
-        in_flight: deque[tuple[Chunk, _Found]] = deque()
-
-        refusal: UserError | None = None
-
-        def meet() -> None:
-            # A row that one process refuses ends the pass of all.
-            def say() -> None:
-                if refusal is not None:
-                    raise refusal
-
-            processes.together(say)
-
-        def finish_oldest() -> None:
-            nonlocal position, picked, refusal
-            chunk, found = in_flight.popleft()
-            if not local_rows(found.finite).all():
-                try:
-                    refuse_not_finite(
-                        chunk.rows,
-                        chunk.host_weights,
-                        chunk.start + chunk.first,
-                        feeder.source.name,
-                    )
-                except UserError as error:
-                    if processes.count() == 1:
-                        raise
-                    refusal = refusal or error
-            picked = _merge(picked, chunk, found, n_picked)
-            position = chunk.start + chunk.count
-            chunks.release(chunk)
-
-        def snapshot() -> Partial:
-            while in_flight:
-                finish_oldest()
-            every = _of_all(picked, n_picked)
-            return Partial(position, to_host(high).copy(), to_host(low).copy(), every)
-
-        several = processes.count() > 1
+    meeting_chunks = 1 if processes.count() == 1 else MEETING_CHUNKS
+    with feeder.chunks(partial.position) as chunks:
+        current = _Pass(feeder, program, parameters, n_picked, partial, chunks.release)
         for n_chunks, chunk in enumerate(chunks, start=1):
-            found = contribute(
-                chunk.x,
-                chunk.weights,
-                np.uint32(chunk.start),
-                np.int32(chunk.count),
-                parameters,
-                program=program,
-                mesh=mesh,
-                n_picked=n_picked,
-            )
-            high, low = accumulate(high, low, found.numbers)
-            in_flight.append((chunk, found))
-            if len(in_flight) == IN_FLIGHT:
-                finish_oldest()
-            if not several:
-                on_chunk(position, snapshot)
-            elif n_chunks % MEETING_CHUNKS == 0:
-                meet()
-                on_chunk(position, snapshot)
-        while in_flight:
-            finish_oldest()
-        meet()
-        picked = _of_all(picked, n_picked)
-    with jax.enable_x64(True):
-        numbers = np.asarray(reduce(high, low, mesh=mesh))
-    return numbers, picked
+            current.add(chunk)
+            if n_chunks % meeting_chunks == 0:
+                current.meet()
+                on_chunk(current.position, current.partial)
+        current.finish()
+        current.meet()
+    return current.sums(), picking.of_all(current.picked, n_picked)
+
+
+class _Pass:
+    """A pass under way.
+
+    Attributes:
+      position: rows done.
+      picked: so far, by this process.
+    """
+
+    def __init__(
+        self,
+        feeder: Feeder,
+        program: Program,
+        parameters: tuple[jax.Array, ...],
+        n_picked: int,
+        partial: Partial,
+        release: Callable[[Chunk], None],
+    ):
+        """Goes on where ``partial`` stopped; chunks that are done are given back by ``release``."""
+        self._feeder = feeder
+        self._program = program
+        self._parameters = parameters
+        self._n_picked = n_picked
+        self._release = release
+        self._high = place(partial.high, feeder.mesh, SHARDED)
+        self._low = place(partial.low, feeder.mesh, SHARDED)
+        self._in_flight: deque[tuple[Chunk, _Found]] = deque()
+        self._refusal: UserError | None = None
+        self.position = partial.position
+        self.picked = partial.picked
+
+    def add(self, chunk: Chunk) -> None:
+        """Gives a chunk to the devices, and waits for the one before the last.
+
+        Raises:
+          UserError: a row is not finite; with several processes, `meet` raises.
+        """
+        found = contribute(
+            chunk.x,
+            chunk.weights,
+            np.uint32(chunk.start),
+            np.int32(chunk.count),
+            self._parameters,
+            program=self._program,
+            mesh=self._feeder.mesh,
+            n_picked=self._n_picked,
+        )
+        self._high, self._low = accumulate(self._high, self._low, found.numbers)
+        self._in_flight.append((chunk, found))
+        if len(self._in_flight) == IN_FLIGHT:
+            self._finish_oldest()
+
+    def finish(self) -> None:
+        """Waits for all chunks that the devices have."""
+        while self._in_flight:
+            self._finish_oldest()
+
+    def meet(self) -> None:
+        """A row that one process refuses ends the pass of all.
+
+        Raises:
+          UserError: of that process.
+        """
+
+        def say() -> None:
+            if self._refusal is not None:
+                raise self._refusal
+
+        processes.together(say)
+
+    def partial(self) -> Partial:
+        """The pass as it stands after the chunks that were added."""
+        self.finish()
+        every = picking.of_all(self.picked, self._n_picked)
+        return Partial(self.position, to_host(self._high).copy(), to_host(self._low).copy(), every)
+
+    def sums(self) -> np.ndarray:
+        """Over all devices: [p] float64."""
+        with jax.enable_x64(True):
+            return np.asarray(reduce(self._high, self._low, mesh=self._feeder.mesh))
+
+    def _finish_oldest(self) -> None:
+        chunk, found = self._in_flight.popleft()
+        if not local_rows(found.finite).all():
+            self._refuse(chunk)
+        self.picked = _merge(self.picked, chunk, found, self._n_picked)
+        self.position = chunk.start + chunk.count
+        self._release(chunk)
+
+    def _refuse(self, chunk: Chunk) -> None:
+        first = chunk.start + chunk.first
+        try:
+            refuse_not_finite(chunk.rows, chunk.host_weights, first, self._feeder.source.name)
+        except UserError as error:
+            if processes.count() == 1:
+                raise
+            self._refusal = self._refusal or error
+
+
+def _nothing_done(feeder: Feeder, program: Program, parameters: tuple[jax.Array, ...]) -> Partial:
+    """A pass before its first chunk."""
+    d = feeder.source.n_features
+    one_row = Rows(
+        jnp.zeros((1, d), feeder.dtype), None, jnp.ones(1, bool), jnp.zeros(1, jnp.uint32)
+    )
+    n_numbers = jax.eval_shape(program, one_row, *parameters).numbers.size
+    n_devices = feeder.mesh.shape[DATA_AXIS]
+    zeros = np.zeros((n_devices, n_numbers), computed_dtype(feeder.source))
+    return Partial(0, zeros, zeros, picking.nothing(d, feeder.dtype))
 
 
 def _for_devices(partial: Partial, n_devices: int) -> Partial:
@@ -418,37 +311,4 @@ def _merge(picked: Picked, chunk: Chunk, found: _Found, n_picked: int) -> Picked
     weights = np.ones(len(row)) if chunk.host_weights is None else chunk.host_weights[own]
     new = Picked(priority, chunk.start + row.astype(np.int64), labels, weights, chunk.rows[own])
     both = [np.concatenate(pair) for pair in zip(picked, new, strict=True)]
-    return _best(both, n_picked)
-
-
-def _best(columns: list[np.ndarray], n_picked: int) -> Picked:
-    order = np.lexsort((columns[1], -columns[0]))[:n_picked]
-    return Picked(*(array[order] for array in columns))
-
-
-def _of_all(picked: Picked, n_picked: int) -> Picked:
-    """The rows that all processes together have picked, on each of them."""
-    if processes.count() == 1 or not n_picked:
-        return picked
-    from jax.experimental import multihost_utils
-
-    # One shape for all: what is lacking has a priority below that of any row.
-    n_missing = n_picked - len(picked.priority)
-    filled = [
-        np.concatenate([array, np.zeros((n_missing, *array.shape[1:]), array.dtype)])
-        for array in picked
-    ]
-    there = np.arange(n_picked) < len(picked.priority)
-    # As bytes: float64 and int64 would come back with 32 bits where JAX has no 64 enabled.
-    gathered = [
-        np.asarray(multihost_utils.process_allgather(array.view(np.uint8).reshape(n_picked, -1)))
-        for array in map(np.ascontiguousarray, [*filled, there])
-    ]
-    columns = [
-        np.ascontiguousarray(got.reshape(-1, got.shape[-1]))
-        .view(array.dtype)
-        .reshape(-1, *array.shape[1:])
-        for got, array in zip(gathered, [*filled, there], strict=True)
-    ]
-    real = columns.pop()
-    return _best([column[real] for column in columns], n_picked)
+    return picking.best(both, n_picked)
