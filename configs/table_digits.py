@@ -36,10 +36,14 @@ def get_config() -> Config:
     config.runs["vade"] = with_method(base, "vade")
     config.runs["idec, views"] = small_views("idec", augmentation__invariance=True)
     longer = {"training__n_pretrain_epochs": 100, "training__n_epochs": 0, "objective__starts": 10}
+    consensus = {"objective__layout": "consensus", "objective__clusterer": "k-means"}
     t_sne = {"objective__layout": "t-sne", "objective__n_neighbors": 40}
     config.runs["n2d, views"] = small_views("n2d", **longer)
     config.runs["n2d by t-SNE and k-means, views"] = small_views(
         "n2d", **longer, **t_sne, objective__clusterer="k-means", network__embedding_dim=64
+    )
+    config.runs["n2d by a consensus, views"] = small_views(
+        "n2d", **longer | {"objective__starts": 20}, **consensus
     )
     config.runs["dec, BRB"] = with_method(base, "dec", reset__every=10)
     config.runs["swav"] = small_views("swav")

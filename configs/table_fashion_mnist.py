@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 from configs import fashion_mnist
 from configs.table_mnist import (
     after_gradient_descent,
+    by_eigenvectors,
     by_gradient_descent,
     for_a_table,
     plain_autoencoder,
@@ -31,12 +32,6 @@ def get_config() -> Config:
     config.runs.update(after_gradient_descent(plain))
     config.runs["n2d"] = with_method(by_adam, "n2d", objective__starts=10)
     for layout in ("spectral", "consensus"):
-        config.runs[f"n2d, {layout}"] = with_method(
-            by_adam,
-            "n2d",
-            objective__layout=layout,
-            objective__clusterer="k-means",
-            objective__starts=20,
-        )
+        config.runs[f"n2d, {layout}"] = by_eigenvectors(by_adam, layout)
     config.runs["joint"] = for_a_table(joint)
     return config

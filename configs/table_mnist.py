@@ -37,6 +37,7 @@ def get_config() -> Config:
     quick = {"network__precision": "bfloat16", "centroids__bank": "stored"}
     config.runs["dec, bfloat16"] = with_method(plain, "dec", **quick)
     config.runs["n2d"] = with_method(plain, "n2d")
+    config.runs["n2d, consensus"] = by_eigenvectors(plain, "consensus")
     gaussian = {
         "objective__likelihood": "gaussian",
         "training__clustering_optimizer": "adam",
@@ -109,6 +110,22 @@ def by_gradient_descent(plain: Config) -> Config:
     plain.training.n_pretrain_epochs = 80
     plain.training.clustering_learning_rate = 0.01
     return plain
+
+
+def by_eigenvectors(plain: Config, layout: str) -> Config:
+    """N2D by eigenvectors of the graph of neighbours and k-means, not by UMAP and a mixture.
+
+    Args:
+      plain: the config of the autoencoder.
+      layout: "spectral", one clustering, or "consensus", what several agree on.
+    """
+    return with_method(
+        plain,
+        "n2d",
+        objective__layout=layout,
+        objective__clusterer="k-means",
+        objective__starts=20,
+    )
 
 
 def affine_views(config: Config) -> Config:
