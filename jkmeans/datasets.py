@@ -122,13 +122,11 @@ def load(
       UserError: an argument, a file or its content cannot be used, or a download failed.
     """
     if name not in NAMES:
-        raise UserError(f"no data set is called {name!r}: known are {_listed(NAMES)}.")
+        raise UserError(f"no data set is called {name!r}; accepted: {_listed(NAMES)}.")
     if split not in SPLITS:
-        raise UserError(f"no split is called {split!r}: known are {_listed(SPLITS)}.")
+        raise UserError(f"no split is called {split!r}; accepted: {_listed(SPLITS)}.")
     if split != "all" and name not in named_data.MD5:
-        raise UserError(
-            f"data set {name!r} has no split {split!r}: the only one accepted is 'all'."
-        )
+        raise UserError(f"data set {name!r} has no split {split!r}; accepted: 'all'.")
     n_examples = _checked_count(n_examples)
     if name == "npy":
         if not path:
@@ -222,8 +220,8 @@ def _checked_dataset(
     examples = _check_form(examples, None, source)
     if n_examples > len(examples):
         raise UserError(
-            f"n_examples is {n_examples:,}, but {source} has {len(examples):,} examples: "
-            "accepted is up to that many, or 0 for all."
+            f"n_examples is {n_examples:,}, but {source} has {len(examples):,} examples; "
+            "accepted: up to that many, or 0 for all."
         )
     if labels is not None:
         labels = _checked_labels(labels, len(examples), labels_source or f"labels of {name}")
@@ -242,7 +240,7 @@ def _checked_count(n_examples: int) -> int:
         count = -1
     if count < 0:
         raise UserError(
-            f"n_examples is {n_examples!r}: accepted is a whole number from 1, or 0 for all."
+            f"n_examples is {n_examples!r}; accepted: a whole number from 1, or 0 for all."
         )
     return count
 
@@ -255,7 +253,7 @@ def _checked_scale(scale: float, source: str) -> float:
     # As float32 as well, because that is what it is multiplied in.
     if not (0.0 < value <= float(np.finfo(np.float32).max) and float(np.float32(value)) > 0.0):
         raise UserError(
-            f"the scale of {source} is {scale!r}: accepted is a finite float32 above zero."
+            f"the scale of {source} is {scale!r}; accepted: a finite float32 above zero."
         )
     return value
 
@@ -263,30 +261,30 @@ def _checked_scale(scale: float, source: str) -> float:
 def _check_form(array: Any, expected_shape: Sequence[int] | None, name: str) -> np.ndarray:
     """Check type, dtype and shape; nothing of the data is read unless it has to be converted."""
     if isinstance(array, np.ma.MaskedArray):
-        raise UserError(f"{name} is a masked array: accepted is an array without a mask.")
+        raise UserError(f"{name} is a masked array; accepted: an array without a mask.")
     if hasattr(array, "toarray") and not isinstance(array, np.ndarray):
-        raise UserError(f"{name} is a sparse matrix: accepted is a dense array (x.toarray()).")
+        raise UserError(f"{name} is a sparse matrix; accepted: a dense array (x.toarray()).")
     # np.asarray would turn a memory map into a plain view of it.
     if type(array) is not np.memmap:
         try:
             array = np.asarray(array)
         except (TypeError, ValueError) as error:
             raise UserError(
-                f"{name} cannot be read as an array: accepted is one array of numbers, "
+                f"{name} cannot be read as an array; accepted: one array of numbers, "
                 "all of its examples of one shape."
             ) from error
     if array.dtype.name not in DTYPES:
-        raise UserError(f"{name} is of dtype {array.dtype}: accepted are {', '.join(DTYPES)}.")
+        raise UserError(f"{name} is of dtype {array.dtype}; accepted: {', '.join(DTYPES)}.")
     accepted = "[n, ...] with at least two dimensions, one example per row"
     if expected_shape is not None:
         expected_shape = tuple(expected_shape)
         accepted = _shape(("n", *expected_shape))
     if array.ndim < 2 or (expected_shape is not None and array.shape[1:] != expected_shape):
-        raise UserError(f"{name} is of shape {_shape(array.shape)}: accepted is {accepted}.")
+        raise UserError(f"{name} is of shape {_shape(array.shape)}; accepted: {accepted}.")
     if array.size == 0:
         raise UserError(
-            f"{name} is of shape {_shape(array.shape)}, which holds no data: "
-            "accepted is at least one example of at least one number."
+            f"{name} is of shape {_shape(array.shape)}, which holds no data; "
+            "accepted: at least one example of at least one number."
         )
     if array.flags.c_contiguous and array.dtype.isnative:
         return array
@@ -339,7 +337,7 @@ def _check_values(
         if found:
             raise UserError(
                 f"{name} has {what} in {sum(count for count, _ in found):,} of {len(array):,} "
-                f"rows, the first is row {found[0][1]:,} (counted from 0): accepted are {accepted}."
+                f"rows, the first is row {found[0][1]:,} (counted from 0); accepted: {accepted}."
             )
 
 
@@ -347,22 +345,20 @@ def _checked_labels(labels: Any, n: int, name: str) -> np.ndarray:
     try:
         labels = np.asarray(labels)
     except (TypeError, ValueError) as error:
-        raise UserError(
-            f"{name} cannot be read as an array: accepted is [{n}] integers."
-        ) from error
+        raise UserError(f"{name} cannot be read as an array; accepted: [{n}] integers.") from error
     if labels.dtype.kind not in "iu":
-        raise UserError(f"{name} is of dtype {labels.dtype}: accepted are integers.")
+        raise UserError(f"{name} is of dtype {labels.dtype}; accepted: integers.")
     if labels.ndim != 1:
-        raise UserError(f"{name} is of shape {_shape(labels.shape)}: accepted is {_shape((n,))}.")
+        raise UserError(f"{name} is of shape {_shape(labels.shape)}; accepted: {_shape((n,))}.")
     if len(labels) != n:
         raise UserError(
-            f"{name} has {len(labels):,} entries for {n:,} examples: accepted is one each."
+            f"{name} has {len(labels):,} entries for {n:,} examples; accepted: one each."
         )
     limits = np.iinfo(np.int32)
     smallest, largest = int(labels.min()), int(labels.max())
     if smallest < limits.min or largest > limits.max:
         raise UserError(
-            f"{name} has values from {smallest:,} to {largest:,}: accepted are those of int32."
+            f"{name} has values from {smallest:,} to {largest:,}; accepted: those of int32."
         )
     return labels.astype(np.int32)
 
@@ -373,7 +369,7 @@ def _open_npy(path: str) -> np.ndarray:
         array = np.lib.format.open_memmap(Path(path).expanduser(), mode="r")
     except OSError as error:
         raise UserError(
-            f"cannot read {path} ({error.strerror or error}): accepted is a readable .npy file."
+            f"cannot read {path} ({error.strerror or error}); accepted: a readable .npy file."
         ) from error
     except MemoryError as error:
         raise UserError(
@@ -381,12 +377,10 @@ def _open_npy(path: str) -> np.ndarray:
         ) from error
     except Exception as error:  # the header is parsed by evaluating it: any of a dozen types
         if "Python objects" in str(error):
-            raise UserError(
-                f"{path} is of dtype object: accepted are {', '.join(DTYPES)}."
-            ) from error
+            raise UserError(f"{path} is of dtype object; accepted: {', '.join(DTYPES)}.") from error
         raise UserError(
-            f"{path} is not a .npy file, or is truncated or damaged ({error}): "
-            "accepted is a file written by numpy.save."
+            f"{path} is not a .npy file, or is truncated or damaged ({error}); "
+            "accepted: a file written by numpy.save."
         ) from error
     if array.dtype == np.dtype("V2"):
         return array.view(ml_dtypes.bfloat16)

@@ -81,7 +81,7 @@ def make_blobs(
     n_features = _count(n_features, "n_features", 2**31 - 1)
     dtype = jnp.dtype(dtype)
     if dtype.name not in _FLOATS:
-        raise ValueError(f"dtype is {dtype.name}: accepted are {', '.join(_FLOATS)}")
+        raise ValueError(f"dtype is {dtype.name}; accepted: {', '.join(_FLOATS)}")
     drawn = jax.dtypes.canonicalize_dtype(jnp.promote_types(dtype, jnp.float32))
     key = _as_key(key)
     centers = _centers(jax.random.fold_in(key, 0), n_clusters, n_features, center_box, drawn)
@@ -89,13 +89,13 @@ def make_blobs(
     std = np.asarray(cluster_std, drawn)
     if std.shape not in ((), (k,)) or not np.isfinite(std).all() or (std < 0).any():
         raise ValueError(
-            f"cluster_std is {cluster_std!r}: accepted is a number of at least 0, or {k} of them"
+            f"cluster_std is {cluster_std!r}; accepted: a number of at least 0, or {k} of them"
         )
     shares = np.ones(k) if weights is None else np.asarray(weights, np.float64)
     if shares.shape != (k,) or not np.isfinite(shares).all() or (shares < 0).any():
-        raise ValueError(f"weights is {weights!r}: accepted are {k} numbers of at least 0")
+        raise ValueError(f"weights is {weights!r}; accepted: {k} numbers of at least 0")
     if shares.sum() == 0:
-        raise ValueError("weights are all 0: accepted is at least one above 0")
+        raise ValueError("weights are all 0; accepted: at least one above 0")
     # The last number is above every uniform draw, and blobs of share 0 are never reached.
     bounds = np.cumsum(shares / shares.sum())
     bounds[bounds == bounds[-1]] = np.inf
@@ -158,7 +158,7 @@ def _as_key(key: jax.Array | int) -> jax.Array:
     try:
         return jax.random.key(operator.index(key))  # type: ignore[arg-type]
     except TypeError:
-        raise ValueError(f"key is {key!r}: accepted is a JAX random key or an integer") from None
+        raise ValueError(f"key is {key!r}; accepted: a JAX random key or an integer") from None
 
 
 def _centers(key, n_clusters, n_features: int, center_box, dtype) -> np.ndarray:
@@ -166,14 +166,14 @@ def _centers(key, n_clusters, n_features: int, center_box, dtype) -> np.ndarray:
     if np.ndim(n_clusters) > 0:
         centers = np.asarray(n_clusters)
         if centers.ndim != 2 or centers.shape[1] != n_features or len(centers) == 0:
-            raise ValueError(f"centers are of shape {centers.shape}: accepted is [k, {n_features}]")
+            raise ValueError(f"centers are of shape {centers.shape}; accepted: [k, {n_features}]")
         if not np.isfinite(centers.astype(np.float64)).all():
-            raise ValueError("centers hold NaN or infinity: accepted are finite numbers")
+            raise ValueError("centers hold NaN or infinity; accepted: finite numbers")
         return centers.astype(dtype)
     k = _count(n_clusters, "n_clusters", 2**31 - 1)
     low, high = (float(bound) for bound in center_box)
     if not (np.isfinite([low, high]).all() and low <= high):
-        raise ValueError(f"center_box is {center_box!r}: accepted are a lower and a higher number")
+        raise ValueError(f"center_box is {center_box!r}; accepted: a lower and a higher number")
     return np.asarray(jax.random.uniform(key, (k, n_features), dtype, low, high))
 
 
@@ -183,5 +183,5 @@ def _count(value, name: str, most: int) -> int:
     except TypeError:
         count = 0
     if not 1 <= count <= most:
-        raise ValueError(f"{name} is {value!r}: accepted is an integer from 1 to {most:,}")
+        raise ValueError(f"{name} is {value!r}; accepted: an integer from 1 to {most:,}")
     return count

@@ -32,9 +32,9 @@ def to_faiss(centroids: Any, *, inner_product: bool = False) -> Any:
     with np.errstate(over="ignore"):
         vectors = np.ascontiguousarray(centroids, dtype=np.float32)
     if vectors.ndim != 2 or 0 in vectors.shape:
-        raise ValueError(f"centroids are of shape {vectors.shape}: accepted is [k, d]")
+        raise ValueError(f"centroids are of shape {vectors.shape}; accepted: [k, d]")
     if not np.isfinite(vectors).all():
-        raise ValueError("centroids hold NaN or infinity as float32: accepted are finite numbers")
+        raise ValueError("centroids hold NaN or infinity as float32; accepted: finite numbers")
     d = vectors.shape[1]
     index = faiss.IndexFlatIP(d) if inner_product else faiss.IndexFlatL2(d)
     index.add(vectors)  # pyright: ignore[reportCallIssue]

@@ -173,15 +173,15 @@ def _check_pair(truth: Any, labels: Any) -> tuple[np.ndarray, np.ndarray]:
     truth, labels = np.asarray(truth), np.asarray(labels)
     for name, array in (("truth", truth), ("labels", labels)):
         if array.ndim != 1:
-            raise UserError(f"{name} has {array.ndim} dimensions: accepted is [n].")
+            raise UserError(f"{name} has {array.ndim} dimensions; accepted: [n].")
         if array.size == 0:
-            raise UserError(f"{name} is empty: accepted is at least one entry.")
+            raise UserError(f"{name} is empty; accepted: at least one entry.")
         if array.dtype.kind not in "iu":
-            raise UserError(f"{name} is of dtype {array.dtype}: accepted are integers.")
+            raise UserError(f"{name} is of dtype {array.dtype}; accepted: integers.")
     if len(truth) != len(labels):
         raise UserError(
-            f"truth has {len(truth):,} entries and labels {len(labels):,}: "
-            "accepted is the same number."
+            f"truth has {len(truth):,} entries and labels {len(labels):,}; "
+            "accepted: the same number."
         )
     return truth, labels
 

@@ -155,30 +155,30 @@ def _parse_idx(path: Path, ndim: int, md5: str) -> np.ndarray:
             data = file.read()
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise UserError(
-            f"{path} is truncated or damaged ({error}): accepted is the original .gz file."
+            f"{path} is truncated or damaged ({error}); accepted: the original .gz file."
         ) from error
     except OSError as error:
         raise UserError(
-            f"cannot read {path} ({error.strerror or error}): accepted is a readable .gz file."
+            f"cannot read {path} ({error.strerror or error}); accepted: a readable .gz file."
         ) from error
     magic = bytes((0, 0, 8, ndim))
     header = len(magic) + 4 * ndim
     if data[: len(magic)] != magic or len(data) < header:
         raise UserError(
-            f"{path} starts with the bytes {data[:header].hex(' ', 4) or '(none)'}: accepted is "
+            f"{path} starts with the bytes {data[:header].hex(' ', 4) or '(none)'}; accepted: "
             f"{magic.hex()} and {ndim} sizes, as in an IDX file of bytes in {ndim} dimensions."
         )
     shape = tuple(int(size) for size in np.frombuffer(data[len(magic) : header], dtype=">u4"))
     expected = header + math.prod(shape)
     if len(data) != expected:
         raise UserError(
-            f"{path} is truncated or damaged: it holds {len(data):,} bytes after unpacking, "
-            f"accepted are {expected:,}, as its header says."
+            f"{path} is truncated or damaged: it holds {len(data):,} bytes after unpacking; "
+            f"accepted: {expected:,}, as its header says."
         )
     found = hashlib.md5(data, usedforsecurity=False).hexdigest()
     if found != md5:
         raise UserError(
-            f"{path} has the checksum {found} after unpacking: accepted is {md5} (MD5); "
+            f"{path} has the checksum {found} after unpacking; accepted: {md5} (MD5); "
             "delete the file or replace it with the original."
         )
     return np.frombuffer(data, dtype=np.uint8, offset=header).reshape(shape)

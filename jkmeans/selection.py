@@ -180,12 +180,12 @@ class Sweep:
         ks = sorted({int(k) for k in n_clusters})
         if not ks or ks[0] < 2 or ks[-1] >= len(rows):
             raise ValueError(
-                f"n_clusters is {tuple(n_clusters)}: accepted are numbers from 2 to below the "
+                f"n_clusters is {tuple(n_clusters)}; accepted: numbers from 2 to below the "
                 f"{len(rows)} rows of the sample"
             )
         for name, value, least in (("n_init", n_init, 1), ("n_refits", n_refits, 2)):
             if value < least:
-                raise ValueError(f"{name} is {value}: accepted is at least {least}")
+                raise ValueError(f"{name} is {value}; accepted: at least {least}")
         self.n_clusters = ks
         self._largest = ks[-1]
         # What float32 keeps of the rows must not be the offset; float64 may become float32 in JAX.

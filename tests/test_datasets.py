@@ -306,13 +306,13 @@ class TestDamagedFiles:
             (gzip.compress(_idx(_contents(IMAGES)))[:-20], "is truncated or damaged"),
             (gzip.compress(b"x" * 9999)[:14] + b"\xff" * 50, "is truncated or damaged"),
             (b"not gzip at all", "is truncated or damaged"),
-            (b"", "starts with the bytes \\(none\\): accepted is 00000803"),
+            (b"", "starts with the bytes \\(none\\); accepted: 00000803"),
             (gzip.compress(b""), "starts with the bytes \\(none\\)"),
             (gzip.compress(_idx(_contents(IMAGES))[:10]), "starts with the bytes .*00000803"),
             (gzip.compress(_idx(_contents(IMAGES)[0, 0])), "starts with the bytes 00000801"),
             (
                 gzip.compress(_idx(_contents(IMAGES))[:-1]),
-                "holds 4,719 bytes after unpacking, accepted are 4,720",
+                "holds 4,719 bytes after unpacking; accepted: 4,720",
             ),
             (gzip.compress(_idx(_contents(IMAGES)) + b"\0"), "holds 4,721 bytes"),
         ],
@@ -334,15 +334,15 @@ class TestArguments:
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
-            ({"name": "cifar"}, "called 'cifar': known are digits, mnist, fashion-mnist, npy"),
-            ({"name": "digits", "split": "valid"}, "called 'valid': known are all, train, test"),
+            ({"name": "cifar"}, "called 'cifar'; accepted: digits, mnist, fashion-mnist, npy"),
+            ({"name": "digits", "split": "valid"}, "called 'valid'; accepted: all, train, test"),
             ({"name": "digits", "split": "train"}, "'digits' has no split 'train'.*'all'"),
             ({"name": "npy", "split": "test", "path": "x.npy"}, "'npy' has no split 'test'"),
             ({"name": "npy"}, "'npy' needs a path"),
             ({"name": "digits", "path": "x.npy"}, "path 'x.npy' cannot be used with .*'digits'"),
             ({"name": "mnist", "labels_path": "y.npy"}, "labels_path 'y.npy' cannot be used"),
-            ({"name": "digits", "n_examples": -1}, "n_examples is -1: accepted is"),
-            ({"name": "digits", "n_examples": 1.5}, "n_examples is 1.5: accepted is"),
+            ({"name": "digits", "n_examples": -1}, "n_examples is -1; accepted:"),
+            ({"name": "digits", "n_examples": 1.5}, "n_examples is 1.5; accepted:"),
             (
                 {"name": "digits", "n_examples": 1798},
                 "n_examples is 1,798, but digits has 1,797 examples",
@@ -431,7 +431,7 @@ class TestNpy:
 
     def test_objects_are_never_unpickled(self, tmp_path):
         path = self._save(tmp_path, np.array([[{}], [1]], dtype=object))
-        with pytest.raises(UserError, match=r"x\.npy is of dtype object: accepted are float16"):
+        with pytest.raises(UserError, match=r"x\.npy is of dtype object; accepted: float16"):
             datasets.load("npy", path=path)
 
     def test_no_rows(self, tmp_path):
@@ -453,15 +453,15 @@ class TestChecksOnExamples:
     @pytest.mark.parametrize(
         ("array", "message"),
         [
-            (np.zeros((2, 2), complex), "mine is of dtype complex128: accepted are float16"),
+            (np.zeros((2, 2), complex), "mine is of dtype complex128; accepted: float16"),
             (np.array([["a", "b"]]), "mine is of dtype <U1"),
             (np.zeros((2, 2), object), "mine is of dtype object"),
             (np.zeros((2, 2), np.uint64), "mine is of dtype uint64"),
             (np.zeros((2, 2), np.longdouble), "mine is of dtype"),
             (np.zeros((2, 2), "datetime64[s]"), "mine is of dtype datetime64"),
             (np.zeros((2, 2), [("a", "f4")]), "mine is of dtype"),
-            (np.float32(3), r"mine is of shape \[\]: accepted is \[n, ...\]"),
-            (np.zeros(5), r"mine is of shape \[5\]: accepted is \[n, ...\]"),
+            (np.float32(3), r"mine is of shape \[\]; accepted: \[n, ...\]"),
+            (np.zeros(5), r"mine is of shape \[5\]; accepted: \[n, ...\]"),
             (np.zeros((0, 5)), r"mine is of shape \[0, 5\], which holds no data"),
             (np.zeros((5, 0)), r"mine is of shape \[5, 0\], which holds no data"),
             (np.zeros((5, 3, 0)), r"mine is of shape \[5, 3, 0\], which holds no data"),
@@ -589,10 +589,10 @@ class TestFromArrays:
             ([0, 1, 2, 3], "labels of mine has 4 entries for 3 examples"),
             ([], "labels of mine is of dtype float64"),
             (np.zeros(0, int), "labels of mine has 0 entries for 3 examples"),
-            ([0.0, 1.0, 2.0], "labels of mine is of dtype float64: accepted are integers"),
+            ([0.0, 1.0, 2.0], "labels of mine is of dtype float64; accepted: integers"),
             ([True, False, True], "labels of mine is of dtype bool"),
             (["a", "b", "c"], "labels of mine is of dtype <U1"),
-            ([[0], [1], [2]], r"labels of mine is of shape \[3, 1\]: accepted is \[3\]"),
+            ([[0], [1], [2]], r"labels of mine is of shape \[3, 1\]; accepted: \[3\]"),
             (5, r"labels of mine is of shape \[\]"),
             ([[0, 1], [2], [3]], "labels of mine cannot be read as an array"),
             ([0, 1, 2**31], "labels of mine has values from 0 to 2,147,483,648"),
@@ -605,7 +605,7 @@ class TestFromArrays:
 
     @pytest.mark.parametrize("scale", [0, -1.0, np.nan, np.inf, 1e39, 1e-60, "large", None])
     def test_bad_scale(self, scale):
-        with pytest.raises(UserError, match=r"the scale of mine is .*: accepted is a finite"):
+        with pytest.raises(UserError, match=r"the scale of mine is .*; accepted: a finite"):
             datasets.from_arrays(np.eye(3), name="mine", scale=scale)
 
     @pytest.mark.parametrize("dtype", ["float32", "float64", "int32"])
@@ -619,12 +619,12 @@ class TestFromArrays:
 
 class TestExpectedShape:
     def test_both_shapes_are_named(self):
-        with pytest.raises(UserError, match=r"pixels is of shape \[5, 784\]: .* \[n, 28, 28\]"):
+        with pytest.raises(UserError, match=r"pixels is of shape \[5, 784\]; .* \[n, 28, 28\]"):
             datasets.check_examples(np.zeros((5, 784)), expected_shape=(28, 28), name="pixels")
 
     @pytest.mark.parametrize("shape", [(28, 28), (5, 28, 27), (5, 28, 28, 1), (28,)])
     def test_refused(self, shape):
-        with pytest.raises(UserError, match=r"input is of shape .* accepted is \[n, 28, 28\]"):
+        with pytest.raises(UserError, match=r"input is of shape .*; accepted: \[n, 28, 28\]"):
             datasets.check_examples(np.zeros(shape), expected_shape=[28, 28])
 
     def test_accepted(self):

@@ -201,7 +201,7 @@ def test_images_of_bytes(tmp_path):
     assert loaded.scale == 1 / 255
     # Units are those of the fit, whatever the type.
     np.testing.assert_array_equal(loaded.predict(images.astype(np.float64)), model.labels_)
-    with pytest.raises(ValueError, match=r"X is of shape \[64, 64\]: accepted is \[n, 8, 8\]"):
+    with pytest.raises(ValueError, match=r"X is of shape \[64, 64\]; accepted: \[n, 8, 8\]"):
         model.predict(images.reshape(64, 64))
 
 
@@ -426,7 +426,7 @@ def test_bad_examples(fitted, blobs):
             use(x + 1j)
     with pytest.raises(ValueError, match="X has 5 features, but DeepClustering is expecting 12 "):
         fitted.predict(x[:, :5])
-    with pytest.raises(ValueError, match=r"X is of shape \[203, 3, 4\]: accepted is \[n, 12\]"):
+    with pytest.raises(ValueError, match=r"X is of shape \[203, 3, 4\]; accepted: \[n, 12\]"):
         fitted.predict(x.reshape(203, 3, 4))
     np.testing.assert_array_equal(fitted.predict(jax.numpy.asarray(x)), fitted.labels_)
 

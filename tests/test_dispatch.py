@@ -706,7 +706,7 @@ def test_images_are_read_as_they_are(tmp_path):
     wanted = by_hand(work, [x])
     assert np.load(tmp_path / "out" / "distances.npy").tobytes() == wanted["distances"].tobytes()
     np.save(tmp_path / "fortran.npy", np.asfortranarray(x))
-    with pytest.raises(UserError, match="in Fortran order: accepted are more than two dim"):
+    with pytest.raises(UserError, match="in Fortran order; accepted: more than two dim"):
         predict_files(work, str(tmp_path / "fortran.npy"), str(tmp_path / "out2"))
     assert not (tmp_path / "out2").exists()
 

@@ -264,7 +264,7 @@ def test_kmeans_of_files(blobs, tmp_path, name):
 
 
 def test_bad_files(blobs, tmp_path):
-    with pytest.raises(ValueError, match=r"none\.npy does not exist: accepted is"):
+    with pytest.raises(ValueError, match=r"none\.npy does not exist; accepted:"):
         KMeans(6).fit(tmp_path / "none.npy")
     np.save(tmp_path / "two.npy", blobs[:, :2])
     with pytest.raises(ValueError, match="has 2 features, but 5 are expected"):

@@ -116,8 +116,8 @@ def test_inner_product(faiss):
 @pytest.mark.parametrize(
     ("centroids", "sentence"),
     [
-        (np.zeros(3), r"shape \(3,\): accepted is \[k, d\]"),
-        (np.zeros((0, 3)), "accepted is"),
+        (np.zeros(3), r"shape \(3,\); accepted: \[k, d\]"),
+        (np.zeros((0, 3)), "accepted: "),
         (np.full((2, 2), np.nan), "NaN or infinity"),
         (np.full((2, 2), 1e300), "NaN or infinity as float32"),
     ],

@@ -192,7 +192,7 @@ def test_unsigned_and_mixed_integer_types():
     [
         ([0, 1, 1], [0, 1], "truth has 3 entries and labels 2"),
         (np.zeros(0, int), np.zeros(0, int), "truth is empty"),
-        ([0, 1], [0.0, 1.0], "labels is of dtype float64: accepted are integers"),
+        ([0, 1], [0.0, 1.0], "labels is of dtype float64; accepted: integers"),
         ([True, False], [0, 1], "truth is of dtype bool"),
         (["a", "b"], [0, 1], "truth is of dtype <U1"),
         ([0, 1], [[0, 1]], "labels has 2 dimensions"),

@@ -215,10 +215,10 @@ def test_bootstrap_samples():
     ("arguments", "sentence"),
     [
         ({"n_clusters": ()}, "n_clusters is ()"),
-        ({"n_clusters": (1, 2)}, "accepted are numbers from 2 to below the 20 rows"),
+        ({"n_clusters": (1, 2)}, "accepted: numbers from 2 to below the 20 rows"),
         ({"n_clusters": (2, 20)}, "to below the 20 rows"),
         ({"n_init": 0}, "n_init is 0"),
-        ({"n_refits": 1}, "n_refits is 1: accepted is at least 2"),
+        ({"n_refits": 1}, "n_refits is 1; accepted: at least 2"),
     ],
 )
 def test_bad_arguments(arguments, sentence):

@@ -215,7 +215,7 @@ def test_what_parquet_cannot_hold(tmp_path):
 @pytest.mark.parametrize(
     ("array", "message"),
     [
-        (np.zeros(4), r"shape \[4\]: accepted is \[rows, features\]"),
+        (np.zeros(4), r"shape \[4\]; accepted: \[rows, features\]"),
         (np.zeros((2, 2, 2)), r"shape \[2, 2, 2\]"),
         (np.zeros((0, 3)), "at least one row"),
         (np.array([["a", "b"]]), "dtype <U1"),
@@ -314,7 +314,7 @@ def test_weights(tmp_path):
         weights[:, None],
     ):
         np.testing.assert_array_equal(open_weights(what, 5).read(1, 5), weights[1:, None])
-    with pytest.raises(UserError, match=r"shape \[5, 1\]: accepted is one for each of the 6 rows"):
+    with pytest.raises(UserError, match=r"shape \[5, 1\]; accepted: one for each of the 6 rows"):
         open_weights(weights, 6)
 
 

@@ -315,7 +315,7 @@ def test_memory_is_bounded_whatever_the_number_of_rows(monkeypatch):
 
 
 def test_a_budget_that_is_too_small_says_what_is_needed(path):
-    with pytest.raises(UserError, match="accepted is at least"):
+    with pytest.raises(UserError, match=r"accepted with .*: at least"):
         fit_stream(KEY, path, K, memory_budget=100)
 
 
@@ -383,7 +383,7 @@ def test_a_file_that_is_cut_within_a_pass(path, x):
 @pytest.mark.parametrize(
     ("change", "kind", "message"),
     [
-        ({"n_clusters": N + 1}, UserError, f"n_clusters={N + 1}: accepted is 1 to 1,003"),
+        ({"n_clusters": N + 1}, UserError, f"n_clusters={N + 1}; accepted: 1 to 1,003"),
         ({"n_clusters": 0}, UserError, "n_clusters=0"),
         ({"init": "best"}, ValueError, "init='best': expected"),
         ({"init": np.zeros((2, D))}, ValueError, r"init has shape \(2, 5\): expected \(6, 5\)"),
@@ -674,7 +674,7 @@ def test_outputs_appear_when_they_are_complete(path, x, tmp_path):
 def test_outputs_that_cannot_be_written(path, x, tmp_path):
     with pytest.raises(UserError, match=r"cannot write .*No such file or directory"):
         predict_stream(path, x[:K], tmp_path / "nowhere" / "labels.npy", chunk_rows=CHUNK)
-    with pytest.raises(UserError, match=r"the centroids are of shape \[6, 4\]: .* 5\]"):
+    with pytest.raises(UserError, match=r"the centroids are of shape \[6, 4\]; .* 5\]"):
         predict_stream(path, x[:K, :4], tmp_path / "labels.npy", chunk_rows=CHUNK)
 
 

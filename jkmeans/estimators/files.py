@@ -42,8 +42,8 @@ def opened(X: Any, n_features: int | None = None) -> Iterator[tuple[Any, Any]]:
         source = sources.open_source(X)
         if n_features not in (None, source.n_features):
             raise UserError(
-                f"{source.name} has {source.n_features} features, but {n_features} are expected: "
-                "accepted is what the estimator was fitted on."
+                f"{source.name} has {source.n_features} features, but {n_features} are expected; "
+                "accepted: what the estimator was fitted on."
             )
         with sharded.precision(source):
             yield streaming, source

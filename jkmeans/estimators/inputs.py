@@ -46,8 +46,8 @@ def read_rows(estimator: Any, X: Any, *, reset: bool) -> np.ndarray | jax.Array:
     """
     if is_source(X):
         raise TypeError(
-            f"X is a file or a folder ({X}), which {type(estimator).__name__} does not read here: "
-            "accepted is an array; KMeans fits files."
+            f"X is a file or a folder ({X}), which {type(estimator).__name__} does not read here; "
+            "accepted: an array; KMeans fits files."
         )
     X = _exchanged(X)
     if isinstance(X, jax.Array):
@@ -101,10 +101,10 @@ def read_weights(sample_weight: Any, X: np.ndarray | jax.Array) -> np.ndarray | 
         raise ValueError(
             "Negative values in data passed to `sample_weight`: "
             f"{int((weights < 0).sum())} of {len(weights)}, the first is {weights[row]:g} in row "
-            f"{row}; accepted are weights of at least 0."
+            f"{row}; accepted: weights of at least 0."
         )
     if not np.any(weights):
-        raise ValueError("sample_weight is zero for all samples: accepted is at least one above 0.")
+        raise ValueError("sample_weight is zero for all samples; accepted: at least one above 0.")
     # Only their ratios matter; so small or large, sums and products lose them.
     least, most = (2.0**-900, 2.0**900) if dtype == np.float64 else (2.0**-100, 2.0**100)
     largest, total = float(weights.max()), float(weights.sum(dtype=np.float64))
@@ -177,7 +177,7 @@ def _check_finite(X: np.ndarray | jax.Array) -> None:
     if n_bad:
         raise ValueError(
             f"Input X contains NaN or infinity (inf) in {n_bad} of {X.shape[0]} rows, the first is "
-            f"row {first} (counted from 0): accepted are finite values."
+            f"row {first} (counted from 0); accepted: finite values."
         )
 
 

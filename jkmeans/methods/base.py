@@ -285,6 +285,16 @@ def assign_by(predict: Callable, clusters, bank, weights, axis_name: AxisName) -
     return Assigned(labels, distances, found.counts, found.inertia, none)
 
 
+def only_assign(predict: Callable, axis_name: AxisName) -> Callable:
+    """The ``update`` of a method whose steps learn its clusters; see `Method`."""
+
+    def update(key, clusters, bank, weights, index, n_iterations):
+        del key, index, n_iterations
+        return clusters, assign_by(predict, clusters, bank, weights, axis_name)
+
+    return update
+
+
 def assigned(result: kmeans.KMeansResult) -> Assigned:
     """What k-means says of the bank."""
     return Assigned(

@@ -32,7 +32,6 @@ from jkmeans.methods.base import (
     Batch,
     Method,
     MethodSpec,
-    assign_by,
     assigned,
     check_bank_of_examples,
     check_pretraining,
@@ -40,6 +39,7 @@ from jkmeans.methods.base import (
     first_kmeans,
     mean_terms,
     nearest_centroid,
+    only_assign,
     reconstruction_error,
 )
 
@@ -104,10 +104,6 @@ def dcn(config, axis_name: AxisName) -> Method:
         moved = sums / jnp.maximum(counts, 1e-12)[:, None]
         return DCNClusters(jnp.where(counts[:, None] > 0, moved, clusters.centroids), counts)
 
-    def update(key, clusters, bank, weights, index, n_iterations):
-        del key, index, n_iterations
-        return clusters, assign_by(nearest_centroid, clusters, bank, weights, axis_name)
-
     def blank(k: int, p: int, n: int) -> DCNClusters:
         del n
         return DCNClusters(jnp.zeros((k, p), jnp.float32), jnp.zeros((k,), jnp.float32))
@@ -117,7 +113,7 @@ def dcn(config, axis_name: AxisName) -> Method:
         functools.partial(
             objective, centroid_weight=options.centroid_weight, assignment=options.assignment
         ),
-        update,
+        only_assign(nearest_centroid, axis_name),
         blank,
         after_step=after_step,
     )

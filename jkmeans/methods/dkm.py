@@ -32,12 +32,12 @@ from jkmeans.methods.base import (
     Method,
     MethodSpec,
     all_squared_distances,
-    assign_by,
     assigned,
     check_pretraining,
     first_kmeans,
     mean_terms,
     nearest_centroid,
+    only_assign,
     reconstruction_error,
 )
 
@@ -89,17 +89,15 @@ def dkm(config, axis_name: AxisName) -> Method:
         result = first(key, bank, weights, index)
         return Clusters(result.centroids), assigned(result)
 
-    def update(key, clusters, bank, weights, index, n_iterations):
-        del key, index, n_iterations
-        return clusters, assign_by(nearest_centroid, clusters, bank, weights, axis_name)
-
     chosen = functools.partial(
         objective,
         centroid_weight=options.centroid_weight,
         alphas=inverse_temperatures(options.alpha, options.n_temperatures),
         n_epochs=config.training.n_epochs,
     )
-    return Method(initialize, chosen, update, learned=("centroids",))
+    return Method(
+        initialize, chosen, only_assign(nearest_centroid, axis_name), learned=("centroids",)
+    )
 
 
 SPEC = MethodSpec(

@@ -27,7 +27,7 @@ from jkmeans.augmentation import VIEWS
 from jkmeans.errors import UserError
 from jkmeans.fields import integer, number
 from jkmeans.kmeans.collectives import AxisName, all_max, all_sum
-from jkmeans.methods.base import Batch, Clusters, Method, MethodSpec, assign_by
+from jkmeans.methods.base import Batch, Clusters, Method, MethodSpec, assign_by, only_assign
 from jkmeans.methods.deepcluster_v2 import (
     check_sphere,
     cosines,
@@ -110,10 +110,6 @@ def swav(config, axis_name: AxisName) -> Method:
         clusters = Clusters(first(key, bank, weights, index))
         return clusters, assign_by(predict, clusters, bank, weights, axis_name)
 
-    def update(key, clusters, bank, weights, index, n_iterations):
-        del key, index, n_iterations
-        return clusters, assign_by(predict, clusters, bank, weights, axis_name)
-
     def after_step(clusters: Clusters, embeddings, batch: Batch) -> Clusters:
         # Their length has no part in the objective, and would only grow.
         return Clusters(unit_norm(clusters.centroids))
@@ -127,7 +123,7 @@ def swav(config, axis_name: AxisName) -> Method:
     return Method(
         initialize,
         chosen,
-        update,
+        only_assign(predict, axis_name),
         predict=predict,
         learned=("centroids",),
         after_step=after_step,

@@ -57,6 +57,7 @@ from jkmeans.methods.base import (
     example_keys,
     first_kmeans,
     mean_terms,
+    only_assign,
     reconstruction_error,
 )
 
@@ -226,10 +227,6 @@ def vade(config, axis_name: AxisName) -> Method:
         mixture = jax.lax.fori_loop(0, config.objective.em_iterations, improve, mixture)
         return mixture, assign_by(predict, mixture, bank, weights, axis_name)
 
-    def update(key, mixture, bank, weights, index, n_iterations):
-        del key, index, n_iterations
-        return mixture, assign_by(predict, mixture, bank, weights, axis_name)
-
     def blank(k: int, p: int, n: int) -> Mixture:
         del n
         zeros = jnp.zeros((k, p), jnp.float32)
@@ -238,7 +235,7 @@ def vade(config, axis_name: AxisName) -> Method:
     return Method(
         initialize,
         functools.partial(objective, pixel_variance=variance, stored=stored),
-        update,
+        only_assign(predict, axis_name),
         blank,
         predict,
         learned=Mixture._fields,

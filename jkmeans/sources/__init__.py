@@ -86,8 +86,8 @@ def open_weights(what: Any, n_rows: int) -> Source:
         source = open_source(what)
     if source.n_features != 1 or source.n_rows != n_rows:
         raise UserError(
-            f"the weights {source.name} are of shape [{source.n_rows}, {source.n_features}]: "
-            f"accepted is one for each of the {n_rows:,} rows."
+            f"the weights {source.name} are of shape [{source.n_rows}, {source.n_features}]; "
+            f"accepted: one for each of the {n_rows:,} rows."
         )
     return source
 
@@ -100,7 +100,7 @@ def _is_array(what: Any) -> bool:
 
 def _open_path(path: Path, columns: Sequence[str] | None) -> Source:
     if not path.exists():
-        raise UserError(f"{path} does not exist: accepted is {ACCEPTED}.")
+        raise UserError(f"{path} does not exist; accepted: {ACCEPTED}.")
     if path.suffix in (".parquet", ".pq"):
         return _open_parquet(path, columns)
     is_zarr = path.suffix == ".zarr" or (
@@ -111,7 +111,7 @@ def _open_path(path: Path, columns: Sequence[str] | None) -> Source:
             return _open_parquet(path, columns)
         files = sorted(path.glob("*.npy"), key=natural_order)
         if not files:
-            raise UserError(f"folder {path} has no .npy or .parquet files: accepted is {ACCEPTED}.")
+            raise UserError(f"folder {path} has no .npy or .parquet files; accepted: {ACCEPTED}.")
     else:
         files = [path]
     if columns is not None:
@@ -133,6 +133,6 @@ def natural_order(path: Path) -> list[tuple[int, str]]:
 def _open_parquet(path: Path, columns: Sequence[str] | None) -> Source:
     files = sorted(path.glob("*.parquet"), key=natural_order) if path.is_dir() else [path]
     if not files:
-        raise UserError(f"folder {path} has no .parquet files: accepted is {ACCEPTED}.")
+        raise UserError(f"folder {path} has no .parquet files; accepted: {ACCEPTED}.")
     parts = [ParquetSource(file, columns) for file in files]
     return parts[0] if len(parts) == 1 else Concatenated(parts, str(path))

@@ -103,17 +103,16 @@ class Source(abc.ABC):
 def check_matrix(shape: Sequence[int], dtype: np.dtype, name: str) -> None:
     """Raises a UserError unless that is a matrix of real numbers with at least one entry."""
     if len(shape) != 2:
-        raise UserError(f"{name} is of shape {[*map(int, shape)]}: accepted is [rows, features].")
+        raise UserError(f"{name} is of shape {[*map(int, shape)]}; accepted: [rows, features].")
     numeric = dtype.kind in "biuf" or dtype == ml_dtypes.bfloat16
     if not numeric or (dtype.kind == "f" and dtype.itemsize > 8):
         raise UserError(
-            f"{name} is of dtype {dtype}: accepted are integers, bool, bfloat16, float16, float32 "
+            f"{name} is of dtype {dtype}; accepted: integers, bool, bfloat16, float16, float32 "
             "and float64."
         )
     if 0 in shape:
         raise UserError(
-            f"{name} is of shape {[*map(int, shape)]}: accepted is at least one row "
-            "and one feature."
+            f"{name} is of shape {[*map(int, shape)]}; accepted: at least one row and one feature."
         )
 
 
@@ -127,7 +126,7 @@ class ArraySource(Source):
                 array = np.asarray(array)
             except (TypeError, ValueError) as error:
                 raise UserError(
-                    f"{type(array).__name__} is no matrix: accepted is {ACCEPTED}."
+                    f"{type(array).__name__} is no matrix; accepted: {ACCEPTED}."
                 ) from error
         try:
             dtype = np.dtype(array.dtype)
@@ -152,7 +151,7 @@ class Concatenated(Source):
             if (part.n_features, part.dtype) != (first.n_features, first.dtype):
                 raise UserError(
                     f"{part.name} has {part.n_features} features of {part.dtype}, but {first.name} "
-                    f"has {first.n_features} of {first.dtype}: accepted are parts of one width and "
+                    f"has {first.n_features} of {first.dtype}; accepted: parts of one width and "
                     "dtype."
                 )
         self.name = name or f"{first.name} and {len(parts) - 1} more"
@@ -185,5 +184,5 @@ def readable(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise UserError(
-            f"cannot read {path} ({error.strerror or error}): accepted is {ACCEPTED}."
+            f"cannot read {path} ({error.strerror or error}); accepted: {ACCEPTED}."
         ) from error

@@ -50,7 +50,7 @@ class RawFile(Source):
             size, was = state[0], self._opened[0]
             how = f"it had {was:,} bytes and has {size:,}" if size != was else "it was written to"
             raise UserError(
-                f"{self.name} changed while it was being read ({how}): accepted is a file that "
+                f"{self.name} changed while it was being read ({how}); accepted: a file that "
                 "nothing writes to."
             )
 
@@ -104,7 +104,7 @@ def open_npy(path: Path, vector: bool = False, flatten: bool = False) -> RawFile
             raise
         except Exception as error:  # The header is parsed by evaluating it: any of a dozen types.
             raise UserError(
-                f"{path} is not a .npy file, or is truncated or damaged ({error}): accepted is a "
+                f"{path} is not a .npy file, or is truncated or damaged ({error}); accepted: a "
                 "file written by numpy.save."
             ) from error
         offset = file.tell()
@@ -118,7 +118,7 @@ def open_npy(path: Path, vector: bool = False, flatten: bool = False) -> RawFile
     if flatten and len(sizes) > 2:
         if by_column:
             raise UserError(
-                f"{path} is of shape {sizes} in Fortran order: accepted are more than two "
+                f"{path} is of shape {sizes} in Fortran order; accepted: more than two "
                 "dimensions in C order only."
             )
         sizes = [sizes[0], math.prod(example_shape)]
@@ -127,7 +127,7 @@ def open_npy(path: Path, vector: bool = False, flatten: bool = False) -> RawFile
     if size != expected:
         raise UserError(
             f"{path} {'is truncated' if size < expected else 'is longer than it says'}: it has "
-            f"{size:,} bytes, accepted are {expected:,}, as its header says (is it still being "
+            f"{size:,} bytes; accepted: {expected:,}, as its header says (is it still being "
             "written?)."
         )
     file = RawFile(path, offset, sizes, dtype, by_column and sizes[1] > 1)

@@ -32,7 +32,7 @@ class ParquetSource(Source):
         self._columns = _data_columns(schema) if columns is None else [*columns]
         if not self._columns:
             raise UserError(
-                f"of {path} no column is taken: accepted is at least one of numbers, other than "
+                f"of {path} no column is taken; accepted: at least one of numbers, other than "
                 "the index of a data frame unless it is asked for by columns=[...]."
             )
         found = collections.Counter([*self._columns, *schema.names])
@@ -59,7 +59,7 @@ class ParquetSource(Source):
         for name, kind in zip(self._columns, values, strict=False):
             if not (types.is_integer(kind) or types.is_floating(kind) or types.is_boolean(kind)):
                 raise UserError(
-                    f"column {name!r} of {path} is of type {kind}: accepted are numeric columns, "
+                    f"column {name!r} of {path} is of type {kind}; accepted: numeric columns, "
                     "or one column of vectors; choose with columns=[...]."
                 )
         dtype = np.result_type(*(kind.to_pandas_dtype() for kind in values))
@@ -95,8 +95,8 @@ class ParquetSource(Source):
             raise
         except Exception as error:
             raise UserError(
-                f"{self.name} is not a Parquet file, or is truncated or damaged ({error}): "
-                "accepted is a whole Parquet file."
+                f"{self.name} is not a Parquet file, or is truncated or damaged ({error}); "
+                "accepted: a whole Parquet file."
             ) from error
 
     def _state(self) -> tuple[int, int]:
@@ -109,7 +109,7 @@ class ParquetSource(Source):
             state = self._state()
         if state != self._opened:
             raise UserError(
-                f"{self.name} changed while it was being read: accepted is a file that nothing "
+                f"{self.name} changed while it was being read; accepted: a file that nothing "
                 "writes to."
             )
 
@@ -117,7 +117,7 @@ class ParquetSource(Source):
         batch = next(self._file.iter_batches(batch_size=1, columns=self._columns))
         first = batch.column(0)[0].as_py()
         if first is None:
-            raise UserError(f"row 0 of {self.name} is null: accepted are numbers.")
+            raise UserError(f"row 0 of {self.name} is null; accepted: numbers.")
         return len(first)
 
     def _read(self, start: int, out: np.ndarray) -> None:
@@ -144,8 +144,8 @@ class ParquetSource(Source):
                 self._rest = self._to_matrix(next(self._batches))
             except (StopIteration, OSError) as error:
                 raise UserError(
-                    f"{self.name} cannot be read from row {self._next_row:,} on ({error}): "
-                    "accepted is a whole Parquet file."
+                    f"{self.name} cannot be read from row {self._next_row:,} on ({error}); "
+                    "accepted: a whole Parquet file."
                 ) from error
         rows, self._rest = self._rest[:at_most], self._rest[at_most:]
         self._next_row += len(rows)
@@ -169,8 +169,8 @@ class ParquetSource(Source):
         if values.null_count:
             row = int(np.asarray(values.is_null()).argmax()) // self.n_features
             raise UserError(
-                f"row {self._next_row + row:,} of {self.name} holds null (counted from 0): "
-                "accepted are numbers."
+                f"row {self._next_row + row:,} of {self.name} holds null (counted from 0); "
+                "accepted: numbers."
             )
         return values.to_numpy(zero_copy_only=False).reshape(-1, self.n_features)
 
@@ -179,7 +179,7 @@ class ParquetSource(Source):
         if flags.any():
             raise UserError(
                 f"{what} in {int(flags.sum()):,} rows of {self.name}, the first is row "
-                f"{self._next_row + int(flags.argmax()):,} (counted from 0): accepted are "
+                f"{self._next_row + int(flags.argmax()):,} (counted from 0); accepted: "
                 f"{accepted}."
             )
 

@@ -17,7 +17,7 @@ class ZarrSource(Source):
     def __init__(self, array: Any, name: str):
         self.name = name
         if not hasattr(array, "shape") or not hasattr(array, "chunks"):
-            raise UserError(f"{name} is a Zarr group: accepted is a Zarr array in it.")
+            raise UserError(f"{name} is a Zarr group; accepted: a Zarr array in it.")
         dtype = np.dtype(array.dtype)
         check_matrix(array.shape, dtype, name)
         self._array = array
@@ -46,7 +46,7 @@ class ZarrSource(Source):
             return np.asarray(self._array[start : start + self._band_rows])
         except Exception as error:  # Codecs and stores raise what they like.
             raise UserError(
-                f"rows from {start:,} on of {self.name} cannot be read ({error}): accepted is a "
+                f"rows from {start:,} on of {self.name} cannot be read ({error}); accepted: a "
                 "Zarr array whose chunks are whole."
             ) from error
 
@@ -60,5 +60,5 @@ def open_zarr(path: Path) -> ZarrSource:
     try:
         array = zarr.open(str(path), mode="r")
     except Exception as error:
-        raise UserError(f"{path} is no Zarr array ({error}): accepted is {ACCEPTED}.") from error
+        raise UserError(f"{path} is no Zarr array ({error}); accepted: {ACCEPTED}.") from error
     return ZarrSource(array, str(path))

@@ -166,7 +166,7 @@ class FitCheckpoints:
             if saved.get(name) != value:
                 what = _NAMES.get(name, f"{name}={saved.get(name)}, where this one has {value}")
                 raise UserError(
-                    f"the checkpoint in {self._checkpoints.folder} is of a fit with {what}: "
-                    "accepted is the fit that it was started with; give another folder or delete "
+                    f"the checkpoint in {self._checkpoints.folder} is of a fit with {what}; "
+                    "accepted: the fit that it was started with; give another folder or delete "
                     "this one."
                 )

@@ -234,12 +234,11 @@ def _check_arguments(
             raise ValueError(f"{name}={value!r}: expected an integer")
     if source.n_rows >= 2**32:
         raise UserError(
-            f"{source.name} has {source.n_rows:,} rows: accepted are at most {2**32 - 1:,}."
+            f"{source.name} has {source.n_rows:,} rows; accepted: at most {2**32 - 1:,}."
         )
     if not 1 <= n_clusters <= source.n_rows:
         raise UserError(
-            f"n_clusters={n_clusters}: accepted is 1 to {source.n_rows:,}, the rows of "
-            f"{source.name}."
+            f"n_clusters={n_clusters}; accepted: 1 to {source.n_rows:,}, the rows of {source.name}."
         )
     if isinstance(init, str) and init not in kmeans.INITIALIZATIONS:
         raise ValueError(
@@ -374,7 +373,7 @@ class _Fit:
     def _after_first(self, state: State, numbers: np.ndarray, picked: Picked) -> State:
         n, sums, squares = numbers[0], *np.split(numbers[1:], 2)
         if n == 0:
-            raise UserError("all weights are 0: accepted is at least one weight above 0.")
+            raise UserError("all weights are 0; accepted: at least one weight above 0.")
         variance = np.maximum(squares / n - (sums / n) ** 2, 0)
         state.numbers["tolerance"] = self.tol * float(np.mean(variance))
         mean = self._first_row.astype(np.float64) + sums / n
@@ -482,7 +481,7 @@ class _Fit:
     def _in_turn(self, picked: Picked, k: int) -> np.ndarray:
         """K of the rows picked; if there are fewer, they are repeated in turn."""
         if not len(picked.rows):
-            raise UserError("all weights are 0: accepted is at least one weight above 0.")
+            raise UserError("all weights are 0; accepted: at least one weight above 0.")
         return picked.rows[np.arange(k) % len(picked.rows)].astype(self.dtype)
 
 
@@ -498,7 +497,7 @@ def _unpack(numbers: np.ndarray, shape: tuple[int, ...]) -> tuple[np.ndarray, np
 
 def _refuse_no_weight(counts: np.ndarray) -> None:
     if not counts.sum() > 0:
-        raise UserError("all weights are 0: accepted is at least one weight above 0.")
+        raise UserError("all weights are 0; accepted: at least one weight above 0.")
 
 
 def _relocate(

@@ -192,11 +192,11 @@ def _refuse_outputs(source: Any, outputs: dict[str, Any]) -> None:
         path = Path(output).expanduser().resolve()
         if there is not None and (path == there or there in path.parents):
             raise UserError(
-                f"{name} is {output}, which is {'' if path == there else 'in '}the source itself: "
-                "accepted is another place."
+                f"{name} is {output}, which is {'' if path == there else 'in '}the source itself; "
+                "accepted: another place."
             )
         if path in seen:
-            raise UserError(f"{name} is {output}, as is {seen[path]}: accepted is another file.")
+            raise UserError(f"{name} is {output}, as is {seen[path]}; accepted: another file.")
         seen[path] = name
 
 
@@ -221,11 +221,11 @@ def _prepare(
     centroids = np.asarray(centroids)
     if centroids.ndim != 2 or centroids.shape[1] != source.n_features or not len(centroids):
         raise UserError(
-            f"the centroids are of shape {[*centroids.shape]}: accepted is [clusters, "
+            f"the centroids are of shape {[*centroids.shape]}; accepted: [clusters, "
             f"{source.n_features}], the features of {source.name}."
         )
     if not np.isfinite(centroids).all():
-        raise UserError("the centroids have NaN or infinity in them: accepted are finite ones.")
+        raise UserError("the centroids have NaN or infinity in them; accepted: finite ones.")
     return feeder, centroids.astype(computed_dtype(source))
 
 
@@ -338,6 +338,6 @@ def npy_file(
 
 def _cannot_write(path: Path, error: OSError) -> UserError:
     return UserError(
-        f"cannot write {path} ({error.strerror or error}): accepted is a file in a folder that "
+        f"cannot write {path} ({error.strerror or error}); accepted: a file in a folder that "
         "exists and has room."
     )

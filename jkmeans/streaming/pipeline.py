@@ -122,8 +122,8 @@ def rows_per_chunk(source: Source, mesh: Mesh, memory_budget: int, row_extra_byt
     if rows < min(n_devices, source.n_rows):
         raise UserError(
             f"memory_budget={memory_budget:,} bytes does not hold a row for each of {n_devices} "
-            f"devices: with {source.name} (rows of {row_bytes:,} bytes, "
-            f"{source.overhead_bytes:,} bytes to read any) accepted is at least "
+            f"devices; accepted with {source.name} (rows of {row_bytes:,} bytes, "
+            f"{source.overhead_bytes:,} bytes to read any): at least "
             f"{source.overhead_bytes + n_devices * cost:,}."
         )
     unit = n_devices * BLOCK_ROWS
@@ -285,7 +285,7 @@ def check_weights(weights: np.ndarray, start: int, name: str) -> None:
     if not good.all():
         row = int(good.argmin())
         raise UserError(
-            f"weight {start + row:,} of {name} is {weights[row]}: accepted are finite numbers of "
+            f"weight {start + row:,} of {name} is {weights[row]}; accepted: finite numbers of "
             "at least 0."
         )
 
@@ -317,10 +317,10 @@ def refuse_not_finite(
         raise UserError(
             f"{name} has NaN, infinity or values that overflow {rows.dtype} in "
             f"{int(bad.sum()):,} of the rows {start:,} to {last:,}, the first is row "
-            f"{start + int(bad.argmax()):,} (counted from 0): accepted are finite values."
+            f"{start + int(bad.argmax()):,} (counted from 0); accepted: finite values."
         )
     if not only_if_any:
         raise UserError(
             f"{name} has values in the rows {start:,} to {last:,} whose squared distances overflow "
-            "float32: accepted are values of magnitude below 1e18; scale the data."
+            "float32; accepted: values of magnitude below 1e18; scale the data."
         )
