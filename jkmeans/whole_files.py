@@ -70,9 +70,31 @@ def write_json(path: Path, values: Any) -> Any:
     Returns:
       The values as JSON has them: with None where they were not finite.
     """
-    plain = json.loads(json.dumps(values, default=_plain), parse_constant=lambda name: None)
-    write_whole(path, (json.dumps(plain, indent=2, allow_nan=False) + "\n").encode())
+    plain = _as_json_has_them(values)
+    write_whole(path, _text(plain))
     return plain
+
+
+def write_new_json(path: Path, values: Any) -> bool:
+    """Writes JSON as `write_json` does, where there is no such file; whether there was none.
+
+    Of several processes that do so at once, it is the file of one.
+    """
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    try:
+        temporary.write_bytes(_text(_as_json_has_them(values)))
+        try:
+            os.link(temporary, path)
+        except OSError:
+            # It was there first and holds the folder, so that `remove_leftovers` may have run; or
+            # this file system has no links, and then the last one wins.
+            if path.exists():
+                return False
+            os.replace(temporary, path)
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+    return True
 
 
 def write_array(path: Path, array: Any) -> None:
@@ -100,6 +122,14 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
     except (SyntaxError, tokenize.TokenError, MemoryError) as error:
         # Of a header of an array that makes no sense, or asks for more than there is.
         raise ValueError(f"{type(error).__name__}: {error}") from error
+
+
+def _as_json_has_them(values: Any) -> Any:
+    return json.loads(json.dumps(values, default=_plain), parse_constant=lambda name: None)
+
+
+def _text(plain: Any) -> bytes:
+    return (json.dumps(plain, indent=2, allow_nan=False) + "\n").encode()
 
 
 def _plain(value: Any) -> Any:

@@ -8,7 +8,7 @@ from typing import Any
 
 from jkmeans import processes
 from jkmeans.errors import UserError
-from jkmeans.whole_files import remove_leftovers, write_json
+from jkmeans.whole_files import remove_leftovers, write_new_json
 
 CONFIG_FILE = "config.json"
 """What a run, a job or an experiment begins with."""
@@ -36,6 +36,8 @@ def claim(
 ) -> None:
     """Writes what decides the results into a new workdir, or checks that it is what is there.
 
+    Of two processes that find it new at the same moment, one checks what the other wrote.
+
     Args:
       workdir: made if missing.
       content: for JSON.
@@ -51,8 +53,8 @@ def claim(
     with usable(workdir):
         if not path.exists():
             workdir.mkdir(parents=True, exist_ok=True)
-            write_json(path, content)
-            return
+            if write_new_json(path, content):
+                return
         found = path.read_bytes()
     article = "an" if kind.startswith("e") else "a"
     try:

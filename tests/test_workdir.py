@@ -1,6 +1,10 @@
 """Whose a folder is."""
 
+import concurrent.futures
+import functools
 import json
+import os
+import threading
 
 import pytest
 from ml_collections import ConfigDict
@@ -8,6 +12,7 @@ from ml_collections import ConfigDict
 from jkmeans.configuration import integer
 from jkmeans.errors import UserError
 from jkmeans.experiment_folder import claim_settings, held
+from jkmeans.whole_files import write_new_json
 from jkmeans.workdir import (
     CONFIG_FILE,
     SEEDS,
@@ -104,3 +109,37 @@ def test_whose_turn_it_is_is_said_by_the_name_that_the_user_gave(tmp_path):
     waits = pytest.raises(UserError, match="accepted: another --output, or wait")
     with only_process_in(tmp_path, "--output"), waits, again:
         pass
+
+
+def test_of_several_at_once_one_claims_a_new_folder(tmp_path):
+    everyone = threading.Barrier(8)
+
+    def differences(content, there):
+        return [] if there == content else [f"it is {there}"]
+
+    def try_to(number):
+        content = {"number": number}
+        everyone.wait()
+        try:
+            claim(tmp_path / "w", content, functools.partial(differences, content), kind="run")
+        except UserError as error:
+            return str(error)
+        return ""
+
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        said = list(pool.map(try_to, range(8)))
+    winner = json.loads((tmp_path / "w" / CONFIG_FILE).read_text())["number"]
+    assert [number for number, words in enumerate(said) if not words] == [winner]
+    assert all(f"it is {{'number': {winner}}}" in words for words in said if words)
+    assert [path.name for path in (tmp_path / "w").iterdir()] == [CONFIG_FILE]
+
+
+def test_a_file_system_without_links(tmp_path, monkeypatch):
+    def link(source, target):
+        raise PermissionError("no links here")
+
+    monkeypatch.setattr(os, "link", link)
+    claim(tmp_path / "w", {"a": 1}, lambda there: [], kind="run")
+    assert json.loads((tmp_path / "w" / CONFIG_FILE).read_text()) == {"a": 1}
+    assert not write_new_json(tmp_path / "w" / CONFIG_FILE, {"a": 2})
+    assert [path.name for path in (tmp_path / "w").iterdir()] == [CONFIG_FILE]
