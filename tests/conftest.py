@@ -3,6 +3,7 @@
 import gc
 import os
 import signal
+import sys
 from importlib.metadata import version
 from pathlib import Path
 
@@ -45,6 +46,9 @@ def _few_compiled_programs(request):
     for value in vars(request.module).values():
         if hasattr(value, "cache_clear"):  # Of functools.cache: what this module shares.
             value.cache_clear()
+    for name in ("jkmeans.training.programs", "jkmeans.evaluation.model"):
+        if name in sys.modules:  # Tests replace parts of what their programs are made of.
+            sys.modules[name].recently_prepared.forget()
     if _n_mappings() > _MOST_MAPPINGS:
         jax.clear_caches()
         gc.collect()

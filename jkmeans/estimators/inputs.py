@@ -106,13 +106,13 @@ def read_weights(sample_weight: Any, X: np.ndarray | jax.Array) -> np.ndarray | 
     if not np.any(weights):
         raise ValueError("sample_weight is zero for all samples; accepted: at least one above 0.")
     # Only their ratios matter; so small or large, sums and products lose them.
-    least, most = (2.0**-900, 2.0**900) if dtype == np.float64 else (2.0**-100, 2.0**100)
+    least, most = (2.0**-900, 2.0**900) if dtype == np.float64 else (2.0**-100, 2.0**110)
     largest, total = float(weights.max()), float(weights.sum(dtype=np.float64))
     if largest < least or total > most:
         raise ValueError(
-            f"sample_weight is up to {largest:g} and adds up to {total:g}: accepted in "
-            f"{dtype.__name__} is a largest weight of at least {least:.1g} and a sum of at most "
-            f"{most:.1g}; only ratios of weights matter, so they can be scaled."
+            f"sample_weight is up to {largest:g} and adds up to {total:g}; accepted in "
+            f"{dtype.__name__}: a largest weight of at least {least:.1g} and a sum of at most "
+            f"{most:.1g} (only ratios of weights matter, so they can be scaled)."
         )
     return None if np.all(weights == 1) else weights
 

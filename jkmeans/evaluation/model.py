@@ -15,8 +15,9 @@ from jkmeans import configuration, processes
 from jkmeans.checkpoints import Checkpoints, DamagedError
 from jkmeans.configuration import Config
 from jkmeans.errors import UserError
-from jkmeans.methods import make_method
-from jkmeans.networks import blueprint, merge, network_input
+from jkmeans.methods import Method, make_method
+from jkmeans.networks import Blueprint, blueprint, merge, network_input
+from jkmeans.recently_made import RecentlyMade, kind_of_programs
 from jkmeans.sharding import (
     DATA_AXIS,
     REPLICATED,
@@ -144,10 +145,15 @@ def _restore(checkpoints: Checkpoints, position: int, mesh) -> TrainedModel:
             "goes on where it stopped)"
         )
     shape, scale = tuple(record["data"]["example_shape"]), record["data"]["scale"]
-    plan = blueprint(config.network, shape, config.network.precision)  # Nothing is pretrained.
+    kind = kind_of_programs(config)
+    if kind is None:
+        plan, method, program = _prepare(config, shape, scale, mesh)
+    else:
+        plan, method, program = recently_prepared.get(
+            (kind, shape, scale, mesh), lambda: _prepare(config, shape, scale, mesh)
+        )
     sharding = NamedSharding(mesh, REPLICATED)
     k, p = config.n_clusters, config.network.embedding_dim
-    method = make_method(config, DATA_AXIS)
     here = {
         "parameters": plan.parameters,
         "clusters": method.blank(k, p, record["data"]["n_examples"]),
@@ -156,14 +162,6 @@ def _restore(checkpoints: Checkpoints, position: int, mesh) -> TrainedModel:
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), here
     )
     model = checkpoints.load(position, {"model": abstract}).trees["model"]
-
-    def predict_local(model, examples):
-        network = merge(plan.graphdef, model["parameters"])
-        embeddings = network.encode(network_input(examples, scale))
-        found = method.predict(model["clusters"], embeddings)
-        return found.labels, found.distances, embeddings
-
-    program = jax.jit(data_parallel(predict_local, mesh, (REPLICATED, SHARDED), SHARDED))
 
     def predict_rows(read: Callable[[int, int], np.ndarray], n_rows: int):
         return program(model, read_to_devices(read, (n_rows, *shape), mesh))
@@ -180,6 +178,32 @@ def _restore(checkpoints: Checkpoints, position: int, mesh) -> TrainedModel:
         n_devices=mesh.size,
         mean_distance=results["inertia"] / record["data"]["n_examples"] if results else None,
     )
+
+
+class _Prepared(NamedTuple):
+    """What models of one kind have in common: network, method and the program of predictions."""
+
+    blueprint: Blueprint
+    method: Method
+    program: Callable
+
+
+recently_prepared: RecentlyMade[_Prepared] = RecentlyMade(8)
+
+
+def _prepare(config: Config, example_shape: tuple[int, ...], scale: float, mesh) -> _Prepared:
+    own = config.copy_and_resolve_references()
+    plan = blueprint(own.network, example_shape, own.network.precision)  # Not to pretrain.
+    method = make_method(own, DATA_AXIS)
+
+    def predict_local(model, examples):
+        network = merge(plan.graphdef, model["parameters"])
+        embeddings = network.encode(network_input(examples, scale))
+        found = method.predict(model["clusters"], embeddings)
+        return found.labels, found.distances, embeddings
+
+    program = jax.jit(data_parallel(predict_local, mesh, (REPLICATED, SHARDED), SHARDED))
+    return _Prepared(plan, method, program)
 
 
 def _digest(model: dict[str, Any], record: dict[str, Any]) -> str:

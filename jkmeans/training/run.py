@@ -13,15 +13,12 @@ from jkmeans import datasets, processes
 from jkmeans.checkpoints import Checkpoints
 from jkmeans.configuration import Config
 from jkmeans.device_memory import device_room
-from jkmeans.epoch import CLUSTER_SIZES, Rows, TrainState, make_programs
+from jkmeans.epoch import CLUSTER_SIZES, Rows, TrainState
 from jkmeans.feeding import HostFeeder
 from jkmeans.interruption import Interruption
-from jkmeans.methods import make_method
-from jkmeans.networks import blueprint
 from jkmeans.recorder import NoRecorder, Recorder
 from jkmeans.sharding import (
     BY_STEP,
-    DATA_AXIS,
     SHARDED,
     Layout,
     device_dtype,
@@ -31,7 +28,7 @@ from jkmeans.sharding import (
 )
 from jkmeans.training import checkpointing, collapse, conclusion
 from jkmeans.training.folder import describe_data
-from jkmeans.training.programs import Compiled, await_devices, scalars
+from jkmeans.training.programs import Compiled, await_devices, prepare, scalars
 
 
 class Run:
@@ -67,23 +64,12 @@ class Run:
         self.n_epochs = config.training.n_pretrain_epochs + config.training.n_epochs
         self.n_steps = self.layout.n_steps
         if like is not None:
-            self.method, self.programs = like.method, like.programs
-            self.blueprint = like.blueprint
+            self.prepared = like.prepared
         else:
-            self.method = make_method(config, DATA_AXIS)
-            self.blueprint = blueprint(
-                config.network, dataset.example_shape, config.training.pretrain_precision
-            )
-            self.programs = make_programs(
-                config,
-                self.blueprint,
-                self.method,
-                self.layout,
-                mesh,
-                dataset.example_shape,
-                dataset.scale,
-            )
-        self.compiled = Compiled(self.programs)
+            self.prepared = prepare(config, dataset, self.layout, mesh)
+        self.method, self.blueprint = self.prepared.method, self.prepared.blueprint
+        self.programs = self.prepared.programs
+        self.compiled = Compiled(self.prepared)
         self.data_record = describe_data(dataset)
         # Of whoever executes it: this run, or all seeds side by side.
         self.recorder: Recorder = NoRecorder()

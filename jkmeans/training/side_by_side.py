@@ -15,14 +15,12 @@ from jkmeans import datasets
 from jkmeans.checkpoints import Checkpoints
 from jkmeans.configuration import Config
 from jkmeans.device_memory import device_room
-from jkmeans.epoch import CLUSTER_SIZES, Rows, TrainState, axis_of, make_programs
+from jkmeans.epoch import CLUSTER_SIZES, Rows, TrainState, axis_of
 from jkmeans.interruption import Interruption
-from jkmeans.methods import make_method
-from jkmeans.networks import blueprint
 from jkmeans.recorder import Recorder, silence
 from jkmeans.sharding import REPLICATED, SHARDED, Layout, place, place_rows, relayout, to_host
 from jkmeans.training import checkpointing, collapse, conclusion
-from jkmeans.training.programs import Compiled, await_devices, scalars
+from jkmeans.training.programs import Compiled, await_devices, prepare, scalars
 from jkmeans.training.run import Run
 
 
@@ -93,24 +91,16 @@ class SideBySide:
             self.layout = Layout(
                 one_layout.n_examples, config.training.batch_size, config.data.n_shards, 1
             )
-        axis = axis_of(self.layout, self.mesh)
-        self.programs = make_programs(
-            config,
-            blueprint(config.network, dataset.example_shape, config.training.pretrain_precision),
-            make_method(config, axis),
-            self.layout,
-            self.mesh,
-            dataset.example_shape,
-            dataset.scale,
-        )
+        prepared = prepare(config, dataset, self.layout, self.mesh)
+        self.programs = prepared.programs
         index = self.layout.row_index()
-        spec = SHARDED if axis else REPLICATED
+        spec = SHARDED if axis_of(self.layout, self.mesh) else REPLICATED
         self.rows = Rows(
             examples=place_rows(dataset.examples, self.layout, self.mesh, spec),
             weights=place((index >= 0).astype(np.float32), self.mesh, spec),
             index=place(index, self.mesh, spec),
         )
-        self.compiled = Compiled(self.programs)
+        self.compiled = Compiled(prepared)
 
     def _deal_seeds(self) -> bool:
         """Whether devices are to share the seeds and not the examples."""
