@@ -19,6 +19,14 @@ def device_room(mesh) -> float:
     return min(processes.gather(_room(local[0], n_sharing)))
 
 
+def device_memory(mesh) -> int:
+    """Bytes that a device of this process has in all; a CPU's has those of its host."""
+    device = next(d for d in mesh.devices.flat if d.process_index == processes.number())
+    statistics = device.memory_stats() or {}
+    pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return statistics.get("bytes_limit", pages)
+
+
 def _room(device, n_devices: int) -> float:
     statistics = device.memory_stats() or {}
     if "bytes_limit" in statistics:

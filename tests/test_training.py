@@ -497,3 +497,12 @@ def test_what_stops_a_run(loss, variance, epoch, fields, message, tmp_path):
     # What was saved stands after the advice.
     with pytest.raises(CollapseError, match=message):
         collapse.check_epoch(run.config, run.workdir, values, 2.0, epoch)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"network.widths": (10**9,)}, {"network.embedding_dim": 2**31 - 1}]
+)
+def test_a_network_that_fits_no_memory_is_refused_before_anything_is_written(tmp_path, changes):
+    with pytest.raises(UserError, match=r"the network has .* parameters, .* GiB; accepted: what"):
+        training.train(tiny.config(**changes), tiny.dataset(), tmp_path / "run")
+    assert not (tmp_path / "run").exists()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,12 @@ import numpy as np
 from jkmeans import datasets, processes
 from jkmeans.checkpoints import Checkpoints
 from jkmeans.configuration import Config
-from jkmeans.device_memory import device_room
+from jkmeans.device_memory import device_memory, device_room
 from jkmeans.epoch import CLUSTER_SIZES, Rows, TrainState
+from jkmeans.errors import UserError
 from jkmeans.feeding import HostFeeder
 from jkmeans.interruption import Interruption
+from jkmeans.networks import Blueprint
 from jkmeans.recorder import NoRecorder, Recorder
 from jkmeans.sharding import (
     BY_STEP,
@@ -67,6 +70,7 @@ class Run:
             self.prepared = like.prepared
         else:
             self.prepared = prepare(config, dataset, self.layout, mesh)
+        _refuse_too_large(self.prepared.blueprint, mesh)
         self.method, self.blueprint = self.prepared.method, self.prepared.blueprint
         self.programs = self.prepared.programs
         self.compiled = Compiled(self.prepared)
@@ -298,3 +302,20 @@ class Run:
 
     def _await(self, values: Any, fraction: float | None = None) -> None:
         await_devices(values, self.recorder, self.interruption, fraction)
+
+
+def _refuse_too_large(plan: Blueprint, mesh) -> None:
+    """Refuses a network whose parameters and gradients alone are more than a device holds.
+
+    Raises:
+      UserError: it is one.
+    """
+    n_parameters = sum(math.prod(leaf.shape) for leaf in plan.parameters.values())
+    n_bytes = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in plan.parameters.values())
+    memory = device_memory(mesh)
+    if 2 * n_bytes > memory:
+        raise UserError(
+            f"the network has {n_parameters:,} parameters, which with their gradients take "
+            f"{2 * n_bytes / 2**30:,.1f} GiB; accepted: what fits the {memory / 2**30:,.1f} GiB of "
+            "a device (config.network.widths and embedding_dim say how wide its layers are)"
+        )
