@@ -32,6 +32,24 @@ BY_STEP = PartitionSpec(None, DATA_AXIS)
 """Steps first, then the rows of each step: sharded along the second."""
 
 
+def automatic(x: jax.Array) -> jax.Array:
+    """The same array, without a copy, on a mesh whose axes JAX assigns by itself.
+
+    ``jax.make_mesh`` makes Explicit axes, on which an operation with two ways to lay its result out
+    is an error; those of this project's programs are not meant.
+    """
+    there = x.sharding
+    if not isinstance(there, NamedSharding):
+        return x
+    mesh = there.mesh
+    if not isinstance(mesh, Mesh) or all(kind == AxisType.Auto for kind in mesh.axis_types):
+        return x
+    auto = Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
+    parts = [shard.data for shard in x.addressable_shards]
+    layout = NamedSharding(auto, there.spec, memory_kind=there.memory_kind)
+    return jax.make_array_from_single_device_arrays(x.shape, layout, parts)
+
+
 def make_mesh(n_devices: int = 0, n_centroid_shards: int = 1) -> Mesh:
     """Devices over which examples are sharded, along one axis.
 

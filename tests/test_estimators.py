@@ -14,7 +14,7 @@ import sklearn.cluster
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, PartitionSpec
 from scipy.sparse import csr_array
 from sklearn.base import clone
 from sklearn.datasets import make_blobs
@@ -650,3 +650,67 @@ def test_import_stays_light():
     with pytest.raises(AttributeError, match="module 'jkmeans' has no attribute 'Kmeans'"):
         _ = jkmeans.Kmeans
     assert set(jkmeans.__all__) <= set(dir(jkmeans))
+
+
+@pytest.mark.parametrize("shape", [(8,), pytest.param((4, 1), marks=pytest.mark.slow)])
+def test_rows_on_a_mesh_with_explicit_axes(blobs, shape):
+    """As ``jax.make_mesh`` makes them."""
+    axes = ("a", "b")[: len(shape)]
+    x = blobs[:296]
+    there = jax.device_put(x, NamedSharding(jax.make_mesh(shape, axes), PartitionSpec(*axes)))
+    model, expected = (KMeans(4, init=x[:4]).fit(rows) for rows in (there, x))
+    np.testing.assert_allclose(model.inertia_, expected.inertia_, rtol=1e-5)
+    np.testing.assert_array_equal(model.predict(there), expected.predict(x))
+    np.testing.assert_allclose(model.transform(there), expected.transform(x), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(model.score(there), expected.score(x), rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [KMeans, BisectingKMeans, MiniBatchKMeans, SphericalKMeans])
+@pytest.mark.parametrize(
+    ("rows", "weights", "said"),
+    [
+        (np.full((10, 2), np.nan), None, "NaN"),
+        (np.ones((2, 2)), None, "n_samples=2"),
+        (np.eye(9, 2), np.ones(3), "sample_weight"),
+    ],
+)
+def test_a_fit_that_fails_leaves_the_model_of_the_one_before(blobs, kind, rows, weights, said):
+    model = kind(4, random_state=0).fit(blobs)
+    labels = model.predict(blobs)
+    with pytest.raises(ValueError, match=said):
+        model.fit(rows, sample_weight=weights)
+    assert model.n_features_in_ == blobs.shape[1]
+    np.testing.assert_array_equal(model.predict(blobs), labels)
+    unfitted = kind(4)
+    with pytest.raises(ValueError, match=said):
+        unfitted.fit(rows, sample_weight=weights)
+    assert not hasattr(unfitted, "n_features_in_")
+
+
+@pytest.mark.parametrize("kind", [KMeans, BisectingKMeans, MiniBatchKMeans, SphericalKMeans])
+def test_more_iterations_than_int32_counts(blobs, kind):
+    model, expected = (kind(3, random_state=0, max_iter=n).fit(blobs) for n in (10**10, 1000))
+    np.testing.assert_array_equal(model.labels_, expected.labels_)
+
+
+def test_a_mask_is_refused(blobs):
+    masked = np.ma.masked_array(blobs, mask=blobs > 5)
+    with pytest.raises(ValueError, match="X is a masked array; accepted: an array without a mask"):
+        KMeans(3).fit(masked)
+    with pytest.raises(ValueError, match="sample_weight is a masked array; accepted"):
+        KMeans(3).fit(blobs, sample_weight=masked[:, 0])
+    with pytest.raises(ValueError, match="X is a masked array; accepted"):
+        KMeans(3).fit(blobs).predict(masked)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_minibatch_has_an_inertia_after_one_step_without_labels(blobs, weighted):
+    weights = np.linspace(1, 2, len(blobs)) if weighted else None
+    plain, other = (
+        MiniBatchKMeans(3, random_state=0, max_iter=1, compute_labels=labels).fit(
+            blobs, sample_weight=weights
+        )
+        for labels in (True, False)
+    )
+    assert other.n_steps_ == 1
+    np.testing.assert_allclose(other.inertia_, plain.inertia_, rtol=1e-6)

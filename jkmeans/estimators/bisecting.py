@@ -20,7 +20,14 @@ from jkmeans.estimators.base import (
     at_least,
     to_numpy,
 )
-from jkmeans.estimators.inputs import random_key, read_centroids, read_rows, read_weights
+from jkmeans.estimators.inputs import (
+    at_most_int32,
+    keeps_features,
+    random_key,
+    read_centroids,
+    read_rows,
+    read_weights,
+)
 from jkmeans.estimators.kmeans import CORE_NAMES, check_outcome
 from jkmeans.kmeans import KMeansResult, centroids_from, cluster_statistics
 from jkmeans.kmeans.assignment import accumulation_dtype
@@ -97,6 +104,7 @@ class BisectingKMeans(CentroidEstimator):
         self.bisecting_strategy = bisecting_strategy
         self.mesh = mesh
 
+    @keeps_features
     def fit(self, X: Any, y: Any = None, sample_weight: Any = None) -> BisectingKMeans:
         """Computes bisecting k-means.
 
@@ -172,7 +180,13 @@ class BisectingKMeans(CentroidEstimator):
 
         def run(init: Any, n_init: int) -> KMeansResult:
             return sharded.fit_rows(
-                key, rows, 2, init=init, n_init=n_init, max_iter=self.max_iter, tol=float(self.tol)
+                key,
+                rows,
+                2,
+                init=init,
+                n_init=n_init,
+                max_iter=at_most_int32(self.max_iter),
+                tol=float(self.tol),
             )
 
         if isinstance(self.init, str):

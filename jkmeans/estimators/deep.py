@@ -31,6 +31,7 @@ from jkmeans.configuration import Config
 from jkmeans.errors import CollapseError, UserError
 from jkmeans.estimators.base import at_least
 from jkmeans.estimators.deep_config import parameters_of, values_of
+from jkmeans.estimators.inputs import keeps_features, refuse_mask
 from jkmeans.estimators.run_folder import RunFolder
 from jkmeans.interruption import Interrupted
 from jkmeans.recorder import read_metrics, silence
@@ -176,6 +177,7 @@ class DeepClustering(
         self.workdir = workdir
         self.verbose = verbose
 
+    @keeps_features
     def fit(self, X: Any, y: Any = None) -> DeepClustering:
         """Trains the network and its centroids, or goes on with the run that workdir holds.
 
@@ -379,6 +381,7 @@ class DeepClustering(
                 f"X is the path {os.fspath(X)!r}; accepted: an array, which numpy.load(path) gives "
                 "(experiments.train takes the path of an .npy file)"
             )
+        refuse_mask("X", X)
         if not issparse(X) and hasattr(X, "__array__") and not hasattr(X, "columns"):
             X = X if isinstance(X, np.ndarray) else np.asarray(X)
         checks: Any = {"dtype": _DTYPES, "ensure_all_finite": False}

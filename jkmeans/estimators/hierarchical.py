@@ -13,7 +13,13 @@ from sklearn.utils.validation import check_is_fitted
 
 from jkmeans import sharded
 from jkmeans.estimators.base import COMMON_CONSTRAINTS, CentroidEstimator, at_least, to_numpy
-from jkmeans.estimators.inputs import random_key, read_rows, read_weights
+from jkmeans.estimators.inputs import (
+    at_most_int32,
+    keeps_features,
+    random_key,
+    read_rows,
+    read_weights,
+)
 from jkmeans.estimators.kmeans import CORE_NAMES, check_outcome
 from jkmeans.kmeans.hierarchical import balanced_sample, hierarchy
 
@@ -89,6 +95,7 @@ class HierarchicalKMeans(CentroidEstimator):
         self.verbose = verbose
         self.mesh = mesh
 
+    @keeps_features
     def fit(self, X: Any, y: Any = None, sample_weight: Any = None) -> HierarchicalKMeans:
         """Computes all levels.
 
@@ -122,7 +129,7 @@ class HierarchicalKMeans(CentroidEstimator):
                 k,
                 init=CORE_NAMES[self.init],
                 n_init=self.n_init,
-                max_iter=self.max_iter,
+                max_iter=at_most_int32(self.max_iter),
                 tol=float(self.tol),
                 relative_tol=True,
             )

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from numbers import Real
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +15,9 @@ from sklearn.utils import check_array, check_random_state
 from sklearn.utils.validation import validate_data
 
 from jkmeans.estimators.files import is_source
+from jkmeans.sharding import automatic
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 # Kept as they are on the devices; whatever else comes becomes float64, as in scikit-learn.
 KEPT_DTYPES = (
@@ -49,8 +54,10 @@ def read_rows(estimator: Any, X: Any, *, reset: bool) -> np.ndarray | jax.Array:
             f"X is a file or a folder ({X}), which {type(estimator).__name__} does not read here; "
             "accepted: an array; KMeans fits files."
         )
+    refuse_mask("X", X)
     X = _exchanged(X)
     if isinstance(X, jax.Array):
+        X = automatic(X)
         matrix: Any = X
         if X.ndim != 2:
             raise ValueError(f"Expected 2D array, got an array of shape {X.shape} instead.")
@@ -86,6 +93,7 @@ def read_weights(sample_weight: Any, X: np.ndarray | jax.Array) -> np.ndarray | 
     """
     if sample_weight is None:
         return None
+    refuse_mask("sample_weight", sample_weight)
     dtype: Any = np.float64 if X.dtype == np.float64 else np.float32
     if isinstance(sample_weight, Real):
         sample_weight = np.full(X.shape[0], sample_weight)
@@ -141,6 +149,45 @@ def read_centroids(centers: Any, n_clusters: int, X: np.ndarray | jax.Array) -> 
 def random_key(random_state: Any) -> jax.Array:
     """A JAX key drawn from a seed, a RandomState (which moves on) or NumPy's global one (None)."""
     return jax.random.key(check_random_state(random_state).randint(np.iinfo(np.int32).max))
+
+
+def refuse_mask(name: str, array: Any) -> None:
+    """Refuses a masked array, whose mask nothing here would look at.
+
+    Raises:
+      ValueError: it is one.
+    """
+    if isinstance(array, np.ma.MaskedArray):
+        raise ValueError(
+            f"{name} is a masked array; accepted: an array without a mask (what is masked can have "
+            "a sample_weight of 0, or be left out)."
+        )
+
+
+def keeps_features(fit: F) -> F:
+    """A fit that leaves the features of an estimator as they were where it fails.
+
+    The model of the fit before then goes on as if there had been no other.
+    """
+
+    @functools.wraps(fit)
+    def fit_or_restore(estimator: Any, *arguments: Any, **options: Any) -> Any:
+        names = ("n_features_in_", "feature_names_in_")
+        before = {name: vars(estimator)[name] for name in names if name in vars(estimator)}
+        try:
+            return fit(estimator, *arguments, **options)
+        except BaseException:
+            for name in names:
+                vars(estimator).pop(name, None)
+            vars(estimator).update(before)
+            raise
+
+    return fit_or_restore  # type: ignore[return-value]
+
+
+def at_most_int32(n: int) -> int:
+    """A number of iterations as compiled programs count them."""
+    return min(int(n), 2**31 - 1)
 
 
 def _exchanged(X: Any) -> Any:

@@ -16,7 +16,14 @@ from jkmeans import sharded
 from jkmeans.errors import overflow_sentence, underflow_sentence
 from jkmeans.estimators.base import COMMON_CONSTRAINTS, CentroidEstimator, to_numpy
 from jkmeans.estimators.files import is_source, opened
-from jkmeans.estimators.inputs import random_key, read_centroids, read_rows, read_weights
+from jkmeans.estimators.inputs import (
+    at_most_int32,
+    keeps_features,
+    random_key,
+    read_centroids,
+    read_rows,
+    read_weights,
+)
 from jkmeans.kmeans import PRECISIONS, KMeansResult
 
 CORE_NAMES = {"k-means++": "k-means++", "k-means||": "k-means||", "random": "sample"}
@@ -116,6 +123,7 @@ class KMeans(CentroidEstimator):
         self.deterministic = deterministic
         self.precision = precision
 
+    @keeps_features
     def fit(self, X: Any, y: Any = None, sample_weight: Any = None) -> KMeans:
         """Computes k-means.
 
@@ -170,7 +178,7 @@ class KMeans(CentroidEstimator):
                 self.n_clusters,
                 init=CORE_NAMES[self.init] if by_name else self.init,
                 n_init=resolve_n_init(self, default=10),
-                max_iter=self.max_iter,
+                max_iter=at_most_int32(self.max_iter),
                 tol=float(self.tol),
                 weights=sample_weight,
                 oversampling_factor=float(self.oversampling_factor),
@@ -187,7 +195,7 @@ class KMeans(CentroidEstimator):
 
     def _best_of_restarts(self, X: np.ndarray | jax.Array, rows: sharded.Rows) -> KMeansResult:
         def run(init: Any, key: jax.Array, n_init: int = 1) -> KMeansResult:
-            return self._run(rows, init, key, n_init, self.max_iter)
+            return self._run(rows, init, key, n_init, at_most_int32(self.max_iter))
 
         n_init = resolve_n_init(self, default=10)
         if isinstance(self.init, str):

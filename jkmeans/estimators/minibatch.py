@@ -14,7 +14,14 @@ from sklearn.utils import check_random_state
 
 from jkmeans import sharded
 from jkmeans.estimators.base import COMMON_CONSTRAINTS, CentroidEstimator, at_least, to_numpy
-from jkmeans.estimators.inputs import random_key, read_centroids, read_rows, read_weights
+from jkmeans.estimators.inputs import (
+    at_most_int32,
+    keeps_features,
+    random_key,
+    read_centroids,
+    read_rows,
+    read_weights,
+)
 from jkmeans.estimators.kmeans import CORE_NAMES, refuse_overflow, resolve_n_init, warn_of_underflow
 from jkmeans.kmeans.minibatch import (
     MiniBatchResult,
@@ -106,6 +113,7 @@ class MiniBatchKMeans(CentroidEstimator):
         self.reassignment_ratio = reassignment_ratio
         self.mesh = mesh
 
+    @keeps_features
     def fit(self, X: Any, y: Any = None, sample_weight: Any = None) -> MiniBatchKMeans:
         """Computes mini-batch k-means from the beginning.
 
@@ -132,7 +140,7 @@ class MiniBatchKMeans(CentroidEstimator):
                 rows._replace(weights=None) if weights is None else rows,
                 random_key(self.random_state),
                 None if isinstance(self.init, str) else self._first_centroids(X),
-                self.max_iter * n_rows // batch_size,
+                at_most_int32(self.max_iter * n_rows // batch_size),
                 float(self.tol),
                 self.max_no_improvement,
                 float(self.reassignment_ratio),
@@ -149,16 +157,18 @@ class MiniBatchKMeans(CentroidEstimator):
             self.n_iter_ = math.ceil(self.n_steps_ * batch_size / n_rows)
             if self.compute_labels:
                 self._label(rows)
-            else:
+            elif self.n_steps_ > 1:
                 total = n_rows if weights is None else float(weights.sum(dtype=np.float64))
                 self.inertia_ = float(result.ewa_inertia) * total
-                if self.n_steps_ > 1:  # Of one step there is no average.
-                    refuse_overflow(self.inertia_, self.cluster_centers_.dtype)
+                refuse_overflow(self.inertia_, self.cluster_centers_.dtype)
+            else:  # Of one step there is no average.
+                self.inertia_ = float(sharded.evaluate_rows(rows, self.cluster_centers_).inertia)
         warn_of_underflow(self)
         if self.verbose:
             print(f"{self.n_steps_} steps, inertia {self.inertia_}.")
         return self
 
+    @keeps_features
     def partial_fit(self, X: Any, y: Any = None, sample_weight: Any = None) -> MiniBatchKMeans:
         """One step on X as a batch; the first call initialises.
 

@@ -102,6 +102,7 @@ def place(
     Raises:
       ValueError: the mesh has no data axis, or x has no rows.
     """
+    x = sharding.automatic(x) if isinstance(x, jax.Array) else x
     mesh = mesh_of(x) if mesh is None else mesh
     if not isinstance(x, jax.Array) and x.dtype != np.float64:
         x = x.astype(sharding.device_dtype(x.dtype), copy=False)
