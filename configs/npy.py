@@ -4,7 +4,8 @@ r"""Your own array: an .npy file [n, ...] of numbers, memory-mapped, labels opti
         --config.data.path=examples.npy --config.n_clusters=20
 
 Scale your features to about unit variance: the reconstruction error is taken as it is. Images go
-in as [n, height, width] or [n, height, width, channels] and may use network.name=convolutional.
+in as [n, height, width] or [n, height, width, channels] and may use network.name=convolutional;
+pictures show a fourth channel as opacity, over white.
 """
 
 from ml_collections import ConfigDict

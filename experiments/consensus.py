@@ -25,10 +25,12 @@ def main() -> None:
     import jax
 
     from jkmeans.consensus.experiment import run_experiment, validate
+    from jkmeans.consensus.tasks.base import number_of_nodes
 
     config = validate(FLAGS.config)
     if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-        jax.config.update("jax_num_cpu_devices", min(_MOST_DEVICES, max(1, config.graph.n_nodes)))
+        n_devices = min(_MOST_DEVICES, max(1, number_of_nodes(config)))
+        jax.config.update("jax_num_cpu_devices", n_devices)
     run_experiment(config, FLAGS.workdir)
 
 

@@ -82,6 +82,11 @@ def _leaving_at_once() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
+def _nobody_reads() -> None:
+    """Leaves nothing in the output's buffer that Python would complain about at its end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def _parse(
     argv: list[str], required: Sequence[str], takes_command: bool, fields: str
 ) -> Sequence[str]:
@@ -104,8 +109,15 @@ def _parse(
         if with_config:
             FLAGS.config.keys()  # A file that could not be loaded says so when it is first used.
     except SystemExit:  # Help was asked for and printed.
-        if with_config and fields:
-            print(config_flag.help_of_fields(argv, fields))
+        try:
+            if with_config and fields:
+                print(config_flag.help_of_fields(argv, fields))
+            sys.stdout.flush()
+        except BrokenPipeError:
+            _nobody_reads()
+        sys.exit(0)
+    except BrokenPipeError:  # Of ``--help | head``, which has read enough.
+        _nobody_reads()
         sys.exit(0)
     except Exception as error:  # Config files are the user's programs: they may raise anything.
         fail(config_flag.sentence(argv, error, fields) if with_config else one_line(error), 2)

@@ -10,6 +10,7 @@ import sys
 import types
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import jax.numpy as jnp
 import numpy as np
@@ -20,7 +21,7 @@ from ml_collections import ConfigDict
 from benchmarks.ray_exchanges import Hang, Killer
 from configs.parallel_sgd import get_config
 from jkmeans import ray_session
-from jkmeans.asynchronous import Problem, engine, gradients
+from jkmeans.asynchronous import Problem, curve, engine, gradients
 from jkmeans.asynchronous.curve import CURVE_FILE, LAST_GOOD_FILE, Curve, follow
 from jkmeans.asynchronous.journal import RECORD, Journal, read_history
 from jkmeans.asynchronous.quantization import QuantizationJob, quantize_in_parallel
@@ -643,3 +644,15 @@ def test_a_cluster_without_room_is_refused():
     ray_session.refuse_no_room(ray, 1.0, "less")
     with pytest.raises(UserError, match=r"4 CPUs and 1 GPUs, .* 2 GPUs has room .*accepted: less"):
         ray_session.refuse_no_room(ray, 2.0, "less")
+
+
+def test_progress_begins_anew_where_samples_are_taken_back(monkeypatch, capsys):
+    now = iter(range(0, 1000, 10))
+    monkeypatch.setattr(curve.time, "monotonic", lambda: next(now))
+    progress = curve._Progress(10_000, "distortion")
+    for samples in (1000, 2000, 500, 600):
+        progress.tell(SimpleNamespace(samples=samples, ended=""), 1.0)
+    lines = capsys.readouterr().err.splitlines()
+    assert ["samples/s" in line for line in lines] == [False, True, False, True]
+    assert "100 samples/s" in lines[1]
+    assert "10 samples/s, 15m 40s left" in lines[3]

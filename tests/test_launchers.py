@@ -349,3 +349,14 @@ launch(main, required=(), argv=["job"])
     assert "there is not so much memory" in done.stderr
     assert "512 GiB" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("program", ["cluster", "train"])
+def test_help_that_nobody_reads_to_its_end(program):
+    command = [sys.executable, "-m", f"experiments.{program}", "--help"]
+    with subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        process.stdout.close()
+        assert process.wait(timeout=60) == 0
+        assert process.stderr.read() == ""

@@ -146,12 +146,15 @@ class _Progress:
     def __init__(self, budget: int, name: str):
         self._budget, self._name = budget, name
         self._begun: tuple[float, int] | None = None
+        self._samples = 0
         self._told_at = float("-inf")
 
     def tell(self, status: Status, value: float) -> None:
         now = time.monotonic()
-        if self._begun is None and status.samples > 0:
+        # Anew where a server that died has taken some back.
+        if status.samples > 0 and (self._begun is None or status.samples < self._samples):
             self._begun = now, status.samples
+        self._samples = status.samples
         due = now - self._told_at >= _LINE_SECONDS or bool(status.ended)
         if not due:
             return

@@ -72,7 +72,7 @@ class Outcome(NamedTuple):
       shared: the last version, NumPy arrays.
       status: of the server, at the end.
       history: all displacements in that version.
-      lives: of each worker, the processes that it had.
+      lives: of each worker, the processes that it had since the command was started.
       missing: workers that did not answer at the end: they hang, or are dead for good.
       seconds: of this part of the run, from its first displacement to its end.
     """

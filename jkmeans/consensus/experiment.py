@@ -20,7 +20,7 @@ from jkmeans.configuration import Config, convert_fields, nest
 from jkmeans.consensus.averaging import check_loss
 from jkmeans.consensus.graphs import EDGES
 from jkmeans.consensus.mixing import MIXINGS
-from jkmeans.consensus.tasks.base import GEOMETRIC, GRAPH_NAMES, Arrays, Case, Task
+from jkmeans.consensus.tasks.base import GEOMETRIC, GRAPH_NAMES, Arrays, Case, Check, Task
 from jkmeans.errors import CollapseError, UserError
 from jkmeans.fields import Field, choice, integer, number, text, words
 from jkmeans.interruption import Interruption
@@ -135,10 +135,7 @@ def _compute(task: Task, folder: Path, interruption: Interruption) -> dict[str, 
     todo = [case for case in task.cases if found[case.name] is None]
     begun = time.monotonic()
 
-    def check() -> None:
-        if interruption.requested:
-            interruption.leave()
-
+    check = Check(interruption)
     for n_done, case in enumerate(todo, 1):
         check()
         started = time.monotonic()

@@ -30,7 +30,7 @@ def as_pictures(images: np.ndarray, dtype: np.dtype) -> np.ndarray:
         dtype: of the examples that the images come from: bytes of a colour span 0 to 255.
 
     Returns:
-        [m, h, w, 1 | 3], values from 0 to 1; NaN is black, what is transparent white.
+        [m, h, w, 1 | 3], values from 0 to 1; NaN is black; a fourth channel is opacity, over white.
     """
     images = images if images.ndim == 4 else images[..., None]
     channels = images.shape[-1]

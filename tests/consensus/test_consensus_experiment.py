@@ -19,9 +19,9 @@ from configs import (
 )
 from jkmeans.consensus.experiment import run_experiment, validate
 from jkmeans.consensus.tasks import estimation
-from jkmeans.consensus.tasks.base import rounds_to, tables
+from jkmeans.consensus.tasks.base import Check, number_of_nodes, rounds_to, tables
 from jkmeans.errors import CollapseError, UserError
-from jkmeans.interruption import Interrupted
+from jkmeans.interruption import Interrupted, Interruption
 
 
 def small(module=consensus_least_squares):
@@ -296,3 +296,79 @@ def test_launcher_answers_in_a_sentence(tmp_path):
         "integers of at least 3, such as 9, 12, 15 or 16\n"
     )
     assert not (tmp_path / "w").exists()
+
+
+@pytest.mark.parametrize("method", ["gradient_tracking", "decentralised_descent"])
+def test_rounds_in_which_no_link_works_are_no_standstill(method, tmp_path):
+    """Of one link that fails nine times in ten, many rounds in a row; it then went on no more."""
+    config = small()
+    config.seed = 1
+    config.graph.n_nodes, config.graph.topologies = 2, ("complete",)
+    config.loss.links, config.estimation.methods = 0.9, (method,)
+    (found,) = run_experiment(config, tmp_path)["estimation"]
+    assert found["error, worst node"] < 1e-5
+
+
+def test_no_more_rounds_than_asked_for(tmp_path):
+    config = small()
+    config.estimation.max_rounds = 13
+    results = run_experiment(config, tmp_path)
+    assert {row["rounds"] for row in results["estimation"]} == {13}
+
+
+def test_a_standstill_is_seen_in_as_many_rounds_as_it_takes():
+    falling, still = np.geomspace(1, 0.1, 10), np.full(10, 0.1)
+    assert not estimation._stands_still([np.ones(1), falling], 10)
+    assert estimation._stands_still([np.ones(1), falling, still], 10)
+    assert not estimation._stands_still([np.ones(1), falling, still], 15)
+    assert estimation._stands_still([np.ones(1), falling, still, still], 15)
+    assert not estimation._stands_still([still], 15)
+
+
+@pytest.mark.parametrize("module", [consensus_least_squares, consensus_kmeans])
+def test_a_loss_with_which_an_average_takes_for_ever_is_refused(module, tmp_path):
+    config = small(module)
+    config.loss.links = 1 - 1e-10
+    config.loss.messages = 0.0
+    if module is consensus_least_squares:
+        config.estimation.methods = ("gradient_tracking",)
+    with pytest.raises(UserError, match=r"config\.loss\.links is 0\.99.* rounds; accepted: what"):
+        run_experiment(config, tmp_path / "w")
+    assert not (tmp_path / "w").exists()
+
+
+def test_nodes_on_a_mesh_are_as_many_as_the_file_of_edges_names(tmp_path):
+    (tmp_path / "edges").write_text("0 1\n1 2\n2 3\n3 0\n")
+    config = small()
+    config.graph.topologies, config.graph.edges = ("edges",), str(tmp_path / "edges")
+    config.graph.n_nodes, config.nodes = 0, "mesh"
+    assert number_of_nodes(config) == 4
+    (gossip,) = run_experiment(config, tmp_path / "w")["gossip"]
+    assert gossip["nodes"] == 4
+    (tmp_path / "edges").write_text("".join(f"{i} {i + 1}\n" for i in range(8)))
+    with pytest.raises(UserError, match="'mesh' with 9 nodes, but JAX sees 8 devices"):
+        run_experiment(config, tmp_path / "x")
+
+
+def test_signals_are_heard_while_a_case_is_computed(capsys):
+    class Slow:
+        """An array that is there after it was waited for, and a signal came."""
+
+        waited = 0
+
+        def is_ready(self):
+            self.waited += 1
+            if self.waited == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return self.waited > 4
+
+        def __array__(self, dtype=None, copy=None):
+            return np.ones(3)
+
+    with Interruption() as interruption:
+        check = Check(interruption)
+        check()
+        np.testing.assert_array_equal(check.fetch(Slow()), np.ones(3))
+        with pytest.raises(Interrupted):
+            check()
+    assert capsys.readouterr().err.count("once more to stop at once") == 1

@@ -6,6 +6,8 @@ import csv
 import hashlib
 import io
 import math
+import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,6 +28,7 @@ from jkmeans.consensus.links import Nodes
 from jkmeans.consensus.mixing import Mixing, Spectrum, make_mixing, spectrum
 from jkmeans.consensus.traffic import measured_bytes
 from jkmeans.errors import UserError
+from jkmeans.interruption import Interruption
 from jkmeans.sharding import SHARDED, make_mesh
 from jkmeans.whole_files import write_whole
 
@@ -35,8 +38,35 @@ GRAPH_NAMES = (*TOPOLOGIES, GEOMETRIC, EDGES)
 Arrays = Mapping[str, np.ndarray]
 """What a case leaves: arrays by name."""
 
-Check = Callable[[], None]
-"""Raises `Interrupted` where somebody asked for the end; called now and then."""
+
+class Check:
+    """Called now and then by what computes; raises `Interrupted` where the end was asked for."""
+
+    def __init__(self, interruption: Interruption):
+        self._interruption = interruption
+
+    def __call__(self) -> None:
+        """Here the computation may end."""
+        if self._interruption.requested:
+            self._interruption.leave()
+
+    def fetch(self, values: Any) -> Any:
+        """Values as NumPy arrays, awaited with an open ear for signals: a blocking call has none.
+
+        Args:
+          values: a pytree of JAX arrays.
+        """
+        pause = 0.0005
+        while not all(leaf.is_ready() for leaf in jax.tree.leaves(values)):
+            time.sleep(pause)
+            pause = min(2 * pause, 0.05)
+            if self._interruption.announced():
+                print(
+                    "stopping where this part of the case ends; once more to stop at once",
+                    file=sys.stderr,
+                    flush=True,
+                )
+        return jax.tree.map(np.asarray, values)
 
 
 class Case(NamedTuple):
@@ -104,7 +134,18 @@ def nets_of(config: Config) -> dict[str, Net]:
     return nets
 
 
-def nodes_of(config: Config) -> Nodes:
+def number_of_nodes(config: Config) -> int:
+    """The nodes of the graphs of a config; where it says 0, those that the file of edges names.
+
+    Raises:
+      UserError: that file cannot be read.
+    """
+    if config.graph.n_nodes or EDGES not in config.graph.topologies:
+        return config.graph.n_nodes
+    return read_edges(config.graph.edges).n_nodes
+
+
+def nodes_of(config: Config, nets: Mapping[str, Net]) -> Nodes:
     """Where the nodes of a config are.
 
     Raises:
@@ -112,14 +153,39 @@ def nodes_of(config: Config) -> Nodes:
     """
     if config.nodes == "vmap":
         return Nodes()
-    if config.graph.n_nodes > len(jax.devices()):
+    n_nodes = next(iter(nets.values())).graph.n_nodes
+    if n_nodes > len(jax.devices()):
         raise UserError(
-            f"config.nodes is 'mesh' with graph.n_nodes {config.graph.n_nodes}, but JAX sees "
+            f"config.nodes is 'mesh' with {n_nodes} nodes, but JAX sees "
             f"{len(jax.devices())} devices; accepted: one device for each node (on a CPU "
-            f"XLA_FLAGS=--xla_force_host_platform_device_count={config.graph.n_nodes} makes them), "
+            f"XLA_FLAGS=--xla_force_host_platform_device_count={n_nodes} makes them), "
             "or 'vmap', with all nodes on one device"
         )
-    return Nodes(make_mesh(config.graph.n_nodes))
+    return Nodes(make_mesh(n_nodes))
+
+
+MOST_ROUNDS = 10**8
+"""Of gossip, for one average: a number that nobody waits for."""
+
+
+def refuse_rounds(name: str, loss: float, topology: str, rounds: float) -> None:
+    """Refuses a loss with which averages would take more than `MOST_ROUNDS`.
+
+    Args:
+      name: of the field of the loss.
+      loss: its value.
+      topology: the name of the graph.
+      rounds: what an average takes.
+
+    Raises:
+      UserError: it is too much.
+    """
+    if rounds > MOST_ROUNDS:
+        raise UserError(
+            f"{name} is {loss!r}, with which an average on the graph {topology!r} takes "
+            f"{rounds:.3g} rounds; accepted: what takes at most {MOST_ROUNDS:,}, that is a "
+            "smaller loss or a graph with more links"
+        )
 
 
 def number_type(config: Config) -> type:

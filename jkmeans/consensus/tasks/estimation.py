@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,7 @@ from jkmeans.consensus.tasks.base import (
     nodes_of,
     number_type,
     refuse_lost_messages,
+    refuse_rounds,
     rounds_to,
     write_tables,
 )
@@ -52,6 +53,7 @@ STARTS = ("slowest", "random")
 _BEYOND = 1.3
 _EXTRA_ROUNDS = 10
 _STALLED = 1e-6
+_UNLIKELY = 1e-9
 _SMALL = 2000
 
 
@@ -140,8 +142,13 @@ class _Work:
             *(np.asarray(part).astype(dtype) for part in (problem.matrix, problem.measured))
         )
         self.curved = curvature(problem)
-        self.nodes = nodes_of(config)
+        self.nodes = nodes_of(config, self.nets)
         self.one = jax.ShapeDtypeStruct(optimum.shape, dtype)
+        for name, net in nets.items():
+            loss = config.loss.links
+            shrinks = (1 - loss) * (1 - net.spectrum.rate)  # A round, on average.
+            least = -np.log(config.gossip.tolerance)
+            refuse_rounds("config.loss.links", loss, name, least / shrinks if shrinks else np.inf)
 
     @property
     def key(self) -> jax.Array | None:
@@ -184,7 +191,8 @@ class _Work:
             return run_rounds(averaging(links, key=self.key).round, values, n_rounds)[0]
 
         errors = self.nodes.compile(net.graph, program, 1, REPLICATED)(first)
-        found: dict[str, Any] = {"errors": np.asarray(errors) / float(errors[0])}
+        errors = check.fetch(errors)
+        found: dict[str, Any] = {"errors": errors / float(errors[0])}
         if start == STARTS[0]:
             measured = measure(net.graph, only_rounds, 1, first)
             found["measured_bytes"] = np.array(-1 if measured is None else measured)
@@ -198,6 +206,8 @@ class _Work:
         net, ours = self.nets[name], self.config.estimation
         step, dtype = self.step(method, net), number_type(self.config)
         chunk = 10 if net.graph.n_nodes * len(self.optimum) <= _SMALL else 50
+        chunk = min(chunk, ours.max_rounds)
+        patience = max(chunk, self.rounds_without_links(net))
         size = float(np.linalg.norm(self.optimum))
         optimum = self.optimum.astype(dtype)
 
@@ -211,11 +221,11 @@ class _Work:
         def start(links: Links, a, y, x):
             return make(links, a, y).start(x)
 
-        def rounds(links: Links, a, y, state, first, optimum):
+        def rounds(count: int, links: Links, a, y, state, first, optimum):
             state, errors = run_rounds(
                 make(links, a, y).round,
                 state,
-                chunk,
+                count,
                 first=first,
                 record=lambda state: deviation(links, state.x, optimum),
             )
@@ -227,19 +237,23 @@ class _Work:
         zeros = np.zeros((net.graph.n_nodes, len(self.optimum)), dtype)
         state = self.nodes.compile(net.graph, start, 3)(*self.problem, zeros)
         measured = measure(net.graph, only_rounds, 3, *self.problem, state)
-        advance = self.nodes.compile(net.graph, rounds, 3, (SHARDED, REPLICATED))
+
+        @cache
+        def advance(count: int):
+            return self.nodes.compile(net.graph, partial(rounds, count), 3, (SHARDED, REPLICATED))
+
         errors, shots, shot_rounds, done = [np.ones(1)], [zeros], [0], 0
         while done < ours.max_rounds:
             check()
-            state, found = advance(*self.problem, state, np.int32(done), optimum)
-            found, done = np.asarray(found) / size, done + chunk
+            count = min(chunk, ours.max_rounds - done)
+            state, found = advance(count)(*self.problem, state, np.int32(done), optimum)
+            found, done = check.fetch(found) / size, done + count
             errors.append(found)
             if done >= 2 * shot_rounds[-1]:
                 shots.append(np.asarray(state.x))
                 shot_rounds.append(done)
-            moved = abs(found[0] - found[-1])
             is_near = found[-1] <= ours.tolerance / 10
-            if is_near or not np.isfinite(found[-1]) or moved <= _STALLED * found[-1]:
+            if is_near or not np.isfinite(found[-1]) or _stands_still(errors, patience):
                 break
         if shot_rounds[-1] < done:
             shots.append(np.asarray(state.x))
@@ -253,12 +267,25 @@ class _Work:
             "step": np.array(step),
         }
 
+    def rounds_without_links(self, net: Net) -> int:
+        """Rounds in a row in which every link may have failed; more is too unlikely to be that."""
+        loss = self.config.loss.links
+        if not loss:
+            return 0
+        return int(np.log(_UNLIKELY) / (len(net.graph.edges) * np.log(loss))) + 1
+
     def write(self, workdir: Path, found: Mapping[str, Arrays]) -> Outcome:
         """Pictures, tables, and what became of it all."""
         results = {"gossip": self._write_gossip(workdir, found)}
         results["estimation"] = self._write_estimation(workdir, found)
         self._draw_networks(workdir, found)
-        return Outcome(results)
+        # Of a case that diverged the last error is no number.
+        diverged = [name for name, arrays in found.items() if not np.isfinite(arrays["errors"][-1])]
+        collapse = (
+            f"the numbers of {', '.join(diverged)} overflowed {self.config.precision}; accepted: "
+            "measurements and unknowns of moderate size, or a smaller estimation.step"
+        )
+        return Outcome(results, collapse if diverged else "")
 
     def _write_gossip(self, workdir: Path, found: Mapping[str, Arrays]) -> list[dict[str, Any]]:
         tolerance, rows, curves = self.config.gossip.tolerance, [], []
@@ -379,3 +406,17 @@ class _Work:
 def _measured(arrays: Arrays) -> int | None:
     value = int(arrays["measured_bytes"])
     return None if value < 0 else value
+
+
+def _stands_still(errors: list[np.ndarray], rounds: int) -> bool:
+    """Whether the error is what it was so many rounds before, or hardly less.
+
+    Args:
+      errors: before the first round, and after each, in parts.
+      rounds: at least those of the last part.
+    """
+    newest = errors[-1]
+    if rounds <= len(newest):
+        return bool(abs(newest[0] - newest[-1]) <= _STALLED * newest[-1])
+    every = np.concatenate(errors)
+    return len(every) > rounds and bool(np.ptp(every[-1 - rounds :]) <= _STALLED * every[-1])

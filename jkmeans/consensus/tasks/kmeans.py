@@ -30,6 +30,7 @@ from jkmeans.consensus.tasks.base import (
     nets_of,
     nodes_of,
     number_type,
+    refuse_rounds,
     write_tables,
 )
 from jkmeans.consensus.tasks.data import DEALS, check_enough, load_points, order_of, stretches
@@ -88,12 +89,16 @@ class _Work:
         # What rounding makes of points that are all in one place.
         rounding = 4 * np.finfo(self.points.dtype).eps * float(np.abs(self.points).max())
         self.rounding = self.points.size * rounding**2
-        self.nodes = nodes_of(config)
+        self.nodes = nodes_of(config, self.nets)
         self.losses = {"none": 0.0}
         if config.loss.links:
             self.losses["links"] = config.loss.links
         if config.loss.messages:
             self.losses["messages"] = config.loss.messages
+        for name, net in nets.items():
+            for kind, loss in self.losses.items():
+                rounds = net.spectrum.rounds(min(_FIRST_TOLERANCE, config.kmeans.shrink))
+                refuse_rounds(f"config.loss.{kind}", loss, name, self._with_loss(rounds, kind))
         self.n_nodes = next(iter(nets.values())).graph.n_nodes
         check_enough(len(points), self.n_nodes)
 
@@ -112,7 +117,10 @@ class _Work:
     def rounds(self, net: Net, loss: str, relative: float) -> int:
         """Enough for the disagreement to shrink so far, on average over what is lost."""
         rounds = net.spectrum.rounds(relative)
-        return int(np.ceil(rounds / (1 - self.losses[loss])))
+        return int(np.ceil(self._with_loss(rounds, loss)))
+
+    def _with_loss(self, rounds: float, loss: str) -> float:
+        return rounds / (1 - self.losses[loss])
 
     def n_rounds(self, net: Net, loss: str) -> int:
         return self.config.kmeans.rounds or self.rounds(net, loss, self.config.kmeans.shrink)
@@ -148,7 +156,7 @@ class _Work:
             end = kmeans.lloyd(x, first, max_iter=_MAX_LLOYD, empty="keep")
             return inertia, end.inertia, end.n_iter, end.centroids
 
-        inertia, end, n_iter, centroids = jax.tree.map(np.asarray, program(first))
+        inertia, end, n_iter, centroids = check.fetch(program(first))
         return {"inertia": inertia, "end": end, "n_iter": n_iter, "centroids": centroids}
 
     def decentralised(self, deal: str, name: str, loss: str, check: Check) -> Arrays:
@@ -188,7 +196,7 @@ class _Work:
         specs: Any = (REPLICATED, REPLICATED, REPLICATED, BY_STEP)
         out = (SHARDED, Trace(*specs))
         compiled = self.nodes.compile(net.graph, program, 1, out)
-        centroids, trace = jax.tree.map(np.asarray, compiled(shares))
+        centroids, trace = check.fetch(compiled(shares))
         values = jax.tree.map(
             lambda leaf: np.zeros((net.graph.n_nodes, *leaf.shape), leaf.dtype), self.statistics
         )
@@ -230,14 +238,14 @@ class _Work:
                     sent = self.bytes_a_round(net, loss)
                     excess = above(arrays["inertia"])
                     worst = above(arrays["everywhere"]).max()
-                    lost = f", {self.losses[loss]:.0%} of {loss} lost" if loss != "none" else ""
-                    label = name + lost
+                    share = f"{100 * self.losses[loss]:.6g}%"
+                    label = name if loss == "none" else f"{name}, {share} of {loss} lost"
                     measured = int(arrays["measured_bytes"])
                     rows.append(
                         {
                             "points": deal,
                             "topology": name,
-                            "lost": loss if loss == "none" else f"{self.losses[loss]:.0%} {loss}",
+                            "lost": loss if loss == "none" else f"{share} {loss}",
                             "rounds an iteration": n_rounds,
                             "inertia of all, %": float(excess[-1]) if end else None,
                             "worst node on all points, %": float(worst) if end else None,

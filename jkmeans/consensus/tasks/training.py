@@ -77,7 +77,7 @@ def _case(deal: str, mode: str, name: str) -> str:
 class _Work:
     def __init__(self, config: Config, nets: dict[str, Net]):
         self.config, self.nets = config, nets
-        self.nodes = nodes_of(config)
+        self.nodes = nodes_of(config, self.nets)
         self.problem = make_problem(config)
         self.n_nodes = next(iter(nets.values())).graph.n_nodes
         self.shares = {
@@ -131,7 +131,7 @@ class _Work:
         for _ in range(ours.n_epochs):
             check()
             state, errors, spread, loss = advance(shares, *state)
-            curve.append(np.asarray(errors))
+            curve.append(check.fetch(errors))
             spreads.append(float(spread))
             losses.append(float(loss))
         measured = None

@@ -90,7 +90,7 @@ class _Work:
     def __init__(self, config: Config, nets: dict[str, Net], points: np.ndarray):
         self.config, self.nets = config, nets
         self.points = points.astype(number_type(config))
-        self.nodes = nodes_of(config)
+        self.nodes = nodes_of(config, self.nets)
         self.n_nodes = next(iter(nets.values())).graph.n_nodes
         ours, rng = config.vq, np.random.default_rng(config.seed)
         if ours.n_clusters > len(points):
@@ -159,7 +159,7 @@ class _Work:
         specs: Any = (REPLICATED, REPLICATED)
         out = (SHARDED, Trace(*specs))
         compiled = self.nodes.compile(net.graph, program, 2, out)
-        prototypes, trace = jax.tree.map(np.asarray, compiled(shares, first))
+        prototypes, trace = check.fetch(compiled(shares, first))
         measured = measure(net.graph, program, 2, shares, first, out=out)
         return {
             **trace._asdict(),
