@@ -535,13 +535,6 @@ def test_rows_that_are_not_finite_are_named(make, blobs, as_jax):
         make().fit(jnp.asarray(x) if as_jax else x)
 
 
-def test_one_minibatch_has_no_average_of_inertias(blobs):
-    model = MiniBatchKMeans(3, max_iter=1, compute_labels=False, random_state=0).fit(blobs)
-    assert model.n_steps_ == 1
-    assert np.isfinite(model.cluster_centers_).all()
-    assert np.isnan(model.inertia_)
-
-
 @pytest.mark.parametrize("make", [KMeans, MiniBatchKMeans, BisectingKMeans])
 def test_values_whose_squares_overflow(make, blobs):
     x = np.asarray(blobs, np.float32) * 1e30

@@ -157,12 +157,14 @@ class MiniBatchKMeans(CentroidEstimator):
             self.n_iter_ = math.ceil(self.n_steps_ * batch_size / n_rows)
             if self.compute_labels:
                 self._label(rows)
-            elif self.n_steps_ > 1:
-                total = n_rows if weights is None else float(weights.sum(dtype=np.float64))
-                self.inertia_ = float(result.ewa_inertia) * total
-                refuse_overflow(self.inertia_, self.cluster_centers_.dtype)
-            else:  # Of one step there is no average.
-                self.inertia_ = float(sharded.evaluate_rows(rows, self.cluster_centers_).inertia)
+            else:
+                if self.n_steps_ > 1:
+                    total = n_rows if weights is None else float(weights.sum(dtype=np.float64))
+                    inertia = float(result.ewa_inertia) * total
+                else:  # Of one step there is no average.
+                    inertia = float(sharded.evaluate_rows(rows, self.cluster_centers_).inertia)
+                refuse_overflow(inertia, self.cluster_centers_.dtype)
+                self.inertia_ = inertia
         warn_of_underflow(self)
         if self.verbose:
             print(f"{self.n_steps_} steps, inertia {self.inertia_}.")
