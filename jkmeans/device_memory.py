@@ -21,8 +21,10 @@ def device_room(mesh) -> float:
 
 def device_memory(mesh) -> int:
     """Bytes that a device of this process has in all; a CPU's has those of its host."""
-    device = next(d for d in mesh.devices.flat if d.process_index == processes.number())
-    statistics = device.memory_stats() or {}
+    me = processes.number()
+    # None where there are more processes than devices, which is refused elsewhere.
+    device = next((d for d in mesh.devices.flat if d.process_index == me), None)
+    statistics = (device.memory_stats() or {}) if device else {}
     pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return statistics.get("bytes_limit", pages)
 

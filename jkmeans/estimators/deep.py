@@ -409,7 +409,6 @@ class DeepClustering(
         return self._run.model(self.n_devices).example_shape
 
     def __sklearn_is_fitted__(self) -> bool:
-        # A fit that was interrupted has left the features, and no model.
         return hasattr(self, "_run")
 
     @property

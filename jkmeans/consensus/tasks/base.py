@@ -180,7 +180,7 @@ def refuse_rounds(name: str, loss: float, topology: str, rounds: float) -> None:
     Raises:
       UserError: it is too much.
     """
-    if rounds > MOST_ROUNDS:
+    if loss and rounds > MOST_ROUNDS:
         raise UserError(
             f"{name} is {loss!r}, with which an average on the graph {topology!r} takes "
             f"{rounds:.3g} rounds; accepted: what takes at most {MOST_ROUNDS:,}, that is a "
