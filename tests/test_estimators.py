@@ -542,7 +542,7 @@ def test_values_whose_squares_overflow(make, blobs):
         make(3, random_state=0).fit(x)
 
 
-@pytest.mark.parametrize("kind", [KMeans, BisectingKMeans])
+@pytest.mark.parametrize("kind", [KMeans, pytest.param(BisectingKMeans, marks=pytest.mark.slow)])
 def test_rows_far_from_the_origin(kind, mesh):
     rng = np.random.default_rng(0)
     x = rng.normal(size=(20_001, 4)) + 20 * rng.normal(size=(6, 4))[rng.integers(6, size=20_001)]
@@ -680,7 +680,17 @@ def test_a_fit_that_fails_leaves_the_model_of_the_one_before(blobs, kind, rows, 
     assert not hasattr(unfitted, "n_features_in_")
 
 
-@pytest.mark.parametrize("kind", [KMeans, BisectingKMeans, MiniBatchKMeans, SphericalKMeans])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        KMeans,
+        MiniBatchKMeans,
+        *(
+            pytest.param(kind, marks=pytest.mark.slow)
+            for kind in (BisectingKMeans, SphericalKMeans)
+        ),
+    ],
+)
 def test_more_iterations_than_int32_counts(blobs, kind):
     model, expected = (kind(3, random_state=0, max_iter=n).fit(blobs) for n in (10**10, 1000))
     np.testing.assert_array_equal(model.labels_, expected.labels_)

@@ -145,7 +145,7 @@ def test_the_consensus_is_of_clusterings_of_several_dimensions():
 
 def test_the_consensus_of_as_few_rows_as_there_can_be():
     options = {"layout": "consensus", "clusterer": "k-means", "n_neighbors": 2}
-    for k in (1, 2, 3):
+    for k in (1, 3):
         labels, _ = manifold_clusters(np.eye(3), k, seed=0, **options)
         assert labels.shape == (3,)
 
