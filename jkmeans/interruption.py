@@ -3,6 +3,9 @@
 import os
 import signal
 import sys
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
 
 from jkmeans import processes
 from jkmeans.processes import heartbeat
@@ -81,3 +84,27 @@ class Interruption:
     def leave(self) -> None:
         """Raises `Interrupted`."""
         raise Interrupted(self._number)
+
+
+def listen_until_ready(
+    leaves: Iterable[Any],
+    interruption: Interruption,
+    on_signal: Callable[[], object],
+    while_long: Callable[[], object] = lambda: None,
+) -> None:
+    """Waits for arrays with an open ear for signals, which a blocking call has not.
+
+    Args:
+      leaves: JAX arrays.
+      interruption: entered.
+      on_signal: called once a signal has come; the second one ends the process.
+      while_long: called now and then where it takes longer than a moment.
+    """
+    leaves, pause = list(leaves), 0.0005
+    while not all(leaf.is_ready() for leaf in leaves):
+        time.sleep(pause)
+        pause = min(2 * pause, 0.05)
+        if pause == 0.05:
+            while_long()
+        if interruption.announced():
+            on_signal()

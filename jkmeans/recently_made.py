@@ -19,7 +19,7 @@ _OF_A_RUN = ("seed", "data.", "report.", "checkpoint.", "training.pretrained_fol
 """Fields, or their beginnings, that no program depends on."""
 
 
-def kind_of_programs(config: Config) -> str | None:
+def kind_of_programs(config: Config, *more: Hashable) -> Hashable | None:
     """What programs depend on of a config and of JAX's; None where programs are not to be kept.
 
     That is so with a user's functions, for we cannot know what these depend on, and with several
@@ -27,6 +27,7 @@ def kind_of_programs(config: Config) -> str | None:
 
     Args:
       config: validated.
+      *more: what else they depend on.
     """
     of_jax = getattr(jax.config, "values", None)  # Another JAX may not have it.
     names = (config.objective.name, config.network.name)
@@ -36,7 +37,7 @@ def kind_of_programs(config: Config) -> str | None:
     fields = {name: value for name, value in values if not name.startswith(_OF_A_RUN)}
     # As attributes they are those of this thread.
     options = {name: str(getattr(jax.config, name, value)) for name, value in of_jax.items()}
-    return json.dumps([fields, options], sort_keys=True)
+    return (json.dumps([fields, options], sort_keys=True), *more)
 
 
 class RecentlyMade(Generic[T]):
@@ -51,8 +52,10 @@ class RecentlyMade(Generic[T]):
         self._made: collections.OrderedDict[Hashable, T] = collections.OrderedDict()
         self._lock = threading.Lock()
 
-    def get(self, key: Hashable, make: Callable[[], T]) -> T:
-        """What was made for this key, or is made now."""
+    def get(self, key: Hashable | None, make: Callable[[], T]) -> T:
+        """What was made for this key, or is made now; always now, and not kept, for None."""
+        if key is None:
+            return make()
         with self._lock:
             if key in self._made:
                 self._made.move_to_end(key)

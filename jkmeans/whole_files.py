@@ -10,7 +10,7 @@ import secrets
 import tokenize
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -32,7 +32,7 @@ pickle, another archive), and what taking an array from it raises that it does n
 
 
 @contextlib.contextmanager
-def whole_file(path: Path) -> Iterator[IO[bytes]]:
+def whole_file(path: Path, put: Callable[[Path, Path], object] = os.replace) -> Iterator[IO[bytes]]:
     """A file to write, which takes its name at the end of the block; none where that raises.
 
     What is there under the name stays until then. Several processes may write the same file, of
@@ -40,12 +40,13 @@ def whole_file(path: Path) -> Iterator[IO[bytes]]:
 
     Args:
       path: of the file, in a folder that exists.
+      put: gives the file, which is written under another name, its own.
     """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
         with open(temporary, "wb") as file:
             yield file
-        os.replace(temporary, path)
+        put(temporary, path)
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
@@ -80,20 +81,11 @@ def write_new_json(path: Path, values: Any) -> bool:
 
     Of several processes that do so at once, it is the file of one.
     """
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
-        temporary.write_bytes(_text(_as_json_has_them(values)))
-        try:
-            os.link(temporary, path)
-        except OSError:
-            # It was there first and holds the folder, so that `remove_leftovers` may have run; or
-            # this file system has no links, and then the last one wins.
-            if path.exists():
-                return False
-            os.replace(temporary, path)
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
+        with whole_file(path, put=_put_where_there_is_none) as file:
+            file.write(_text(_as_json_has_them(values)))
+    except FileExistsError:
+        return False
     return True
 
 
@@ -122,6 +114,17 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
     except (SyntaxError, tokenize.TokenError, MemoryError) as error:
         # Of a header of an array that makes no sense, or asks for more than there is.
         raise ValueError(f"{type(error).__name__}: {error}") from error
+
+
+def _put_where_there_is_none(temporary: Path, path: Path) -> None:
+    try:
+        os.link(temporary, path)
+    except OSError:
+        # Another was there first and holds the folder, so that `remove_leftovers` may have run; or
+        # this file system has no links, and then the last one wins.
+        if path.exists():
+            raise FileExistsError(path) from None
+        os.replace(temporary, path)
 
 
 def _as_json_has_them(values: Any) -> Any:

@@ -145,13 +145,9 @@ def _restore(checkpoints: Checkpoints, position: int, mesh) -> TrainedModel:
             "goes on where it stopped)"
         )
     shape, scale = tuple(record["data"]["example_shape"]), record["data"]["scale"]
-    kind = kind_of_programs(config)
-    if kind is None:
-        plan, method, program = _prepare(config, shape, scale, mesh)
-    else:
-        plan, method, program = recently_prepared.get(
-            (kind, shape, scale, mesh), lambda: _prepare(config, shape, scale, mesh)
-        )
+    plan, method, program = recently_prepared.get(
+        kind_of_programs(config, shape, scale, mesh), lambda: _prepare(config, shape, scale, mesh)
+    )
     sharding = NamedSharding(mesh, REPLICATED)
     k, p = config.n_clusters, config.network.embedding_dim
     here = {

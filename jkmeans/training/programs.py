@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from jkmeans.configuration import Config
 from jkmeans.datasets import Dataset
 from jkmeans.epoch import CLUSTER_SIZES, Programs, axis_of, make_programs
-from jkmeans.interruption import Interruption
+from jkmeans.interruption import Interruption, listen_until_ready
 from jkmeans.methods import Method, make_method
 from jkmeans.networks import Blueprint, blueprint
 from jkmeans.recently_made import RecentlyMade, kind_of_programs
@@ -60,11 +60,8 @@ def prepare(config: Config, dataset: Dataset, layout: Layout, mesh: Mesh) -> Pre
         programs = make_programs(own, plan, method, layout, mesh, shape, dataset.scale)
         return Prepared(method, plan, programs, {})
 
-    kind = kind_of_programs(config)
-    if kind is None:
-        return make()
-    key = (kind, tuple(dataset.example_shape), dataset.scale, layout, mesh)
-    return recently_prepared.get(key, make)
+    kind = kind_of_programs(config, tuple(dataset.example_shape), dataset.scale, layout, mesh)
+    return recently_prepared.get(kind, make)
 
 
 class Compiled:
@@ -110,14 +107,12 @@ def await_devices(
       fraction: of the epoch that is done; None where that is not known.
     """
     leaves = jax.tree.leaves(values)
-    pause = 0.0005
-    while not all(leaf.is_ready() for leaf in leaves):
-        time.sleep(pause)
-        pause = min(2 * pause, 0.05)
-        if pause == 0.05:
-            recorder.waiting(fraction)
-        if interruption.announced():
-            recorder.say("stopping at the next safe place; once more to stop at once")
+    listen_until_ready(
+        leaves,
+        interruption,
+        lambda: recorder.say("stopping at the next safe place; once more to stop at once"),
+        lambda: recorder.waiting(fraction),
+    )
     jax.block_until_ready(leaves)
 
 

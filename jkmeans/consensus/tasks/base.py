@@ -7,7 +7,6 @@ import hashlib
 import io
 import math
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,7 +27,7 @@ from jkmeans.consensus.links import Nodes
 from jkmeans.consensus.mixing import Mixing, Spectrum, make_mixing, spectrum
 from jkmeans.consensus.traffic import measured_bytes
 from jkmeans.errors import UserError
-from jkmeans.interruption import Interruption
+from jkmeans.interruption import Interruption, listen_until_ready
 from jkmeans.sharding import SHARDED, make_mesh
 from jkmeans.whole_files import write_whole
 
@@ -56,16 +55,12 @@ class Check:
         Args:
           values: a pytree of JAX arrays.
         """
-        pause = 0.0005
-        while not all(leaf.is_ready() for leaf in jax.tree.leaves(values)):
-            time.sleep(pause)
-            pause = min(2 * pause, 0.05)
-            if self._interruption.announced():
-                print(
-                    "stopping where this part of the case ends; once more to stop at once",
-                    file=sys.stderr,
-                    flush=True,
-                )
+
+        def say() -> None:
+            words = "stopping where this part of the case ends; once more to stop at once"
+            print(words, file=sys.stderr, flush=True)
+
+        listen_until_ready(jax.tree.leaves(values), self._interruption, say)
         return jax.tree.map(np.asarray, values)
 
 
