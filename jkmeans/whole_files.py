@@ -10,7 +10,7 @@ import secrets
 import tokenize
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -32,7 +32,7 @@ pickle, another archive), and what taking an array from it raises that it does n
 
 
 @contextlib.contextmanager
-def whole_file(path: Path, put: Callable[[Path, Path], object] = os.replace) -> Iterator[IO[bytes]]:
+def whole_file(path: Path, *, only_new: bool = False) -> Iterator[IO[bytes]]:
     """A file to write, which takes its name at the end of the block; none where that raises.
 
     What is there under the name stays until then. Several processes may write the same file, of
@@ -40,13 +40,19 @@ def whole_file(path: Path, put: Callable[[Path, Path], object] = os.replace) -> 
 
     Args:
       path: of the file, in a folder that exists.
-      put: gives the file, which is written under another name, its own.
+      only_new: nothing that is there is replaced.
+
+    Raises:
+      FileExistsError: with `only_new`, where another file has the name when the block ends.
     """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
         with open(temporary, "wb") as file:
             yield file
-        put(temporary, path)
+        if only_new:
+            _put_where_there_is_none(temporary, path)
+        else:
+            os.replace(temporary, path)
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
@@ -82,7 +88,7 @@ def write_new_json(path: Path, values: Any) -> bool:
     Of several processes that do so at once, it is the file of one.
     """
     try:
-        with whole_file(path, put=_put_where_there_is_none) as file:
+        with whole_file(path, only_new=True) as file:
             file.write(_text(_as_json_has_them(values)))
     except FileExistsError:
         return False
