@@ -98,13 +98,16 @@ def listen_until_ready(
       leaves: JAX arrays.
       interruption: entered.
       on_signal: called once a signal has come; the second one ends the process.
-      while_long: called now and then where it takes longer than a moment.
+      while_long: called every now and then, at most twenty times a second.
     """
-    leaves, pause = list(leaves), 0.0005
+    leaves = list(leaves)
+    started = told = time.monotonic()
     while not all(leaf.is_ready() for leaf in leaves):
-        time.sleep(pause)
-        pause = min(2 * pause, 0.05)
-        if pause == 0.05:
+        now = time.monotonic()
+        # Looked for often enough that waiting takes 2 % longer at most.
+        time.sleep(min(max((now - started) / 50, 0.0005), 0.05))
+        if now - told >= 0.05:
+            told = now
             while_long()
         if interruption.announced():
             on_signal()

@@ -33,6 +33,7 @@ from jkmeans import (
     SphericalKMeans,
     sharding,
 )
+from jkmeans.estimators.inputs import read_rows
 
 ESTIMATORS = [KMeans, MiniBatchKMeans, SphericalKMeans, BisectingKMeans, HierarchicalKMeans]
 
@@ -497,6 +498,37 @@ def test_other_dtypes(kind, dtype):
     assert model.cluster_centers_.dtype == wide
     check_equal(model, expected)
     np.testing.assert_array_equal(model.predict(x), expected.labels_)
+
+
+class Frame:
+    """A data frame whose columns have types of their own beside NumPy's, as polars has them."""
+
+    def __init__(self, values, dtype):
+        self.shape, self.dtypes = values.shape, [dtype] * values.shape[1]
+        self._values = values
+
+    def __len__(self):
+        return len(self._values)
+
+    def __array__(self, dtype=None, copy=None):
+        return np.array(self._values, dtype)
+
+
+@pytest.mark.parametrize(
+    ("rows", "dtype"),
+    [
+        (np.ones((5, 2), ">f4"), np.float32),
+        (np.ones((5, 2), ">f8"), np.float64),
+        (Frame(np.ones((5, 2), np.float32), "Float32"), np.float32),
+        (Frame(np.ones((5, 2), np.uint8), "UInt8"), np.float64),  # Any of which may be missing.
+        (Frame(np.ones((5, 2), np.float64), "Decimal"), np.float64),
+    ],
+)
+def test_dtypes_that_scikit_learn_does_not_know(rows, dtype):
+    read = read_rows(KMeans(), rows, reset=True)
+    assert read.dtype == np.dtype(dtype)
+    assert read.dtype.isnative
+    assert (read == 1).all()
 
 
 @slow_for(MiniBatchKMeans, SphericalKMeans)

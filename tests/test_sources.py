@@ -314,8 +314,13 @@ def test_weights(tmp_path):
         weights[:, None],
     ):
         np.testing.assert_array_equal(open_weights(what, 5).read(1, 5), weights[1:, None])
-    with pytest.raises(UserError, match=r"shape \[5, 1\]; accepted: one for each of the 6 rows"):
+    np.testing.assert_array_equal(open_weights(2.5, 5).read(1, 5), np.full((4, 1), 2.5))
+    with pytest.raises(UserError, match="array of weights has 5 weights; accepted: one for each"):
         open_weights(weights, 6)
+    with pytest.raises(UserError, match=r"w\.npy has 5 weights; accepted: one for each of the 6"):
+        open_weights(tmp_path / "w.npy", 6)
+    with pytest.raises(UserError, match=r"of weights is of shape \[5, 2\]; accepted as weights"):
+        open_weights(np.ones((5, 2)), 5)
 
 
 def test_a_view_of_a_copy_on_write_map_shows_what_was_written(tmp_path, rows):

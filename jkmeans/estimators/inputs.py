@@ -77,7 +77,7 @@ def read_rows(estimator: Any, X: Any, *, reset: bool) -> np.ndarray | jax.Array:
             estimator,
             X,
             reset=reset,
-            dtype=list(KEPT_DTYPES),
+            dtype=_kept_dtype(X) or list(KEPT_DTYPES),
             order="C",
             ensure_all_finite=False,
         )
@@ -203,6 +203,27 @@ def _exchanged(X: Any) -> Any:
     except (BufferError, RuntimeError, TypeError, ValueError):
         # Not on the CPU, or of a type that NumPy does not have, such as bfloat16.
         return jax.dlpack.from_dlpack(X)
+
+
+def _kept_dtype(X: Any) -> Any:
+    """The dtype in KEPT_DTYPES that an array or all columns of a data frame have; None if none.
+
+    scikit-learn knows it of native NumPy types only, not of other byte orders and not of the types
+    that pandas ("Float32") and polars have beside NumPy's. Integers of the latter may be missing,
+    which only a float can say.
+    """
+    dtypes = getattr(X, "dtypes", None)
+    columns = [getattr(X, "dtype", None)] if dtypes is None else dtypes
+    names = {
+        dtype.newbyteorder("=").name if isinstance(dtype, np.dtype) else str(dtype)
+        for dtype in (columns if np.iterable(columns) else [columns])
+    }
+    for kept in KEPT_DTYPES:
+        name = np.dtype(kept).name
+        accepted = {name, name.capitalize()} if name.startswith("float") else {name}
+        if len(names) == 1 and names <= accepted:
+            return kept
+    return None
 
 
 def _check_finite(X: np.ndarray | jax.Array) -> None:

@@ -74,6 +74,8 @@ def open_source(what: Any, columns: Sequence[str] | None = None) -> Source:
 def open_weights(what: Any, n_rows: int) -> Source:
     """Opens one weight for each row: [n] or [n, 1], of any kind that `open_source` takes.
 
+    One number is the weight of every row.
+
     Raises:
       UserError: it cannot be read, or is not one number a row.
     """
@@ -81,13 +83,21 @@ def open_weights(what: Any, n_rows: int) -> Source:
         source = open_npy(Path(what).expanduser(), vector=True)
     elif _is_array(what):
         array: Any = what if hasattr(what, "reshape") else np.asarray(what)
-        source = open_source(array.reshape(-1, 1) if array.ndim == 1 else array)
+        if array.ndim == 0:
+            array = np.broadcast_to(np.asarray(array), (n_rows, 1))
+        column = array.reshape(-1, 1) if array.ndim == 1 else array
+        source = ArraySource(column, "the array of weights")
     else:
         source = open_source(what)
-    if source.n_features != 1 or source.n_rows != n_rows:
+    if source.n_features != 1:
         raise UserError(
-            f"the weights {source.name} are of shape [{source.n_rows}, {source.n_features}]; "
-            f"accepted: one for each of the {n_rows:,} rows."
+            f"{source.name} is of shape [{source.n_rows}, {source.n_features}]; accepted as "
+            "weights: [rows] or [rows, 1]."
+        )
+    if source.n_rows != n_rows:
+        raise UserError(
+            f"{source.name} has {source.n_rows:,} weights; accepted: one for each of the "
+            f"{n_rows:,} rows."
         )
     return source
 

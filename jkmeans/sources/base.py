@@ -117,10 +117,15 @@ def check_matrix(shape: Sequence[int], dtype: np.dtype, name: str) -> None:
 
 
 class ArraySource(Source):
-    """Rows of an array in memory."""
+    """Rows of an array in memory.
 
-    def __init__(self, array: Any):
-        self.name = "the array"
+    Args:
+      array: [n, d], of any library.
+      name: of the array, as sentences have it.
+    """
+
+    def __init__(self, array: Any, name: str = "the array"):
+        self.name = name
         if not hasattr(array, "shape") or not hasattr(array, "dtype"):
             try:
                 array = np.asarray(array)
