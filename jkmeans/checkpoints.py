@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 from absl import flags
 from orbax.checkpoint import v1 as ocp
 
@@ -44,7 +43,6 @@ _GRACE_SECONDS = 3.0
 """After a part of a save has failed, in which Orbax may raise by itself, as one process does."""
 _OF_A_SAVE = ("async_checkpointer.py", "future.py")
 """Files of Orbax whose errors end a save; it goes on after others, such as one of a removal."""
-_fingerprint = jax.jit(fingerprint)
 
 
 class _Failures(logging.Handler):
@@ -353,7 +351,11 @@ def _damage_as_value(call: Callable[[], Any]) -> Any:
 
 
 def _fingerprints(trees: dict[str, Any]) -> dict[str, list[int]]:
-    return {name: np.asarray(_fingerprint(tree)).tolist() for name, tree in trees.items()}
+    # One after the other: collectives of several programs in flight can wait for each other.
+    return {
+        name: [int(fingerprint(leaf)) for leaf in jax.tree.leaves(tree)]
+        for name, tree in trees.items()
+    }
 
 
 def _structures(trees: dict[str, Any]) -> dict[str, dict[str, str]]:
