@@ -29,8 +29,8 @@ from orbax.checkpoint import v1 as ocp
 
 from jkmeans import processes
 from jkmeans.errors import CollapseError, LostError, UserError
+from jkmeans.fingerprints import fingerprints
 from jkmeans.interruption import Interrupted
-from jkmeans.sharding import fingerprint
 
 OBJECTIVE = "objective"
 """Name of the metric by which the best checkpoint is chosen; less is better."""
@@ -274,13 +274,15 @@ class Checkpoints:
             with _damage(folder), _alone(), _without_late_complaints():
                 return ocp.load_checkpointables(str(folder), abstract)
 
+        def compare() -> None:
+            with _damage(folder):
+                found = _fingerprints(trees)
+                wrong = [name for name in found if found[name] != record["fingerprints"][name]]
+                if wrong:
+                    raise ValueError(f"the checksum of {wrong[0]} is wrong")
+
         trees = self._by_all(read)
-        with _damage(folder):
-            saved = record["fingerprints"]
-            found = _fingerprints(trees)
-            wrong = [name for name in found if found[name] != saved[name]]
-            if wrong:
-                raise ValueError(f"the checksum of {wrong[0]} is wrong")
+        self._by_all(compare)
         return Restored(position, {name: trees[name] for name in abstract}, record)
 
     def set_aside(self, position: int) -> Path:
@@ -351,11 +353,7 @@ def _damage_as_value(call: Callable[[], Any]) -> Any:
 
 
 def _fingerprints(trees: dict[str, Any]) -> dict[str, list[int]]:
-    # One after the other: collectives of several programs in flight can wait for each other.
-    return {
-        name: [int(fingerprint(leaf)) for leaf in jax.tree.leaves(tree)]
-        for name, tree in trees.items()
-    }
+    return {name: fingerprints(jax.tree.leaves(tree)) for name, tree in trees.items()}
 
 
 def _structures(trees: dict[str, Any]) -> dict[str, dict[str, str]]:

@@ -16,7 +16,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -317,20 +316,3 @@ def to_varying(tree, axis_name: str | None):
         return jax.lax.pcast(leaf, axis_name, to="varying")
 
     return jax.tree.map(cast, tree)
-
-
-@jax.jit
-def fingerprint(array: jax.Array) -> jax.Array:
-    """A checksum of the bits of an array: [] uint32, equal on any number of devices.
-
-    Bits are weighted by odd numbers that depend on the position and added modulo 2³², which is
-    exact in any order; a changed element changes the sum, and so do nearly all swapped ones. It is
-    compiled once for each shape, of which the state of a network has few.
-    """
-    if array.dtype == jnp.bool_:
-        array = array.astype(jnp.uint8)
-    unsigned = {1: jnp.uint8, 2: jnp.uint16}.get(array.dtype.itemsize, jnp.uint32)
-    bits = jax.lax.bitcast_convert_type(array, unsigned)  # Of eight bytes both halves.
-    bits = bits.reshape(-1).astype(jnp.uint32)
-    position = jnp.arange(bits.size, dtype=jnp.uint32)
-    return jnp.sum(bits * (2 * position * jnp.uint32(2654435761) + 1), dtype=jnp.uint32)
