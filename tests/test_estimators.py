@@ -56,7 +56,9 @@ SLOW_CHECKS = {
     "check_transformer_data_not_an_array", "check_transformer_preserve_dtypes",
     "check_transformer_n_iter", "check_clusterer_compute_labels_predict",
     "check_methods_sample_order_invariance", "check_methods_subset_invariance",
-    "check_fit2d_1feature", "check_fit_check_is_fitted",
+    "check_fit2d_1feature", "check_fit_check_is_fitted", "check_fit2d_predict1d",
+    "check_sample_weights_shape", "check_estimators_pickle", "check_n_features_in",
+    "check_estimators_nan_inf", "check_dict_unchanged", "check_fit_idempotent",
 }  # fmt: skip
 
 
