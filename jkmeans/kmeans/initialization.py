@@ -138,7 +138,7 @@ def kmeans_plus_plus(
     first = _gather(x, row, local, axis_name)
     centroids = vary_like(jnp.zeros((n_clusters, x.shape[1]), x.dtype), first).at[0].set(first[0])
     closest = distances_to(first)[0]
-    centroids, _ = lax.fori_loop(1, n_clusters, choose_next, (centroids, closest))
+    centroids, _ = lax.fori_loop(1, int(n_clusters), choose_next, (centroids, closest))
     return centroids
 
 
