@@ -16,6 +16,7 @@ import logging
 import os
 import shutil
 import sys
+import threading
 import time
 import warnings
 import zlib
@@ -43,6 +44,10 @@ _GRACE_SECONDS = 3.0
 """After a part of a save has failed, in which Orbax may raise by itself, as one process does."""
 _OF_A_SAVE = ("async_checkpointer.py", "future.py")
 """Files of Orbax whose errors end a save; it goes on after others, such as one of a removal."""
+
+
+_beginning = threading.Lock()
+"""Held while a save begins: Orbax gives a process one number, for the save that begins now."""
 
 
 class _Failures(logging.Handler):
@@ -180,14 +185,15 @@ class Checkpoints:
                     cleanup_tmp_directories=True,
                 )
             _failures.forget()
-            self._pending = self._open.save_checkpointables_async(
-                position,
-                trees,
-                custom_metadata={"record": text, "crc32": zlib.crc32(text.encode())},
-                metrics=None if objective is None else {OBJECTIVE: float(objective)},
-                force=True,
-                overwrite=True,
-            )
+            with _beginning:
+                self._pending = self._open.save_checkpointables_async(
+                    position,
+                    trees,
+                    custom_metadata={"record": text, "crc32": zlib.crc32(text.encode())},
+                    metrics=None if objective is None else {OBJECTIVE: float(objective)},
+                    force=True,
+                    overwrite=True,
+                )
 
     def _make_room(self, n_bytes: int) -> None:
         """Makes the folder, and sees to it that the disk has room for so much."""

@@ -25,6 +25,14 @@ BLUE, ORANGE, GREEN, RED = "#1f77b4", "#ff7f0e", "#2ca02c", "#d62728"
 LINES = (BLUE, ORANGE, GREEN, RED, "#9467bd", "#8c564b", "#17becf")
 
 
+def whole_characters(text: str) -> str:
+    """The text with `?` for halves of surrogate pairs, which no file and no window can hold.
+
+    Names of files that are no UTF-8 have them.
+    """
+    return text.encode("utf-8", "replace").decode("utf-8")
+
+
 def new_figure(width: float, height: float) -> Figure:
     """An empty figure of so many inches."""
     from matplotlib.figure import Figure
@@ -39,12 +47,15 @@ def head_figure(figure: Figure, title: str, subtitle: str) -> None:
     # Seven points a letter: no more of them than fit above the figure.
     letters = int(figure.get_figwidth() * 72 / 7)
     lines = [line for text in (title, subtitle) for line in textwrap.wrap(text, letters)]
-    figure.suptitle("\n".join(lines), fontsize=11, color=INK, fontweight="bold", parse_math=False)
+    text = whole_characters("\n".join(lines))
+    figure.suptitle(text, fontsize=11, color=INK, fontweight="bold", parse_math=False)
 
 
 def panel_title(ax: Axes, text: str, size: float = 9.5, pad: float = 6) -> None:
     """Writes a title above a panel, to the left."""
-    ax.set_title(text, fontsize=size, color=INK, loc="left", pad=pad, parse_math=False)
+    ax.set_title(
+        whole_characters(text), fontsize=size, color=INK, loc="left", pad=pad, parse_math=False
+    )
 
 
 def soften(ax: Axes, size: float) -> None:

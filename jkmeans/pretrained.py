@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from jkmeans import telling
 from jkmeans.augmentation import VIEWS
 from jkmeans.methods import METHODS, method_spec
 from jkmeans.networks import PRETRAINED_AS, Blueprint
@@ -55,8 +56,8 @@ class Pretrained(NamedTuple):
         }
         found = {name: value.shape for name, value in self.parameters.items() if name in reached}
         if found != reached:
-            print(
-                "warning: the pretrained network of another run has other layers than this one; "
+            telling.warn(
+                "the pretrained network of another run has other layers than this one; "
                 "pretraining anew"
             )
             return None
@@ -96,7 +97,7 @@ def load(config, data_record: dict[str, Any]) -> Pretrained | None:
         values: dict[str, Any] = read_arrays(path)
         seconds, variance = float(values.pop(_SECONDS)), float(values.pop(_VARIANCE))
     except UNREADABLE as error:
-        print(f"warning: {path} cannot be read ({error}); pretraining anew")
+        telling.warn(f"{path} cannot be read ({error}); pretraining anew")
         return None
     return Pretrained(values, variance, seconds)
 
@@ -115,7 +116,7 @@ def save(config, data_record: dict[str, Any], found: Pretrained) -> None:
         about = {_SECONDS: found.seconds, _VARIANCE: found.reference_variance}
         write_arrays(path, {**found.parameters, **about})
     except OSError as error:
-        print(f"warning: the pretrained network is not kept for other runs ({error})")
+        telling.warn(f"the pretrained network is not kept for other runs ({error})")
 
 
 def _path(config, data_record: dict[str, Any]) -> Path | None:

@@ -98,14 +98,14 @@ def session(address: str, n_cpus: int, option: str = "config.ray.address") -> It
         find_cluster(address, option)
         del options["include_dashboard"]
     try:
-        with _our_sigterm(), warnings.catch_warnings():
+        with _sigterms_heard(ray) as heard, warnings.catch_warnings():
             # JAX warns of forks; the children of Ray's start other programs at once.
             warnings.filterwarnings("ignore", message=r"os\.fork\(\)", category=RuntimeWarning)
             ray.init(address=address, **options)
-    except SystemExit as error:  # By the handler of SIGTERM that Ray installs.
-        ray.shutdown()
-        raise Interrupted(signal.SIGTERM) from error
     except Exception as error:  # Where a machine is too busy, a plain Exception.
+        if heard:  # By Ray's processes as well, where it went to all of the group.
+            ray.shutdown()
+            raise Interrupted(signal.SIGTERM) from error
         reason = str(error).split("\n")[0]
         if address == "local":
             raise UserError(
@@ -113,6 +113,9 @@ def session(address: str, n_cpus: int, option: str = "config.ray.address") -> It
                 f"is less busy, or {option} of a cluster that runs"
             ) from error
         raise _no_cluster(address, option, reason) from error
+    if heard:
+        ray.shutdown()
+        raise Interrupted(signal.SIGTERM)
     try:
         yield ray
     finally:
@@ -120,15 +123,35 @@ def session(address: str, n_cpus: int, option: str = "config.ray.address") -> It
 
 
 @contextlib.contextmanager
-def _our_sigterm() -> Iterator[None]:
-    """Puts back what hears SIGTERM: Ray has a handler of its own, which ends with status 15."""
+def _sigterms_heard(ray: Any) -> Iterator[list[int]]:
+    """Hears SIGTERM while Ray begins; the list gets what came, and whoever listened hears it too.
+
+    Ray's own handlers would end the process with status 15 or 1, by an exception wherever the main
+    thread stands, and that gets lost where this is in a callback.
+    """
+    heard: list[int] = []
     before = signal.getsignal(signal.SIGTERM)
+    main = threading.current_thread() is threading.main_thread()
+    if not main or before in (signal.SIG_IGN, None):  # None is a handler outside Python.
+        yield heard
+        return
+
+    def hear(number: int, frame: Any) -> None:
+        heard.append(number)
+        if callable(before):
+            before(number, frame)
+
+    # Through this function alone Ray installs handlers.
+    utilities, name = ray._private.utils, "set_sigterm_handler"
+    theirs = getattr(utilities, name, None)
+    signal.signal(signal.SIGTERM, hear)
+    setattr(utilities, name, lambda handler: None)
     try:
-        yield
+        yield heard
     finally:
-        # Only the main thread can have had it replaced; None is a handler outside Python.
-        if threading.current_thread() is threading.main_thread() and before is not None:
-            signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGTERM, before)
+        if theirs is not None:
+            setattr(utilities, name, theirs)
 
 
 def gpus_of_worker(value: Any) -> float:

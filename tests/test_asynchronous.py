@@ -1,5 +1,6 @@
 """The asynchronous engine: the server and the worker loop without Ray, and kills with Ray."""
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -10,6 +11,7 @@ import sys
 import types
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from types import SimpleNamespace
 
 import jax.numpy as jnp
@@ -39,7 +41,7 @@ from jkmeans.asynchronous.work import Work, gradient_work, quantization_work
 from jkmeans.asynchronous.worker import work_on
 from jkmeans.errors import CollapseError, UserError
 from jkmeans.experiment_folder import claim_settings
-from jkmeans.interruption import Interrupted
+from jkmeans.interruption import Interrupted, Interruption
 from jkmeans.vq import make_steps
 
 ONE = np.ones((2, 3), np.float32)
@@ -597,14 +599,18 @@ class _Deaf:
 
     def __init__(self, number):
         self.number, self.n_shutdowns = number, 0
+        self.utils = SimpleNamespace(set_sigterm_handler=partial(signal.signal, signal.SIGTERM))
+        self._private = SimpleNamespace(utils=self.utils)
 
     def is_initialized(self):
         return False
 
     def init(self, **options):
-        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(number))
-        if self.number:
-            os.kill(os.getpid(), self.number)
+        # What Ray does, and what an exception comes to in a callback.
+        self.utils.set_sigterm_handler(lambda number, frame: sys.exit(number))
+        with contextlib.suppress(SystemExit):
+            if self.number:
+                os.kill(os.getpid(), self.number)
 
     def shutdown(self):
         self.n_shutdowns += 1
@@ -613,6 +619,7 @@ class _Deaf:
 @pytest.mark.parametrize("number", [0, signal.SIGTERM])
 def test_sigterm_while_ray_begins_is_heard(monkeypatch, number):
     ray, before = _Deaf(number), signal.getsignal(signal.SIGTERM)
+    theirs = ray.utils.set_sigterm_handler
     monkeypatch.setattr(ray_session, "import_ray", lambda: ray)
     if number:
         with pytest.raises(Interrupted) as caught, ray_session.session("local", 1):
@@ -623,6 +630,15 @@ def test_sigterm_while_ray_begins_is_heard(monkeypatch, number):
             assert signal.getsignal(signal.SIGTERM) == before  # Not that of Ray.
     assert ray.n_shutdowns == 1
     assert signal.getsignal(signal.SIGTERM) == before
+    assert ray.utils.set_sigterm_handler is theirs
+
+
+def test_whoever_listens_hears_the_sigterm_too(monkeypatch):
+    monkeypatch.setattr(ray_session, "import_ray", lambda: _Deaf(signal.SIGTERM))
+    with Interruption() as interruption:
+        with pytest.raises(Interrupted), ray_session.session("local", 1):
+            pass
+        assert interruption.requested
 
 
 @pytest.mark.parametrize("value", [0, 0.0001, 0.5, 1, 1.0, 3])

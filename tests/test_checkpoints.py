@@ -1,5 +1,6 @@
 """Checkpoints: every bit comes back, on any mesh; damage is noticed; a full disk harms nothing."""
 
+import concurrent.futures
 import gc
 import logging
 import shutil
@@ -585,3 +586,20 @@ def test_reads_that_nobody_waits_for_end_in_silence(monkeypatch):
     assert not heard
     del other
     assert len(heard) == 1
+
+
+def test_threads_save_at_once(tmp_path):
+    """Orbax has one number for what a process saves now; mixed up, saves wait for ever."""
+
+    state = {"state": {"x": jax.numpy.arange(1000.0), "n": jax.numpy.zeros(())}}
+
+    def save_often(number: int) -> None:
+        with Checkpoints(tmp_path / str(number), keep=1) as checkpoints:
+            for position in range(1, 9):
+                checkpoints.save(position, state, {}, None)
+
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        for future in [pool.submit(save_often, number) for number in range(4)]:
+            future.result(timeout=60)
+    for number in range(4):
+        assert Checkpoints(tmp_path / str(number)).positions() == [8]

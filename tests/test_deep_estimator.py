@@ -9,6 +9,7 @@ import pickle
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
@@ -258,6 +259,51 @@ def test_save_and_load(fitted, blobs, tmp_path):
     check_same(second, fitted, x)
     again = clone(second).fit(x)
     np.testing.assert_array_equal(again.embeddings_, fitted.embeddings_)
+
+
+def test_a_fit_that_is_stopped_after_training_leaves_the_model_of_before(blobs, monkeypatch):
+    x, other = blobs[0], blobs[0][:, :5]
+    model = make().fit(x)
+    labels, history = model.labels_.copy(), model.history_
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(evaluation, "predict", stop)
+    with pytest.raises(KeyboardInterrupt):
+        model.fit(other)
+    monkeypatch.undo()
+    assert model.history_ is history
+    np.testing.assert_array_equal(model.labels_, labels)
+    np.testing.assert_array_equal(model.predict(x), labels)
+
+
+def test_threads_leave_stdout_where_it_is(fitted, blobs):
+    before = sys.stdout
+    with ThreadPoolExecutor(4) as pool:
+        for found in [pool.submit(fitted.predict, blobs[0]) for _ in range(40)]:
+            np.testing.assert_array_equal(found.result(), fitted.labels_)
+    assert sys.stdout is before
+
+
+def test_folders_that_are_none_or_at_home(blobs, tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="workdir is empty; accepted: a folder, or None"):
+        make(workdir="").fit(blobs[0])
+    monkeypatch.setenv("HOME", str(tmp_path))
+    first = make(workdir="~/run", random_state=None).fit(blobs[0])
+    assert (tmp_path / "run" / "config.json").exists()
+    again = make(workdir="~/run", random_state=None).fit(blobs[0])  # Of the seed of the first.
+    assert again.config_ == first.config_
+
+
+def test_a_save_to_a_link_goes_where_it_leads(fitted, tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    for _ in range(2):
+        fitted.save(tmp_path / "link")
+    assert (tmp_path / "link").is_symlink()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "real"]
+    assert DeepClustering.load(tmp_path / "real").inertia_ == fitted.inertia_
 
 
 def test_a_save_that_fails_leaves_what_was_there(fitted, tmp_path, monkeypatch):

@@ -795,6 +795,29 @@ def test_the_folder_of_another_model_is_refused(run, many, tmp_path, monkeypatch
     predict_files(tmp_path / "copy", str(folder), str(out))
 
 
+def test_a_name_too_long_for_parts_is_one_failed_file(run, tmp_path):
+    folder, out = tmp_path / "in", tmp_path / "out"
+    folder.mkdir()
+    longest, too_long = "a" * 234 + ".npy", "b" * 235 + ".npy"
+    for name in (longest, too_long):
+        np.save(folder / name, tiny.blobs()[0])
+    with pytest.raises(UserError, match=r"1 of 2 .*bbb\.npy \(its name has 239 bytes; accepted"):
+        predict_files(run, str(folder), str(out))
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert [file["file"] for file in manifest["files"]] == [longest]
+    assert len(list((out / "parts").iterdir())) == 1
+
+
+@pytest.mark.parametrize("seconds", [float("nan"), 0.0, -1.0])
+def test_leases_that_never_lapse_are_refused(run, many, tmp_path, seconds):
+    with pytest.raises(UserError, match=r"lease_seconds is .*; accepted: a number above 0"):
+        predict_files(
+            run, str(many[0]), str(tmp_path / "out"),
+            engine_name="ray", options=RAY._replace(lease_seconds=seconds),
+        )  # fmt: skip
+    assert not (tmp_path / "out").exists()
+
+
 # With Ray.
 
 needs_ray = pytest.mark.skipif(

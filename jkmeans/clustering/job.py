@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from jkmeans import processes
+from jkmeans import processes, telling
 from jkmeans.clustering.conclusion import conclude
 from jkmeans.clustering.data import open_data
 from jkmeans.clustering.folder import claim_workdir, read_summary
@@ -73,7 +73,7 @@ def _execute(session: Session) -> dict[str, Any]:
     config, workdir, source = session.config, session.workdir, session.data.source
     summary = processes.on_first(lambda: read_summary(workdir, session.fingerprint))
     if summary is not None:
-        processes.tell(f"{workdir} holds a finished job of this config; nothing to do")
+        telling.tell(f"{workdir} holds a finished job of this config; nothing to do")
     else:
         with session:
             where = "on" if session.in_memory else "streamed to"

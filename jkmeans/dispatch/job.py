@@ -76,6 +76,10 @@ def predict_files(
     """
     if engine_name not in ENGINES:
         raise UserError(f"engine_name is {engine_name!r}; accepted: {', '.join(ENGINES)}")
+    if not options.lease_seconds > 0:
+        raise UserError(
+            f"--lease_seconds is {options.lease_seconds}; accepted: a number above 0, of seconds"
+        )
     if not options.gpus_per_worker < 0:
         try:
             options = options._replace(gpus_per_worker=gpus_of_worker(options.gpus_per_worker))
@@ -169,6 +173,7 @@ def _inspect(
         if interruption.requested:
             interruption.leave()
         try:
+            output.refuse_long_name(path.name)
             files.append(inspect(path, predictor.example_shape))
         except UserError as error:
             unreadable[path.name] = str(error)

@@ -36,6 +36,8 @@ JOURNAL_FILE = "journal.jsonl"
 MANIFEST_FILE = "manifest.json"
 PARTS_FOLDER = "parts"
 
+_LONGEST_NAME = 255  # Bytes; of all file systems in use.
+
 
 # Parts, as workers write them
 
@@ -43,6 +45,21 @@ PARTS_FOLDER = "parts"
 def part_name(shard: Shard) -> str:
     """The name of the file of a shard's result."""
     return f"{shard.file}.{shard.start:012d}.npz"
+
+
+def refuse_long_name(file: str) -> None:
+    """Refuses a file whose parts would have a name longer than file systems take.
+
+    Raises:
+      UserError: it has.
+    """
+    n_bytes = len(os.fsencode(file))
+    most = _LONGEST_NAME - len(os.fsencode(part_name(Shard("", 0, 0))))
+    if n_bytes > most:
+        raise UserError(
+            f"its name has {n_bytes} bytes; accepted: up to {most}, to which the names of its "
+            "parts add"
+        )
 
 
 def write_part(folder: Path, shard: Shard, columns: Mapping[str, np.ndarray], worker: str) -> Part:
@@ -60,7 +77,7 @@ def write_part(folder: Path, shard: Shard, columns: Mapping[str, np.ndarray], wo
     buffer = io.BytesIO()
     np.savez(buffer, **columns)  # type: ignore[arg-type]
     content = buffer.getbuffer()
-    attempt = f".{part_name(shard)}.{socket.gethostname()}.{os.getpid()}.{secrets.token_hex(8)}"
+    attempt = f".new.npz.{socket.gethostname()}.{os.getpid()}.{secrets.token_hex(8)}"
     path = folder / PARTS_FOLDER / attempt
     try:
         with open(path, "wb") as file:
@@ -78,8 +95,9 @@ def write_part(folder: Path, shard: Shard, columns: Mapping[str, np.ndarray], wo
 
 
 def discard_part(folder: Path, attempt: str) -> None:
-    """Removes a part that was not kept."""
-    (folder / PARTS_FOLDER / attempt).unlink(missing_ok=True)
+    """Removes a part that was not kept, where it can be removed."""
+    with contextlib.suppress(OSError):
+        (folder / PARTS_FOLDER / attempt).unlink(missing_ok=True)
 
 
 def read_part(path: Path, sha256: str) -> dict[str, np.ndarray]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import json
 import math
 import os
@@ -35,6 +34,7 @@ from jkmeans.estimators.inputs import keeps_features, refuse_mask
 from jkmeans.estimators.run_folder import RunFolder
 from jkmeans.interruption import Interrupted
 from jkmeans.recorder import read_metrics, silence
+from jkmeans.telling import warnings_collected
 from jkmeans.whole_files import UNREADABLE, read_arrays, write_arrays
 from jkmeans.workdir import CONFIG_FILE
 
@@ -128,6 +128,7 @@ class DeepClustering(
         "verbose": ["verbose"],
     }
 
+    _run: RunFolder
     cluster_centers_: np.ndarray
     labels_: np.ndarray
     embeddings_: np.ndarray
@@ -194,6 +195,8 @@ class DeepClustering(
           KeyboardInterrupt: Ctrl-C; with a workdir, the same fit goes on where it stopped.
         """
         self._validate_params()
+        if self.workdir is not None and not os.fspath(self.workdir):
+            raise ValueError("workdir is empty; accepted: a folder, or None for a temporary one")
         X = self._read(X, reset=True)
         with _value_errors(), _said(self.verbose):
             config = self._config(self._seed())
@@ -202,9 +205,7 @@ class DeepClustering(
             run = RunFolder.temporary() if self.workdir is None else RunFolder(self.workdir)
             with _stops(kept=self.workdir is not None):
                 training.train(config, dataset, run.path)
-            self._adopt(run)
-            found = self._predict(dataset.examples)
-        self.labels_, self.embeddings_ = found.labels, found.embeddings
+            self._adopt(run, dataset.examples)
         return self
 
     def fit_transform(self, X: Any, y: Any = None) -> np.ndarray:
@@ -267,7 +268,7 @@ class DeepClustering(
           OSError: it cannot be written.
         """
         check_is_fitted(self)
-        folder = Path(folder).expanduser().absolute()
+        folder = Path(folder).expanduser().resolve()  # Where it is a link, what that names.
         _refuse_to_replace(folder)
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
@@ -353,7 +354,7 @@ class DeepClustering(
             return int(self.random_state)
         if self.random_state is None and self.workdir is not None:
             with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-                path = Path(self.workdir) / CONFIG_FILE
+                path = Path(self.workdir).expanduser() / CONFIG_FILE
                 return int(json.loads(path.read_text())["seed"])
         return int(check_random_state(self.random_state).randint(_LARGEST_SEED))
 
@@ -362,15 +363,23 @@ class DeepClustering(
             return 1 / 255 if X.dtype == np.uint8 else 1.0
         return float(self.scale)
 
-    def _adopt(self, run: RunFolder) -> None:
-        """Takes over what the folder of a run holds, all of it or nothing."""
-        model = run.model(self.n_devices)
-        history, results = read_metrics(run.path), run.results()
-        self._run, self.config_, self.workdir_ = run, model.config, str(run.path)
-        self.cluster_centers_ = np.array(model.centroids)
-        self.n_epochs_, self.history_ = model.epoch, history
+    def _adopt(self, run: RunFolder, examples: np.ndarray | None = None) -> None:
+        """Takes over what the folder of a run holds, and finds for examples: all or nothing."""
+        model, results = run.model(self.n_devices), run.results()
+        fitted: dict[str, Any] = {
+            "_run": run,
+            "config_": model.config,
+            "workdir_": str(run.path),
+            "cluster_centers_": np.array(model.centroids),
+            "n_epochs_": model.epoch,
+            "history_": read_metrics(run.path),
+        }
         if results is not None:
-            self.inertia_ = float(results["inertia"])
+            fitted["inertia_"] = float(results["inertia"])
+        if examples is not None:
+            found = evaluation.predict(model, examples)
+            fitted |= {"labels_": found.labels, "embeddings_": found.embeddings}
+        vars(self).update(fitted)
 
     # Examples
 
@@ -469,9 +478,7 @@ def _said(verbose: Any) -> Iterator[None]:
     if verbose:
         yield
         return
-    text = io.StringIO()
-    with silence(), contextlib.redirect_stdout(text):
+    with silence(), warnings_collected() as collected:
         yield
-    for line in text.getvalue().splitlines():
-        if line.startswith("warning: "):
-            warnings.warn(line.removeprefix("warning: "), RuntimeWarning, stacklevel=4)
+    for text in collected:
+        warnings.warn(text, RuntimeWarning, stacklevel=4)

@@ -16,7 +16,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from jkmeans import datasets, metrics, processes
+from jkmeans import datasets, metrics, processes, telling
 from jkmeans.errors import UserError
 from jkmeans.evaluation.model import load_model
 from jkmeans.evaluation.prediction import predict
@@ -97,7 +97,7 @@ def evaluate(
             write_json(Path(workdir) / EVALUATION_FILE, results)
     except OSError as error:
         # The folder may be somebody else's; the numbers are on the screen.
-        print(f"warning: {EVALUATION_FILE} was not written: {error.strerror}")
+        telling.warn(f"{EVALUATION_FILE} was not written: {error.strerror}")
     return results
 
 
@@ -166,8 +166,8 @@ def predict_file(
     results_table(summary, f"Written to {output_path}")
     far = model.mean_distance and summary["mean squared distance"] / model.mean_distance
     if far and far > _FAR:
-        processes.tell(
-            f"warning: these examples are {far:,.0f} times as far from the centroids (squared) as "
+        telling.warn(
+            f"these examples are {far:,.0f} times as far from the centroids (squared) as "
             "those of training; are they in the same units, not scaled?"
         )
 

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding
 
-from jkmeans import configuration, processes
+from jkmeans import configuration, telling
 from jkmeans.checkpoints import Checkpoints, DamagedError
 from jkmeans.configuration import Config
 from jkmeans.errors import UserError
@@ -96,7 +96,7 @@ def load_model(
             except DamagedError as error:
                 if checkpoint != "latest":
                     raise UserError(f"{error}; accepted: another --checkpoint") from error
-                processes.tell(f"warning: {error}; going back to the one before")
+                telling.warn(f"{error}; going back to the one before")
     raise UserError(
         f"no checkpoint in {folder} can be read; accepted: a folder of experiments.train"
     )

@@ -20,7 +20,6 @@ from jkmeans.processes.agreement import (
     part_of,
     same_folder,
     share,
-    tell,
     together,
 )
 
@@ -38,6 +37,5 @@ __all__ = [
     "part_of",
     "same_folder",
     "share",
-    "tell",
     "together",
 ]

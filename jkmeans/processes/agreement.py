@@ -74,12 +74,6 @@ def is_first() -> bool:
     return number() == 0
 
 
-def tell(text: str) -> None:
-    """Prints a line on stdout, once for all processes."""
-    if is_first():
-        print(text, flush=True)
-
-
 def gather(value: Any) -> list[Any]:
     """A value of each process, in their order, on every process.
 

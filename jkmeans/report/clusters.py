@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from jkmeans.drawing import palette
+from jkmeans.drawing import palette, whole_characters
 
 SHOWN_CLUSTERS = 20  # more are too many to name and colour one by one
 
@@ -141,8 +141,8 @@ def counted(n: int, noun: str) -> str:
 
 def _class_name(value: Any, class_names: Sequence[str] | None) -> str:
     if class_names is not None and isinstance(value, int) and 0 <= value < len(class_names):
-        return str(class_names[value])
-    return str(value)
+        value = class_names[value]
+    return whole_characters(str(value))
 
 
 def _matched_colours(

@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from jkmeans.drawing import whole_characters
+
 _LONGEST_VALUE = 400  # letters of a config value
 
 
@@ -51,7 +53,7 @@ def escape(text: str) -> str:
     """The text as it may stand in an element or an attribute of HTML."""
     # A browser drops control characters or takes them for errors.
     text = re.sub(r"[\x00-\x08\x0b-\x1f\x7f]", "\N{REPLACEMENT CHARACTER}", text)
-    return html.escape(_whole_characters(text), quote=True)
+    return html.escape(whole_characters(text), quote=True)
 
 
 def embeddable_json(value: Any) -> str:
@@ -65,18 +67,13 @@ def embeddable_json(value: Any) -> str:
 
 def _encodable(value: Any) -> Any:
     if isinstance(value, Mapping):
-        return {_whole_characters(str(name)): _encodable(inner) for name, inner in value.items()}
+        return {whole_characters(str(name)): _encodable(inner) for name, inner in value.items()}
     if isinstance(value, list | tuple):
         return [_encodable(inner) for inner in value]
     if isinstance(value, str):
-        return _whole_characters(value)
+        return whole_characters(value)
     if isinstance(value, np.generic):
         value = value.item()
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
-
-
-def _whole_characters(text: str) -> str:
-    """The text with `?` for halves of surrogate pairs, which no file and no window can hold."""
-    return text.encode("utf-8", "replace").decode("utf-8")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from jkmeans.drawing import INK, panel_title
+from jkmeans.drawing import INK, panel_title, whole_characters
 from jkmeans.report.clusters import SHOWN_CLUSTERS, ClusteredExamples, counted
 from jkmeans.report.curves import draw_curves
 from jkmeans.report.examples import NEAREST, are_images, draw_images, draw_vectors
@@ -36,8 +36,8 @@ def summary_figure(
     top = 0.86 if title else 0.91
     if title:
         figure.text(
-            0.012, 0.975, title, fontsize=14, fontweight="bold", color=INK, va="top",
-            parse_math=False,
+            0.012, 0.975, whole_characters(title), fontsize=14, fontweight="bold", color=INK,
+            va="top", parse_math=False,
         )  # fmt: skip
     width = 0.365 if curves else 0.46
     ax = figure.add_axes((0.012, 0.03, width, top - 0.03))

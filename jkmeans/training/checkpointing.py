@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
-from jkmeans import configuration, pretrained, processes
+from jkmeans import configuration, pretrained, processes, telling
 from jkmeans.checkpoints import Checkpoints, DamagedError
 from jkmeans.epoch import TrainState
 from jkmeans.errors import UserError
@@ -32,7 +32,7 @@ def create_pretrained(run: Run) -> tuple[TrainState, float]:
         found = found.of(run.blueprint)
     if processes.any_of(found is None) or found is None:
         return state, 0.0
-    processes.tell(f"the network was pretrained by another run ({found.seconds:.0f} s)")
+    telling.tell(f"the network was pretrained by another run ({found.seconds:.0f} s)")
     everywhere = functools.partial(place, mesh=run.mesh, spec=REPLICATED)
     here = {name: everywhere(value) for name, value in found.parameters.items()}
     state = state._replace(
@@ -69,7 +69,7 @@ def restore(
             return _restore(run, checkpoints, position, record), record
         except DamagedError as error:
             aside = checkpoints.set_aside(position)
-            processes.tell(f"warning: {error}; moved to {aside.name}, going back to the one before")
+            telling.warn(f"{error}; moved to {aside.name}, going back to the one before")
     if among is None and (positions or any(checkpoints.folder.glob("damaged-*"))):
         raise UserError(
             f"no checkpoint in {checkpoints.folder} can be read; accepted: one whole "

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from jkmeans import datasets, processes
+from jkmeans import datasets, processes, telling
 from jkmeans.checkpoints import Checkpoints
 from jkmeans.configuration import Config
 from jkmeans.device_memory import device_memory, device_room
@@ -130,7 +130,7 @@ class Run:
             seconds = record["seconds"]
         epoch = int(state.epoch)
         if record and record["results"]:
-            processes.tell(f"{self.workdir} holds a finished run of this config; nothing to train")
+            telling.tell(f"{self.workdir} holds a finished run of this config; nothing to train")
             return conclusion.report_again(self, state, record["results"])
         with Interruption() as interruption, self._make_recorder(epoch, record) as recorder:
             self.recorder, self.interruption = recorder, interruption

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from jkmeans import configuration, datasets, metrics, processes
+from jkmeans import configuration, datasets, metrics, processes, telling
 from jkmeans.checkpoints import Checkpoints
 from jkmeans.configuration import Config
 from jkmeans.errors import UserError
@@ -152,9 +152,9 @@ class _Seeds:
                     results[member.seed] = found
                     left.remove(member)
             if not left:
-                print(f"{self.workdir} holds finished runs of this config; nothing to train")
+                telling.tell(f"{self.workdir} holds finished runs of this config; nothing to train")
             elif results:
-                print(f"{self.workdir} holds the finished runs of seeds {_listed(results)}")
+                telling.tell(f"{self.workdir} holds the finished runs of seeds {_listed(results)}")
             for group in _groups(left):
                 results |= self._train(group)
             return summarize([results[run.config.seed] for run in self.runs], self.workdir)
@@ -165,7 +165,7 @@ class _Seeds:
         if len(seeds) == len(self.runs):
             results = SideBySide(self.config, self.dataset, self.workdir, group).execute()
         else:
-            print(f"training seeds {_listed(seeds)} from epoch {group[0].epoch} on")
+            telling.tell(f"training seeds {_listed(seeds)} from epoch {group[0].epoch} on")
             if len(seeds) == 1:
                 (member,) = group
                 member.state = None  # It is restored again, and takes room on the devices.

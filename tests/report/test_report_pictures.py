@@ -33,6 +33,13 @@ def test_all_pictures(tmp_path):
     assert width > 2 * height
 
 
+def test_names_that_are_no_utf8(tmp_path):
+    arguments = run(n=40, k=2, p=2)
+    name = b"caf\xe9.npy".decode(errors="surrogateescape")
+    write_report(tmp_path, **arguments, class_names=[name] * 4, title=name)
+    assert sorted(path.stem for path in tmp_path.iterdir()) == sorted(PICTURES)
+
+
 def test_vectors_without_truth(tmp_path):
     arguments = run(shape=(6,)) | {"truth": None, "metrics": history(truth=False)}
     paths = write_report(tmp_path, **arguments)

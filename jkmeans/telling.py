@@ -1,0 +1,38 @@
+"""Lines for the user on stdout, which a program that calls the house can collect instead."""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+from collections.abc import Iterator
+
+from jkmeans import processes
+
+# Of the thread, not of the process as sys.stdout is: others may be printing.
+_collected = contextvars.ContextVar[list[str] | None]("collected", default=None)
+
+
+def tell(text: str) -> None:
+    """Prints a line, once for all processes; nothing inside `warnings_collected`."""
+    if _collected.get() is None and processes.is_first():
+        print(text, flush=True)
+
+
+def warn(text: str) -> None:
+    """Prints a warning, once for all processes, or collects it inside `warnings_collected`."""
+    collected = _collected.get()
+    if collected is None:
+        tell(f"warning: {text}")
+    else:
+        collected.append(text)
+
+
+@contextlib.contextmanager
+def warnings_collected() -> Iterator[list[str]]:
+    """What this thread is told inside is not printed; the list gets its warnings."""
+    collected: list[str] = []
+    token = _collected.set(collected)
+    try:
+        yield collected
+    finally:
+        _collected.reset(token)
