@@ -93,12 +93,12 @@ class Graph:
         """
         gone = np.zeros(self.n_nodes, bool)
         for node in nodes:
-            if not 0 <= node < self.n_nodes:
+            if not 0 <= node < self.n_nodes or node != int(node):
                 raise UserError(
                     f"node {node} is to leave the graph {self.name!r}; accepted: 0 to "
                     f"{self.n_nodes - 1}"
                 )
-            gone[node] = True
+            gone[int(node)] = True
         kept = np.flatnonzero(~gone)
         number = np.cumsum(~gone) - 1
         stays = ~gone[self.edges].any(axis=1)
