@@ -1,15 +1,12 @@
 """k-means of data larger than memory: Lloyd's algorithm over chunks that stream from disk.
 
-A fit is a sequence of passes. Its state says which pass comes next and holds the few arrays that
-it needs; `_next` turns a state and what the pass found into the state after it. So a fit can stop
-after any chunk and go on from a checkpoint with the same bits.
+Pass after pass, as `plan` says, with a checkpoint after any chunk.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 from collections.abc import Callable
 from numbers import Integral, Real
 from pathlib import Path
@@ -25,9 +22,8 @@ from jkmeans.errors import UserError
 from jkmeans.interruption import Interruption
 from jkmeans.sharding import DATA_AXIS, make_mesh
 from jkmeans.sources import Source, open_source, open_weights
-from jkmeans.streaming import passes, programs, resident
+from jkmeans.streaming import passes, resident
 from jkmeans.streaming.checkpointing import FitCheckpoints
-from jkmeans.streaming.picking import Picked
 from jkmeans.streaming.pipeline import (
     Feeder,
     checked_sizes,
@@ -36,9 +32,8 @@ from jkmeans.streaming.pipeline import (
     rows_per_chunk,
     streamed_dtype,
 )
+from jkmeans.streaming.plan import Init, Plan, State, key_data, refuse_no_weight
 from jkmeans.streaming.progress import Reporter, StreamProgress
-
-Init = str | np.ndarray | jax.Array | Callable[[jax.Array, Source, int], Any]
 
 
 class StreamResult(NamedTuple):
@@ -61,27 +56,6 @@ class StreamResult(NamedTuple):
     n_empty: int
     n_relocated: int
     n_passes: int
-
-
-@dataclasses.dataclass
-class State:
-    """What a fit needs to go on.
-
-    Attributes:
-      stage: the next pass: "first", "draw", "trial", "weigh", "lloyd", "final"; or "done".
-      step: its number within the stage.
-      restart: the number of the restart.
-      numbers: scalars by name.
-      arrays: by name.
-      partial: the pass that is not finished, or None.
-    """
-
-    stage: str
-    step: int = 0
-    restart: int = 0
-    numbers: dict[str, float] = dataclasses.field(default_factory=dict)
-    arrays: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
-    partial: passes.Partial | None = None
 
 
 def fit_stream(
@@ -169,7 +143,7 @@ def fit_stream(
     else:
         n_devices = mesh.shape[DATA_AXIS]
         chosen_rows = -(-chunk_rows // n_devices) * n_devices
-    fit = _Fit(
+    plan = Plan(
         key=_uncommitted(key),
         source=source,
         n_clusters=n_clusters,
@@ -181,41 +155,36 @@ def fit_stream(
         n_rounds=n_rounds,
         dtype=computed_dtype(source),
     )
-    if fit.init_name == "k-means||" and 1 + n_rounds * fit.per_round < n_clusters:
+    if plan.init_name == "k-means||" and 1 + n_rounds * plan.per_round < n_clusters:
         raise ValueError(
             f"oversampling_factor={oversampling_factor} and n_rounds={n_rounds} give "
-            f"{1 + n_rounds * fit.per_round} candidates for {n_clusters} clusters: "
+            f"{1 + n_rounds * plan.per_round} candidates for {n_clusters} clusters: "
             "raise one of them"
         )
     feeder = Feeder(source, mesh, chosen_rows, weight_source)
     row_bytes = source.n_features * streamed_dtype(source).itemsize
     in_memory = checkpoint_folder is None and chunk_rows is None
     if in_memory and resident.needed_bytes(source) <= budget:
-        return _fit_in_memory(fit, feeder)
+        return _fit_in_memory(plan, feeder)
     with contextlib.ExitStack() as stack:
         reporter = stack.enter_context(Reporter(progress, source.n_rows, row_bytes))
         checkpoints = interruption = None
         if checkpoint_folder is not None:
-            options = fit.options() | {
+            options = plan.options() | {
                 "weights": None if weight_source is None else weight_source.fingerprint()
             }
             checkpoints = stack.enter_context(
                 FitCheckpoints(Path(checkpoint_folder), options, checkpoint_seconds)
             )
             interruption = stack.enter_context(Interruption())
-        return _run(fit, feeder, reporter, checkpoints, interruption, chunk_rows is None)
-
-
-def _key_data(key: jax.Array) -> np.ndarray:
-    typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
-    return np.asarray(jax.random.key_data(key) if typed else key)
+        return _run(plan, feeder, reporter, checkpoints, interruption, chunk_rows is None)
 
 
 def _uncommitted(key: jax.Array) -> jax.Array:
     """The key, free to go to any mesh wherever it lies."""
     if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
-        return jax.random.wrap_key_data(jnp.array(_key_data(key)), impl=jax.random.key_impl(key))
-    return jnp.array(_key_data(key))
+        return jax.random.wrap_key_data(jnp.array(key_data(key)), impl=jax.random.key_impl(key))
+    return jnp.array(key_data(key))
 
 
 def _check_arguments(
@@ -252,273 +221,8 @@ def _check_arguments(
             raise ValueError(f"{name}={value}: expected at least {least}")
 
 
-@dataclasses.dataclass(frozen=True)
-class _Fit:
-    """The problem, and the rules by which one pass follows another."""
-
-    key: jax.Array
-    source: Source
-    n_clusters: int
-    init: Init
-    n_init: int
-    max_iter: int
-    tol: float
-    oversampling_factor: float
-    n_rounds: int
-    dtype: np.dtype
-
-    def options(self) -> dict[str, Any]:
-        """What a checkpoint must agree with, as JSON can hold it."""
-        init = self.init
-        if callable(init):
-            init = "a function"
-        elif not isinstance(init, str):
-            init = open_source(np.asarray(init)).fingerprint()
-        return {
-            "data": self.source.fingerprint(),
-            "n_clusters": self.n_clusters,
-            "key": _key_data(self.key).tolist(),
-            "init": init,
-            "n_init": self.n_init,
-            "max_iter": self.max_iter,
-            "tol": self.tol,
-            "oversampling_factor": self.oversampling_factor,
-            "n_rounds": self.n_rounds,
-            "dtype": self.dtype.name,
-        }
-
-    def start(self, state: State, restart: int) -> State:
-        """The state before the first pass of a restart."""
-        state = dataclasses.replace(state, restart=restart, step=0, partial=None)
-        state.numbers["n_relocated"] = 0
-        if isinstance(self.init, str):
-            return dataclasses.replace(state, stage="first")
-        state.arrays["centroids"] = self.given_centroids(restart)
-        return self._first_iteration(state)
-
-    def given_centroids(self, restart: int) -> np.ndarray:
-        """The first centroids that the user gave, or the user's function: [k, d]."""
-        centroids: Any = self.init
-        if callable(centroids):
-            centroids = centroids(
-                jax.random.fold_in(self.key, restart), self.source, self.n_clusters
-            )
-        centroids = np.asarray(centroids)
-        expected = (self.n_clusters, self.source.n_features)
-        if centroids.shape != expected:
-            raise ValueError(
-                f"init has shape {centroids.shape}: expected {expected}, one centroid for each "
-                "cluster"
-            )
-        if not np.isfinite(centroids.astype(self.dtype)).all():
-            raise ValueError("init has NaN or infinity: expected finite centroids")
-        return centroids.astype(self.dtype)
-
-    def program(self, state: State) -> tuple[programs.Program, tuple[Any, ...], int]:
-        """The next pass: a program, its parameters, and how many rows it picks."""
-        key = jax.random.fold_in(self.key, state.restart)
-        arrays, step = state.arrays, state.step
-        if state.stage == "first":
-            shift = self._first_row
-            if self.init_name == "sample":
-                return programs.moments_and_sample, (shift, key), self.n_clusters
-            return programs.moments, (shift, jax.random.fold_in(key, 0)), 1
-        if state.stage == "draw":
-            n_picked = self.per_round if self.init_name == "k-means||" else self._n_trials
-            return programs.draw, (arrays["candidates"], jax.random.fold_in(key, step)), n_picked
-        if state.stage == "trial":
-            return programs.potentials, (arrays["candidates"], arrays["trials"]), 0
-        if state.stage == "weigh":
-            return programs.counts, (arrays["candidates"],), 0
-        # A single cluster cannot be empty.
-        n_far = min(self.n_clusters, kmeans.MAX_RELOCATIONS) if self.n_clusters > 1 else 0
-        parameters = arrays["centroids"], self._shift(state)
-        return programs.statistics, parameters, n_far if state.stage == "lloyd" else 0
-
-    def describe(self, state: State) -> str:
-        """The next pass in words."""
-        restart = f"restart {state.restart + 1}, " if self.n_init > 1 else ""
-        words = {
-            "first": "initialisation",
-            "draw": f"initialisation, round {state.step}",
-            "trial": f"initialisation, round {state.step}",
-            "weigh": "initialisation, weighing",
-            "lloyd": f"iteration {state.step + 1}",
-            "final": "inertia",
-        }
-        return restart + words[state.stage]
-
-    def next(self, state: State, numbers: np.ndarray, picked: Picked) -> State:
-        """The state after a pass."""
-        state = dataclasses.replace(
-            state, numbers=dict(state.numbers), arrays=dict(state.arrays), partial=None
-        )
-        state.numbers["n_passes"] = state.numbers.get("n_passes", 0) + 1
-        return getattr(self, f"_after_{state.stage}")(state, numbers, picked)
-
-    @property
-    def init_name(self) -> str:
-        """The name of the initialisation; "" where centroids or a function are given."""
-        return self.init if isinstance(self.init, str) else ""
-
-    @property
-    def per_round(self) -> int:
-        """Candidates that a round of k-means‖ draws."""
-        return min(max(1, round(self.oversampling_factor * self.n_clusters)), self.source.n_rows)
-
-    @property
-    def _n_trials(self) -> int:
-        return min(2 + int(np.log(self.n_clusters)), self.source.n_rows)
-
-    def _after_first(self, state: State, numbers: np.ndarray, picked: Picked) -> State:
-        n, sums, squares = numbers[0], *np.split(numbers[1:], 2)
-        if n == 0:
-            raise UserError("all weights are 0; accepted: at least one weight above 0.")
-        variance = np.maximum(squares / n - (sums / n) ** 2, 0)
-        state.numbers["tolerance"] = self.tol * float(np.mean(variance))
-        mean = self._first_row.astype(np.float64) + sums / n
-        state.arrays["shift"] = kmeans.far_origin(mean, variance).astype(self.dtype)
-        if not isinstance(self.init, str):
-            return self._first_iteration(state)
-        if self.init_name == "sample":
-            state.arrays["centroids"] = self._in_turn(picked, self.n_clusters)
-            return self._first_iteration(state)
-        first = self._in_turn(picked, 1)
-        if self.init_name == "k-means||":
-            state.arrays["candidates"] = first
-        elif self.n_clusters == 1:
-            state.arrays["centroids"] = first
-            return self._first_iteration(state)
-        else:
-            # Rounds share a shape, and so a program: what is not chosen yet repeats the first.
-            state.arrays["candidates"] = np.repeat(first, self.n_clusters, axis=0)
-        return dataclasses.replace(state, stage="draw", step=1)
-
-    def _after_draw(self, state: State, numbers: np.ndarray, picked: Picked) -> State:
-        if self.init_name == "k-means++":
-            state.arrays["trials"] = self._in_turn(picked, self._n_trials)
-            return dataclasses.replace(state, stage="trial")
-        drawn = self._in_turn(picked, self.per_round)
-        state.arrays["candidates"] = np.concatenate([state.arrays["candidates"], drawn])
-        if state.step < self.n_rounds:
-            return dataclasses.replace(state, step=state.step + 1)
-        return dataclasses.replace(state, stage="weigh")
-
-    def _after_trial(self, state: State, numbers: np.ndarray, picked: Picked) -> State:
-        candidates = state.arrays["candidates"].copy()
-        candidates[state.step] = state.arrays.pop("trials")[int(np.argmin(numbers))]
-        if state.step + 1 < self.n_clusters:
-            state.arrays["candidates"] = candidates
-            return dataclasses.replace(state, stage="draw", step=state.step + 1)
-        del state.arrays["candidates"]
-        state.arrays["centroids"] = candidates
-        return self._first_iteration(state)
-
-    def _after_weigh(self, state: State, numbers: np.ndarray, picked: Picked) -> State:
-        key = jax.random.fold_in(jax.random.fold_in(self.key, state.restart), self.n_rounds + 1)
-        state.arrays["centroids"] = np.asarray(
-            _choose_among(
-                key,
-                state.arrays.pop("candidates"),
-                numbers.astype(self.dtype),
-                n_clusters=self.n_clusters,
-            )
-        )
-        return self._first_iteration(state)
-
-    def _first_iteration(self, state: State) -> State:
-        if self.tol > 0 and "tolerance" not in state.numbers:
-            return dataclasses.replace(state, stage="first", step=0)
-        stage = "lloyd" if self.max_iter > 0 else "final"
-        return dataclasses.replace(state, stage=stage, step=0)
-
-    @functools.cached_property
-    def _first_row(self) -> np.ndarray:
-        """What the first pass makes its sums around, [d]."""
-        row = self.source.read(0, 1)[0].astype(self.dtype)
-        return np.where(np.isfinite(row), row, 0)
-
-    def _shift(self, state: State) -> np.ndarray:
-        """What is taken from every row before it is added, [d]."""
-        # There is none without that pass, nor in a state that an older version has saved.
-        return state.arrays.get("shift", np.zeros(self.source.n_features, self.dtype))
-
-    def _after_lloyd(self, state: State, numbers: np.ndarray, picked: Picked) -> State:
-        centroids = state.arrays["centroids"]
-        sums, counts, inertia = _unpack(numbers, centroids.shape)
-        _refuse_no_weight(counts)
-        shift = self._shift(state).astype(np.float64)
-        sums, counts, n_moved = _relocate(sums, counts.copy(), picked, shift)
-        means = shift + sums / np.where(counts > 0, counts, 1)[:, None]
-        moved = np.where(counts[:, None] > 0, means, centroids).astype(self.dtype)
-        moved_by = float(np.sum((moved.astype(np.float64) - centroids) ** 2))
-        state.arrays["centroids"] = moved
-        state.numbers["n_relocated"] += n_moved
-        state.step += 1
-        if moved_by == 0:
-            # Centroids that did not move have the statistics they were made from.
-            return self._end_of_restart(state, counts, inertia)
-        if moved_by <= state.numbers.get("tolerance", 0.0) or state.step >= self.max_iter:
-            return dataclasses.replace(state, stage="final")
-        return state
-
-    def _after_final(self, state: State, numbers: np.ndarray, picked: Picked) -> State:
-        _, counts, inertia = _unpack(numbers, state.arrays["centroids"].shape)
-        _refuse_no_weight(counts)
-        return self._end_of_restart(state, counts, inertia)
-
-    def _end_of_restart(self, state: State, counts: np.ndarray, inertia: float) -> State:
-        if "best_inertia" not in state.numbers or inertia < state.numbers["best_inertia"]:
-            state.arrays["best_centroids"] = state.arrays["centroids"]
-            state.arrays["best_counts"] = counts
-            state.numbers["best_inertia"] = inertia
-            state.numbers["best_n_iter"] = state.step
-            state.numbers["best_n_relocated"] = state.numbers["n_relocated"]
-        if state.restart + 1 < self.n_init:
-            return self.start(state, state.restart + 1)
-        return dataclasses.replace(state, stage="done")
-
-    def _in_turn(self, picked: Picked, k: int) -> np.ndarray:
-        """K of the rows picked; if there are fewer, they are repeated in turn."""
-        if not len(picked.rows):
-            raise UserError("all weights are 0; accepted: at least one weight above 0.")
-        return picked.rows[np.arange(k) % len(picked.rows)].astype(self.dtype)
-
-
-@functools.partial(jax.jit, static_argnames="n_clusters")
-def _choose_among(key, candidates, counts, *, n_clusters):
-    return kmeans.kmeans_plus_plus(key, candidates, n_clusters, weights=counts)
-
-
-def _unpack(numbers: np.ndarray, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray, float]:
-    size = shape[0] * shape[1]
-    return numbers[:size].reshape(shape), numbers[size:-1], float(numbers[-1])
-
-
-def _refuse_no_weight(counts: np.ndarray) -> None:
-    if not counts.sum() > 0:
-        raise UserError("all weights are 0; accepted: at least one weight above 0.")
-
-
-def _relocate(
-    sums: np.ndarray, counts: np.ndarray, picked: Picked, shift: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, int]:
-    """Gives each empty cluster one of the farthest rows, which leaves its old cluster."""
-    empty = np.flatnonzero(counts == 0)
-    n_moved = min(len(empty), int(np.sum(picked.priority > 0)))
-    if not n_moved:
-        return sums, counts, 0
-    sums = sums.copy()
-    rows = picked.rows[:n_moved].astype(np.float64) - shift
-    for cluster, row, old, weight in zip(empty, rows, picked.labels, picked.weights, strict=False):
-        sums[old] -= weight * row
-        counts[old] -= weight
-        sums[cluster], counts[cluster] = weight * row, weight
-    return sums, counts, n_moved
-
-
 def _run(
-    fit: _Fit,
+    plan: Plan,
     feeder: Feeder,
     reporter: Reporter,
     checkpoints: FitCheckpoints | None,
@@ -532,11 +236,11 @@ def _run(
             # The chunks it was started with: sums are then rounded alike.
             feeder = Feeder(feeder.source, feeder.mesh, chunk_rows, feeder.weights)
     if state is None:
-        state = fit.start(State("first"), 0)
+        state = plan.start(State("first"), 0)
 
     while state.stage != "done":
-        program, parameters, n_picked = fit.program(state)
-        reporter.start(fit.describe(state), state.partial.position if state.partial else 0)
+        program, parameters, n_picked = plan.program(state)
+        reporter.start(plan.describe(state), state.partial.position if state.partial else 0)
         current = state
 
         def on_chunk(
@@ -560,7 +264,7 @@ def _run(
             on_chunk=on_chunk,
         )
         reporter.advance(feeder.source.n_rows)
-        state = fit.next(state, numbers, picked)
+        state = plan.next(state, numbers, picked)
     if checkpoints is not None and not checkpoints.finished:
         checkpoints.save(state, feeder.chunk_rows)
     if checkpoints is not None and interruption is not None and interruption.agreed():
@@ -579,28 +283,28 @@ def _run(
     )
 
 
-def _fit_in_memory(fit: _Fit, feeder: Feeder) -> StreamResult:
+def _fit_in_memory(plan: Plan, feeder: Feeder) -> StreamResult:
     """The same fit of data that is kept on the devices: one program a restart."""
     data = resident.load(feeder)
     best = None
-    for restart in range(fit.n_init):
-        key = jax.random.fold_in(fit.key, restart)
-        init: Any = fit.init
+    for restart in range(plan.n_init):
+        key = jax.random.fold_in(plan.key, restart)
+        init: Any = plan.init
         if not isinstance(init, str):
-            init = fit.given_centroids(restart)
+            init = plan.given_centroids(restart)
         result = data.fit(
             key,
             init,
-            n_clusters=fit.n_clusters,
-            max_iter=fit.max_iter,
-            tol=fit.tol,
-            oversampling_factor=fit.oversampling_factor,
-            n_rounds=fit.n_rounds,
+            n_clusters=plan.n_clusters,
+            max_iter=plan.max_iter,
+            tol=plan.tol,
+            oversampling_factor=plan.oversampling_factor,
+            n_rounds=plan.n_rounds,
         )
         if best is None or result.inertia < best.inertia:
             best = result
     assert best is not None
-    _refuse_no_weight(np.asarray(best.counts))
+    refuse_no_weight(float(np.sum(best.counts)))
     return StreamResult(
         centroids=np.asarray(best.centroids),
         counts=np.asarray(best.counts, np.float64),
