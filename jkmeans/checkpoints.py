@@ -30,7 +30,7 @@ from orbax.checkpoint import v1 as ocp
 
 from jkmeans import processes
 from jkmeans.errors import CollapseError, LostError, UserError
-from jkmeans.fingerprints import fingerprints
+from jkmeans.fingerprints import added_up, fingerprints, sums_here
 from jkmeans.interruption import Interrupted
 
 OBJECTIVE = "objective"
@@ -46,8 +46,9 @@ _OF_A_SAVE = ("async_checkpointer.py", "future.py")
 """Files of Orbax whose errors end a save; it goes on after others, such as one of a removal."""
 
 
-_beginning = threading.Lock()
-"""Held while a save begins: Orbax gives a process one number, for the save that begins now."""
+_one_of_orbax = threading.Lock()
+"""Held while a save begins or something is read: Orbax has one number in a process for what it does
+now, by which the parts of a save find each other."""
 
 
 class _Failures(logging.Handler):
@@ -169,7 +170,7 @@ class Checkpoints:
         self.wait()
         with _disk_errors(self.folder):
             record = record | {
-                "fingerprints": _fingerprints(trees),
+                "fingerprints": _by_tree(trees, fingerprints(_leaves(trees))),
                 "structures": _structures(trees),
                 OBJECTIVE: None if objective is None else float(objective),
             }
@@ -185,7 +186,7 @@ class Checkpoints:
                     cleanup_tmp_directories=True,
                 )
             _failures.forget()
-            with _beginning:
+            with _one_of_orbax:
                 self._pending = self._open.save_checkpointables_async(
                     position,
                     trees,
@@ -277,19 +278,25 @@ class Checkpoints:
         _refuse_other_arrays(folder, saved, _structures(abstract))
 
         def read() -> dict[str, Any]:
-            with _damage(folder), _alone(), _without_late_complaints():
+            with _damage(folder), _one_of_orbax, _alone(), _without_late_complaints():
                 return ocp.load_checkpointables(str(folder), abstract)
+
+        def add_up() -> list[int]:
+            with _damage(folder):
+                return sums_here(_leaves(trees))
 
         def compare() -> None:
             with _damage(folder):
-                found = _fingerprints(trees)
                 wrong = [name for name in found if found[name] != record["fingerprints"][name]]
                 if wrong:
                     raise ValueError(f"the checksum of {wrong[0]} is wrong")
 
-        trees = self._by_all(read)
+        restored = self._by_all(read)
+        trees = {name: restored[name] for name in abstract}
+        here = self._by_all(add_up)
+        found = _by_tree(trees, added_up(_leaves(trees), here))
         self._by_all(compare)
-        return Restored(position, {name: trees[name] for name in abstract}, record)
+        return Restored(position, trees, record)
 
     def set_aside(self, position: int) -> Path:
         """Renames a damaged checkpoint, so that it is neither read nor overwritten."""
@@ -358,8 +365,14 @@ def _damage_as_value(call: Callable[[], Any]) -> Any:
         return error
 
 
-def _fingerprints(trees: dict[str, Any]) -> dict[str, list[int]]:
-    return {name: fingerprints(jax.tree.leaves(tree)) for name, tree in trees.items()}
+def _leaves(trees: dict[str, Any]) -> list[Any]:
+    return [leaf for tree in trees.values() for leaf in jax.tree.leaves(tree)]
+
+
+def _by_tree(trees: dict[str, Any], sums: list[int]) -> dict[str, list[int]]:
+    """The sums of `_leaves`, by the tree that each leaf is of."""
+    left = iter(sums)
+    return {name: [next(left) for _ in jax.tree.leaves(tree)] for name, tree in trees.items()}
 
 
 def _structures(trees: dict[str, Any]) -> dict[str, dict[str, str]]:

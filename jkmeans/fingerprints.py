@@ -1,7 +1,7 @@
 """Checksums of arrays, the same on any number of devices and processes.
 
-They are computed on the host: what is saved comes there anyway, and a program that adds up the bits
-of all arrays of a network takes a second to compile.
+They are computed on the host, where what is saved comes anyway (Orbax makes a copy of its own): a
+program that adds up the bits of all arrays of a network takes a second to compile.
 """
 
 from __future__ import annotations
@@ -30,7 +30,17 @@ def fingerprints(arrays: Sequence[Any]) -> list[int]:
       arrays: JAX arrays, on this process's devices or on those of several, or NumPy arrays. All
         processes call with theirs.
     """
-    sums = [_sum_here(array) for array in arrays]
+    return added_up(arrays, sums_here(arrays))
+
+
+def sums_here(arrays: Sequence[Any]) -> list[int]:
+    """The sums of `fingerprints` over what this process has of each array."""
+    return [_sum_here(array) for array in arrays]
+
+
+def added_up(arrays: Sequence[Any], sums: Sequence[int]) -> list[int]:
+    """The sums of `fingerprints`, of those of all processes; they all call."""
+    sums = list(sums)
     split = [i for i, array in enumerate(arrays) if _is_split(array)]
     if split:
         of_all = np.array(processes.gather([sums[i] for i in split]), np.uint64)

@@ -104,7 +104,7 @@ def listen_until_ready(
     started = told = time.monotonic()
     while not all(leaf.is_ready() for leaf in leaves):
         now = time.monotonic()
-        # Looked for often enough that waiting takes 2 % longer at most.
+        # Waiting takes 2 % longer at most, or half a millisecond.
         time.sleep(min(max((now - started) / 50, 0.0005), 0.05))
         if now - told >= 0.05:
             told = now

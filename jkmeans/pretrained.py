@@ -58,7 +58,8 @@ class Pretrained(NamedTuple):
         if found != reached:
             telling.warn(
                 "the pretrained network of another run has other layers than this one; "
-                "pretraining anew"
+                "pretraining anew",
+                of_this_process=True,
             )
             return None
         return self._replace(parameters={name: self.parameters[name] for name in reached})
@@ -97,7 +98,7 @@ def load(config, data_record: dict[str, Any]) -> Pretrained | None:
         values: dict[str, Any] = read_arrays(path)
         seconds, variance = float(values.pop(_SECONDS)), float(values.pop(_VARIANCE))
     except UNREADABLE as error:
-        telling.warn(f"{path} cannot be read ({error}); pretraining anew")
+        telling.warn(f"{path} cannot be read ({error}); pretraining anew", of_this_process=True)
         return None
     return Pretrained(values, variance, seconds)
 

@@ -130,28 +130,39 @@ def _sigterms_heard(ray: Any) -> Iterator[list[int]]:
     thread stands, and that gets lost where this is in a callback.
     """
     heard: list[int] = []
-    before = signal.getsignal(signal.SIGTERM)
-    main = threading.current_thread() is threading.main_thread()
-    if not main or before in (signal.SIG_IGN, None):  # None is a handler outside Python.
-        yield heard
+    if threading.current_thread() is not threading.main_thread():
+        yield heard  # Ray has no handlers there.
         return
+    before = signal.getsignal(signal.SIGTERM)
 
     def hear(number: int, frame: Any) -> None:
         heard.append(number)
         if callable(before):
             before(number, frame)
 
-    # Through this function alone Ray installs handlers.
-    utilities, name = ray._private.utils, "set_sigterm_handler"
+    with _no_handlers_of(ray):
+        if before not in (signal.SIG_IGN, None):  # None is a handler outside Python.
+            signal.signal(signal.SIGTERM, hear)
+        try:
+            yield heard
+        finally:
+            if before is not None:
+                signal.signal(signal.SIGTERM, before)
+
+
+@contextlib.contextmanager
+def _no_handlers_of(ray: Any) -> Iterator[None]:
+    """Keeps Ray from installing handlers, all of which it does through one function."""
+    utilities, name = getattr(getattr(ray, "_private", None), "utils", None), "set_sigterm_handler"
     theirs = getattr(utilities, name, None)
-    signal.signal(signal.SIGTERM, hear)
+    if theirs is None:  # Another Ray than those we know.
+        yield
+        return
     setattr(utilities, name, lambda handler: None)
     try:
-        yield heard
+        yield
     finally:
-        signal.signal(signal.SIGTERM, before)
-        if theirs is not None:
-            setattr(utilities, name, theirs)
+        setattr(utilities, name, theirs)
 
 
 def gpus_of_worker(value: Any) -> float:

@@ -18,13 +18,19 @@ def tell(text: str) -> None:
         print(text, flush=True)
 
 
-def warn(text: str) -> None:
-    """Prints a warning, once for all processes, or collects it inside `warnings_collected`."""
+def warn(text: str, *, of_this_process: bool = False) -> None:
+    """Prints a warning, or collects it inside `warnings_collected`.
+
+    Args:
+      text: of one line.
+      of_this_process: whether others may have nothing to warn of. Otherwise all of them call, and
+        it is printed once.
+    """
     collected = _collected.get()
-    if collected is None:
-        tell(f"warning: {text}")
-    else:
+    if collected is not None:
         collected.append(text)
+    elif of_this_process or processes.is_first():
+        print(f"warning: {text}", flush=True)
 
 
 @contextlib.contextmanager

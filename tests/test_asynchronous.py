@@ -633,6 +633,16 @@ def test_sigterm_while_ray_begins_is_heard(monkeypatch, number):
     assert ray.utils.set_sigterm_handler is theirs
 
 
+def test_an_ignored_sigterm_stays_so(monkeypatch):
+    monkeypatch.setattr(ray_session, "import_ray", lambda: _Deaf(signal.SIGTERM))
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        with ray_session.session("local", 1):
+            assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def test_whoever_listens_hears_the_sigterm_too(monkeypatch):
     monkeypatch.setattr(ray_session, "import_ray", lambda: _Deaf(signal.SIGTERM))
     with Interruption() as interruption:

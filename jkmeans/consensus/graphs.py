@@ -95,8 +95,8 @@ class Graph:
         for node in nodes:
             if not 0 <= node < self.n_nodes or node != int(node):
                 raise UserError(
-                    f"node {node} is to leave the graph {self.name!r}; accepted: 0 to "
-                    f"{self.n_nodes - 1}"
+                    f"node {node} is to leave the graph {self.name!r}; accepted: a whole number "
+                    f"from 0 to {self.n_nodes - 1}"
                 )
             gone[int(node)] = True
         kept = np.flatnonzero(~gone)

@@ -76,9 +76,9 @@ def predict_files(
     """
     if engine_name not in ENGINES:
         raise UserError(f"engine_name is {engine_name!r}; accepted: {', '.join(ENGINES)}")
-    if not options.lease_seconds > 0:
+    if engine_name == "ray" and not 1 <= options.lease_seconds < float("inf"):
         raise UserError(
-            f"--lease_seconds is {options.lease_seconds}; accepted: a number above 0, of seconds"
+            f"--lease_seconds is {options.lease_seconds}; accepted: a number of seconds from 1 on"
         )
     if not options.gpus_per_worker < 0:
         try:

@@ -36,7 +36,7 @@ JOURNAL_FILE = "journal.jsonl"
 MANIFEST_FILE = "manifest.json"
 PARTS_FOLDER = "parts"
 
-_LONGEST_NAME = 255  # Bytes; of all file systems in use.
+_LONGEST_NAME = 255  # Bytes; of the usual file systems.
 
 
 # Parts, as workers write them
@@ -77,6 +77,7 @@ def write_part(folder: Path, shard: Shard, columns: Mapping[str, np.ndarray], wo
     buffer = io.BytesIO()
     np.savez(buffer, **columns)  # type: ignore[arg-type]
     content = buffer.getbuffer()
+    # Not of the name of the part, which may be as long as names can be; `clean` finds it.
     attempt = f".new.npz.{socket.gethostname()}.{os.getpid()}.{secrets.token_hex(8)}"
     path = folder / PARTS_FOLDER / attempt
     try:
@@ -97,7 +98,7 @@ def write_part(folder: Path, shard: Shard, columns: Mapping[str, np.ndarray], wo
 def discard_part(folder: Path, attempt: str) -> None:
     """Removes a part that was not kept, where it can be removed."""
     with contextlib.suppress(OSError):
-        (folder / PARTS_FOLDER / attempt).unlink(missing_ok=True)
+        (folder / PARTS_FOLDER / attempt).unlink()
 
 
 def read_part(path: Path, sha256: str) -> dict[str, np.ndarray]:
@@ -177,9 +178,9 @@ class PartStore:
             if not path.exists():
                 host = f" on {part.attempt.split('.')[-3]}" if "." in part.attempt else ""
                 raise UserError(
-                    f"worker {part.worker}{host} wrote {part.attempt}, which is not in "
-                    f"{self._parts} on {socket.gethostname()}; accepted: an --output folder that "
-                    "is shared by all hosts, and that nobody cleans up meanwhile"
+                    f"worker {part.worker}{host} wrote {path.name} as {part.attempt}, which is not "
+                    f"in {self._parts} on {socket.gethostname()}; accepted: an --output folder "
+                    "that is shared by all hosts, and that nobody cleans up meanwhile"
                 ) from None
             if hashlib.sha256(path.read_bytes()).hexdigest() != part.sha256:
                 return False

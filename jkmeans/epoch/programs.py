@@ -18,7 +18,7 @@ from jkmeans.epoch.state import COUNT, Rows, TrainState
 from jkmeans.epoch.steps import order_of, run_steps
 from jkmeans.errors import UserError
 from jkmeans.methods import Method
-from jkmeans.networks import Blueprint
+from jkmeans.networks import NETWORKS, Blueprint
 from jkmeans.sharding import BY_STEP, REPLICATED, SHARDED, Layout, data_parallel
 
 
@@ -128,9 +128,10 @@ def make_programs(
         return jax.jit(call, donate_argnums=(0,) if donate else (), static_argnames=("clustering",))
 
     create = partial(_create, recipe)
-    # Runs once, on little, and is compiled in a third of the time, to the same bits.
-    on_cpu = mesh.devices.flat[0].platform == "cpu"
-    quickly = {"xla_backend_optimization_level": 0} if on_cpu else None
+    # Runs once, on little, and is compiled in a third of the time; to the same bits where weights
+    # are uniform, as those of all networks here.
+    plain = mesh.devices.flat[0].platform == "cpu" and config.network.name in NETWORKS
+    quickly = {"xla_backend_optimization_level": 0} if plain else None
     return Programs(
         create=jax.jit(
             jax.vmap(create) if config.n_seeds > 1 else create,

@@ -408,14 +408,9 @@ class DeepClustering(
         check_is_fitted(self)
         X = self._read(X, reset=False)
         with _value_errors(), _said(verbose=False):
-            return self._predict(datasets.check_examples(X, expected_shape=self._shape, name="X"))
-
-    def _predict(self, examples: np.ndarray) -> evaluation.Prediction:
-        return evaluation.predict(self._run.model(self.n_devices), examples)
-
-    @property
-    def _shape(self) -> tuple[int, ...]:
-        return self._run.model(self.n_devices).example_shape
+            model = self._run.model(self.n_devices)
+            examples = datasets.check_examples(X, expected_shape=model.example_shape, name="X")
+            return evaluation.predict(model, examples)
 
     def __sklearn_is_fitted__(self) -> bool:
         return hasattr(self, "_run")

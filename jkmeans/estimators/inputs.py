@@ -219,6 +219,8 @@ def _kept_dtype(X: Any) -> Any:
         for dtype in (columns if np.iterable(columns) else [columns])
     }
     for kept in KEPT_DTYPES:
+        if kept is ml_dtypes.bfloat16:
+            continue  # scikit-learn takes it in a list of dtypes only, and always knows it.
         name = np.dtype(kept).name
         accepted = {name, name.capitalize()} if name.startswith("float") else {name}
         if len(names) == 1 and names <= accepted:
