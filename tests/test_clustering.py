@@ -22,7 +22,7 @@ from jkmeans.clustering.session import Session
 from jkmeans.configuration import convert_fields, from_json, to_json
 from jkmeans.errors import UserError
 from jkmeans.interruption import Interrupted
-from jkmeans.streaming import fit
+from jkmeans.streaming import plan
 from jkmeans.whole_files import write_json
 from tests.test_launchers import ROOT, run
 
@@ -337,7 +337,7 @@ def test_the_answer_does_not_depend_on_the_memory_there_is(fog, tmp_path):
 
 def test_a_stop_after_the_last_chunk_is_heard(fog, tmp_path, monkeypatch):
     config = make_config(input=str(fog), n_clusters="7", max_iter=1, memory_mebibytes=1)
-    following = fit._Fit.next
+    following = plan.Plan.next
 
     def stop_at_the_end(self, *arguments):
         state = following(self, *arguments)
@@ -346,7 +346,7 @@ def test_a_stop_after_the_last_chunk_is_heard(fog, tmp_path, monkeypatch):
         return state
 
     with monkeypatch.context() as patch:
-        patch.setattr(fit._Fit, "next", stop_at_the_end)
+        patch.setattr(plan.Plan, "next", stop_at_the_end)
         with pytest.raises(Interrupted, match="SIGTERM"):
             cluster(config, tmp_path / "w")
     assert not (tmp_path / "w" / "summary.json").exists()

@@ -262,7 +262,7 @@ def test_save_and_load(fitted, blobs, tmp_path):
 
 
 def test_a_fit_that_is_stopped_after_training_leaves_the_model_of_before(blobs, monkeypatch):
-    x, other = blobs[0], blobs[0][:, :5]
+    x = blobs[0]
     model = make().fit(x)
     labels, history = model.labels_.copy(), model.history_
 
@@ -271,7 +271,7 @@ def test_a_fit_that_is_stopped_after_training_leaves_the_model_of_before(blobs, 
 
     monkeypatch.setattr(evaluation, "predict", stop)
     with pytest.raises(KeyboardInterrupt):
-        model.fit(other)
+        model.fit(-x)
     monkeypatch.undo()
     assert model.history_ is history
     np.testing.assert_array_equal(model.labels_, labels)

@@ -272,10 +272,10 @@ def test_devices_agree_over_a_run(n_devices, init):
 @pytest.mark.parametrize(
     ("bank", "n_devices"),
     [
-        ("stored", 2),
+        ("stored", 1),
         *(
             pytest.param(*case, marks=pytest.mark.slow)
-            for case in (("refreshed", 1), ("stored", 1), ("stored", 8), ("refreshed", 8))
+            for case in (("refreshed", 1), ("stored", 2), ("stored", 8), ("refreshed", 8))
         ),
     ],
 )

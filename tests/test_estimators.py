@@ -34,6 +34,7 @@ from jkmeans import (
     sharding,
 )
 from jkmeans.estimators.inputs import read_rows
+from tests import tiny
 
 ESTIMATORS = [KMeans, MiniBatchKMeans, SphericalKMeans, BisectingKMeans, HierarchicalKMeans]
 
@@ -306,9 +307,7 @@ def test_partial_fit_goes_on_after_fit_and_pickling(blobs, mesh):
     np.testing.assert_allclose(other.cluster_centers_, model.cluster_centers_, rtol=1e-5)
 
 
-@pytest.mark.parametrize(
-    "init", ["k-means++", pytest.param("random", marks=pytest.mark.slow), "callable"]
-)
+@pytest.mark.parametrize("init", tiny.all_but_slow(["k-means++", "random", "callable"], "callable"))
 def test_minibatch_reaches_nearly_what_lloyd_reaches(init):
     x, _ = make_blobs(2000, 8, centers=4, cluster_std=2.0, random_state=1)
     full = sklearn.cluster.KMeans(4, n_init=10, random_state=0).fit(x)
@@ -377,6 +376,7 @@ def test_bisecting_agrees_with_scikit_learn(blobs, strategy, weighted):
 # HierarchicalKMeans
 
 
+@pytest.mark.slow
 def test_hierarchy_of_nested_blobs():
     """Nine fine clusters in three coarse ones, of very different sizes."""
     rng = np.random.default_rng(0)
@@ -533,7 +533,7 @@ def test_dtypes_that_scikit_learn_does_not_know(rows, dtype):
     assert (read == 1).all()
 
 
-@slow_for(MiniBatchKMeans, SphericalKMeans)
+@slow_for(MiniBatchKMeans, SphericalKMeans, BisectingKMeans)
 def test_pickle_clone_copy(make, blobs, mesh):
     model = make(mesh=mesh).fit(blobs)
     assert clone(model).mesh == mesh
@@ -542,6 +542,7 @@ def test_pickle_clone_copy(make, blobs, mesh):
         np.testing.assert_array_equal(other.predict(blobs), model.labels_)
 
 
+@slow_for(MiniBatchKMeans, SphericalKMeans, BisectingKMeans)
 def test_pipeline_and_output(make, blobs):
     pipeline = make_pipeline(StandardScaler(), make())
     labels = pipeline.fit_predict(blobs)
@@ -692,7 +693,10 @@ def test_rows_on_a_mesh_with_explicit_axes(blobs, shape):
     np.testing.assert_allclose(model.score(there), expected.score(x), rtol=1e-5)
 
 
-@pytest.mark.parametrize("kind", [KMeans, BisectingKMeans, MiniBatchKMeans, SphericalKMeans])
+@pytest.mark.parametrize(
+    "kind",
+    tiny.all_but_slow([KMeans, BisectingKMeans, MiniBatchKMeans, SphericalKMeans], KMeans),
+)
 @pytest.mark.parametrize(
     ("rows", "weights", "said"),
     [
