@@ -44,8 +44,6 @@ _GRACE_SECONDS = 3.0
 """After a part of a save has failed, in which Orbax may raise by itself, as one process does."""
 _OF_A_SAVE = ("async_checkpointer.py", "future.py")
 """Files of Orbax whose errors end a save; it goes on after others, such as one of a removal."""
-
-
 _one_of_orbax = threading.Lock()
 """Held while a save begins or something is read: Orbax has one number in a process for what it does
 now, by which the parts of a save find each other."""
@@ -283,7 +281,7 @@ class Checkpoints:
 
         def add_up() -> list[int]:
             with _damage(folder):
-                return sums_here(_leaves(trees))
+                return sums_here(leaves)
 
         def compare() -> None:
             with _damage(folder):
@@ -293,8 +291,9 @@ class Checkpoints:
 
         restored = self._by_all(read)
         trees = {name: restored[name] for name in abstract}
+        leaves = _leaves(trees)
         here = self._by_all(add_up)
-        found = _by_tree(trees, added_up(_leaves(trees), here))
+        found = _by_tree(trees, added_up(leaves, here))
         self._by_all(compare)
         return Restored(position, trees, record)
 

@@ -97,25 +97,25 @@ def session(address: str, n_cpus: int, option: str = "config.ray.address") -> It
     else:
         find_cluster(address, option)
         del options["include_dashboard"]
-    try:
-        with _sigterms_heard(ray) as heard, warnings.catch_warnings():
-            # JAX warns of forks; the children of Ray's start other programs at once.
-            warnings.filterwarnings("ignore", message=r"os\.fork\(\)", category=RuntimeWarning)
+    failure = None
+    with _sigterms_heard(ray) as heard, warnings.catch_warnings():
+        # JAX warns of forks; the children of Ray's start other programs at once.
+        warnings.filterwarnings("ignore", message=r"os\.fork\(\)", category=RuntimeWarning)
+        try:
             ray.init(address=address, **options)
-    except Exception as error:  # Where a machine is too busy, a plain Exception.
-        if heard:  # By Ray's processes as well, where it went to all of the group.
-            ray.shutdown()
-            raise Interrupted(signal.SIGTERM) from error
-        reason = str(error).split("\n")[0]
+        except Exception as error:  # Where a machine is too busy, a plain Exception.
+            failure = error
+    if heard:  # And perhaps by Ray's processes, which then fail.
+        ray.shutdown()
+        raise Interrupted(signal.SIGTERM) from failure
+    if failure is not None:
+        reason = str(failure).split("\n")[0]
         if address == "local":
             raise UserError(
                 f"Ray did not begin on this machine ({reason}); accepted: the same command when it "
                 f"is less busy, or {option} of a cluster that runs"
-            ) from error
-        raise _no_cluster(address, option, reason) from error
-    if heard:
-        ray.shutdown()
-        raise Interrupted(signal.SIGTERM)
+            ) from failure
+        raise _no_cluster(address, option, reason) from failure
     try:
         yield ray
     finally:
