@@ -11,6 +11,7 @@ from jax import lax
 
 from jkmeans.kmeans.assignment import accumulation_dtype
 from jkmeans.kmeans.collectives import AxisName, all_sum, axis_index, per_block, vary_like
+from jkmeans.kmeans.sorted_sums import sorted_sums
 
 # Rows, and numbers, summed at a time on a CPU: a block, weighted or converted, stays in the cache.
 _SCATTER_ROWS = 4096
@@ -26,8 +27,10 @@ _LANES = 256
 _STEPS = 8
 # Standard deviations from 0 from which on sums of a column are made around its mean.
 _FAR = 64
-# Entries of the one-hot matrix in memory at a time elsewhere.
+# Elsewhere: entries of a one-hot matrix in memory at a time; products n k d so few that one with
+# such a matrix takes less time than the dozen kernels, and the sort, of a sorted sum.
 _ONE_HOT_ENTRIES = 2**24
+_FEW_PRODUCTS = 2**28
 
 _Sums = tuple[jax.Array, jax.Array]
 """Sums [k, d] and counts [k]."""
@@ -73,9 +76,9 @@ def cluster_statistics(
 
     Returns:
       ClusterStatistics. On a CPU rows are added one after another, or, where clusters and features
-      are very few, all sums are made by one reduction; elsewhere by a product with
-      the one-hot labels, because the order of a scatter's atomic additions changes from run to
-      run.
+      are very few, all sums are made by one reduction; elsewhere in the order of sorted labels, or,
+      where there is little to sum, by a product with the one-hot labels, because the order of a
+      scatter's atomic additions changes from run to run.
     """
     dtype = accumulation_dtype(x)
     x, labels = jnp.asarray(x), jnp.asarray(labels)
@@ -309,7 +312,10 @@ def _sums_of(zeros: _Sums, x, labels, weights, shift) -> _Sums:
     on_cpu = _scattered
     if k * (d + 1) <= _FEW_SUMS and x.shape[0] >= _MANY_ROWS:
         on_cpu = _in_one_pass
-    return lax.platform_dependent(zeros, shift, *arrays, cpu=on_cpu, default=_one_hot)
+    n_entries = x.shape[0] * k
+    few = n_entries <= _ONE_HOT_ENTRIES and n_entries * d <= _FEW_PRODUCTS
+    elsewhere = _one_hot if few else _sorted
+    return lax.platform_dependent(zeros, shift, *arrays, cpu=on_cpu, default=elsewhere)
 
 
 @_sums_of.defjvp
@@ -416,6 +422,12 @@ def _scattered(zeros: _Sums, shift: jax.Array | None, *arrays: jax.Array) -> _Su
     rows = max(1, min(_SCATTER_ROWS, _SCATTER_ENTRIES // max(d, 1)))
     n_in_part = max(1, max(_PART_ROWS, _PART_PER_CLUSTER * k) // rows)
     return _over_blocks(add_rows, zeros, arrays, rows, n_in_part)
+
+
+def _sorted(zeros: _Sums, shift: jax.Array | None, x, labels, weights=None) -> _Sums:
+    """The same sums in the order of sorted labels, which never changes either."""
+    sums, counts = sorted_sums(x, labels, zeros[1].size, weights, shift, zeros[1].dtype)
+    return vary_like(sums, zeros[0]), vary_like(counts, zeros[1])
 
 
 def _one_hot(zeros: _Sums, shift: jax.Array | None, *arrays: jax.Array) -> _Sums:

@@ -12,12 +12,14 @@ from jkmeans.kmeans import ClusterStatistics, add, centroids_from, cluster_stati
 N, D, K = 2500, 3, 4
 
 
-@pytest.fixture(params=["scatter", "one-pass", "one-hot"])
+@pytest.fixture(params=["scatter", "one-pass", "one-hot", "sorted"])
 def path(request, monkeypatch):
     """Every way of summing, whichever the platform and the shapes would choose."""
     if request.param == "one-hot":
         monkeypatch.setattr(statistics, "_scattered", statistics._one_hot)
         monkeypatch.setattr(statistics, "_ONE_HOT_ENTRIES", 1000 * K)
+    if request.param == "sorted":
+        monkeypatch.setattr(statistics, "_scattered", statistics._sorted)
     if request.param == "one-pass":
         for name, value in {"_MANY_ROWS": 2, "_LANES": 2, "_STEPS": 1}.items():
             monkeypatch.setattr(statistics, name, value)
