@@ -31,11 +31,13 @@ import importlib.util
 import json
 import math
 import os
+import pathlib
 import platform
 import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -73,7 +75,7 @@ LINES = (
     Line("100K-512", 100_000, 512, 512, 0.38, 0.25, 0.2),
     Line("51K-512", 51_000, 512, 500, None, 0.15, 0.12),
 )
-OURS = ("exact", "exact-tf32", "fast", "full")
+OURS = ("exact-kernel", "fast-kernel", "exact", "exact-tf32", "fast", "full")
 # What has to be importable, and the package of which the version is told.
 PEERS = {
     "flash-kmeans": ("flash_kmeans", "flash-kmeans"),
@@ -131,10 +133,18 @@ def jkmeans_system(precision: str) -> Callable[[Problem, int], int]:
     return run
 
 
-def _torch(problem: Problem) -> tuple[Any, Any]:
+_shortened: list[tuple[Problem, Any]] = []
+
+
+def _in_bfloat16(problem: Problem) -> Any:
+    """Rows and first centroids for PyTorch, converted once: flashlib keeps what it is given."""
     import torch
 
-    return torch.from_dlpack(problem.x), torch.from_dlpack(problem.init)
+    if not _shortened or _shortened[0][0] is not problem:
+        _shortened.clear()
+        given = [torch.from_dlpack(values).to(torch.bfloat16) for values in problem]
+        _shortened.append((problem, given))
+    return _shortened[0][1]
 
 
 def flash_kmeans(problem: Problem, iterations: int) -> int:
@@ -142,7 +152,7 @@ def flash_kmeans(problem: Problem, iterations: int) -> int:
     import torch
     from flash_kmeans import batch_kmeans_Euclid
 
-    x, init = (tensor[None].to(torch.bfloat16) for tensor in _torch(problem))
+    x, init = (tensor[None] for tensor in _in_bfloat16(problem))
     n_iter = batch_kmeans_Euclid(
         x, init.shape[1], max_iters=iterations, tol=-1.0, init_centroids=init
     )[2]
@@ -155,7 +165,7 @@ def flashlib(problem: Problem, iterations: int) -> int:
     import torch
     from flashlib import flash_kmeans as fit
 
-    x, init = (tensor.to(torch.bfloat16) for tensor in _torch(problem))
+    x, init = _in_bfloat16(problem)
     n_iter = fit(x, len(init), max_iters=iterations, tol=-1.0, init_centroids=init[None])[2]
     torch.cuda.synchronize()
     return int(n_iter)
@@ -220,8 +230,11 @@ def limits(size: int, n_bytes: int, repeats: int) -> dict[str, float]:
     turns = 8
 
     def rate(dtype: Any, precision: Any) -> float:
-        left = jnp.ones((size, size), dtype) / size
-        right = left * 2
+        # Random numbers: a device is faster on zeros and ones, which take less power.
+        left, right = (
+            (jax.random.normal(jax.random.key(i), (size, size)) / size**0.5).astype(dtype)
+            for i in range(2)
+        )
 
         @jax.jit
         def products(left: jax.Array, right: jax.Array) -> jax.Array:
@@ -251,12 +264,18 @@ def bound_use(precision: str, d: int, seed: int = 0) -> float:
     """The largest error of a low-precision score as a share of its bound; above 1 it is broken.
 
     On rows of one size, of numbers between 10⁻⁴ and 10⁴, and on sums that cancel, [256, d] each.
+    Of the kernel only the scores of the nearest centroids can be seen.
     """
     import jax
 
+    from jkmeans.kmeans import hopper
     from jkmeans.kmeans.certified import low_scores
 
-    probe = jax.jit(low_scores, static_argnames=("precision",))
+    by_kernel = precision.endswith("-kernel")
+    probe: Any = (
+        hopper.nearest_scores if by_kernel else functools.partial(low_scores, precision=precision)
+    )
+    probe = jax.jit(probe)
     rng = np.random.default_rng(seed)
     worst = 0.0
     for spread in (0, 4):
@@ -270,11 +289,11 @@ def bound_use(precision: str, d: int, seed: int = 0) -> float:
                 x[:, 1::2] = x[:, : d // 2 * 2 : 2]
                 c[:, 1::2] = -c[:, : d // 2 * 2 : 2] * (1 + 1e-4)
             rows, centroids = x.astype(np.float32), c.astype(np.float32)
-            scores, bounds = (
-                np.asarray(a, np.float64) for a in probe(rows, centroids, precision=precision)
-            )
+            *labels, scores, bounds = (np.asarray(a, np.float64) for a in probe(rows, centroids))
             rows, centroids = rows.astype(np.float64), centroids.astype(np.float64)
             exact = 0.5 * (centroids**2).sum(axis=1)[:, None] - centroids @ rows.T
+            if labels:
+                exact = exact[labels[0].astype(int), np.arange(len(rows))]
             worst = max(worst, float((np.abs(scores - exact) / bounds).max()))
     return worst
 
@@ -306,7 +325,8 @@ def check(problem: Problem, precision: str, n_rows: int) -> Check:
     from jkmeans import kmeans
     from jkmeans.kmeans import certified
 
-    centroids = _lloyd("full")(problem.x, problem.init, max_iter=2).centroids
+    # By the program that was measured: another one would have to be compiled.
+    centroids = _lloyd(precision)(problem.x, problem.init, max_iter=2).centroids
     n = problem.x.shape[0]
     rows = np.sort(np.random.default_rng(0).choice(n, min(n_rows, n), replace=False))
     x = np.asarray(problem.x[rows])
@@ -334,6 +354,17 @@ def check(problem: Problem, precision: str, n_rows: int) -> Check:
         float((levels != certified.CERTIFIED).mean()),
         float((levels == certified.RECOMPUTED).mean()),
     )
+
+
+def iteration_of(problem: Problem, system: str) -> list[tuple[str, float, float]]:
+    """The kernels of one iteration: those of a run of five, less those of a run of one."""
+    runs = [kernels_of(lambda n=n: SYSTEMS[system](problem, n)) for n in (1, 5)]
+    short = {name: (count, ms) for name, count, ms in runs[0]}
+    each = []
+    for name, count, ms in runs[1]:
+        before = short.get(name, (0, 0.0))
+        each.append((name, (count - before[0]) / 4, (ms - before[1]) / 4))
+    return sorted(each, key=lambda kernel: -kernel[2])
 
 
 def roof(line: Line, system: str, found: dict[str, float]) -> tuple[float, str]:
@@ -393,6 +424,32 @@ def run_line(
             }
         )
     return records
+
+
+def hopper_is_there() -> bool:
+    """Whether the kernel for Hopper would be taken; without it, its systems are the plain ones."""
+    from jkmeans.kmeans import hopper
+
+    return hopper.suits(10**6, 128, 10**3)
+
+
+def kernels_of(run: Callable[[], Any]) -> list[tuple[str, int, float]]:
+    """What a device did in a run: names of kernels, how often, and milliseconds, longest first."""
+    import jax
+
+    total: dict[str, list[float]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            run()
+        for path in pathlib.Path(folder).rglob("*.xplane.pb"):
+            for plane in jax.profiler.ProfileData.from_file(str(path)).planes:
+                streams = [line for line in plane.lines if line.name.startswith("Stream")]
+                for event in (event for stream in streams for event in stream.events):
+                    seen = total.setdefault(event.name, [0, 0.0])
+                    seen[0] += 1
+                    seen[1] += event.duration_ns / 1e6
+    found = [(name, int(count), ms) for name, (count, ms) in total.items()]
+    return sorted(found, key=lambda kernel: -kernel[2])
 
 
 def hardware() -> dict[str, Any]:
@@ -460,7 +517,7 @@ def report(result: dict[str, Any]) -> str:
         ms, seen = 1e3 * r["median"], r.get("check")
         flops = 2e-12 * line.n * line.d * line.n_clusters
         good = r["median"] > 0
-        target = {"exact": line.exact, "fast": line.fast}.get(r["system"])
+        target = {"exact": line.exact, "fast": line.fast}.get(r["system"].removesuffix("-kernel"))
         cells = [
             f"{line.n:,} × {line.d} × {line.n_clusters:,}",
             r["system"] if r["error"] is None else f"{r['system']}: {r['error']}",
@@ -481,6 +538,11 @@ def report(result: dict[str, Any]) -> str:
                 f"{seen['gap']:.1e}",
             ]
         lines.append("| " + " | ".join(cells) + " |")
+    for r in result["records"]:
+        if r.get("kernels"):
+            lines += ["", f"{r['line']}, {r['system']}: an iteration by kernels, milliseconds", ""]
+            lines += ["| kernel | launches | ms |", "| --- | --- | --- |"]
+            lines += [f"| {name} | {count:g} | {ms:.3f} |" for name, count, ms in r["kernels"][:20]]
     return "\n".join(lines) + "\n"
 
 
@@ -502,6 +564,9 @@ def main(argv: list[str] | None = None) -> int:
         "--markdown", type=new_file, metavar="FILE", help="where to write the table"
     )
     parser.add_argument("--json", type=new_file, metavar="FILE", help="where to write measurements")
+    parser.add_argument(
+        "--profile", action="store_true", help="tell which kernels an iteration's time goes to"
+    )
     parser.add_argument(
         "--allow-cpu", action="store_true", help="tiny problems where there is no GPU"
     )
@@ -527,7 +592,10 @@ def main(argv: list[str] | None = None) -> int:
     systems = [name for name in SYSTEMS if name in args.systems and name not in missing]
     for name in missing:
         print(f"{name} is left out: it is not installed", file=sys.stderr)
-    screened = [name for name in ("exact", "exact-tf32") if name in systems]
+    hopper = hopper_is_there()
+    if not hopper:
+        systems = [name for name in systems if not name.endswith("-kernel")]
+    screened = [name for name in ("exact-kernel", "exact", "exact-tf32") if name in systems]
     size, n_bytes = (128, 2**16) if tiny else (8192, 2**30)
     result: dict[str, Any] = {
         "date": datetime.date.today().isoformat(),
@@ -571,6 +639,8 @@ def main(argv: list[str] | None = None) -> int:
                         f"{r['system']} on {line.name}: certified labels are wrong", file=sys.stderr
                     )
                     failed.append(r["system"])
+                if args.profile:
+                    r["kernels"] = iteration_of(problem, r["system"])
             elif r["system"] in OURS:
                 failed.append(r["system"])
         result["records"] += records

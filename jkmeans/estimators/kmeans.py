@@ -69,7 +69,8 @@ class KMeans(CentroidEstimator):
         (see docs/exactness.md). "exact-tf32": the same with TensorFloat-32. "fast", "fast-tf32":
         the labels of these products as they are. Centroids and inertia are always in full
         precision, and so are the labels of files. Made for GPUs, and not measured there yet: on a
-        CPU "full" is the fastest.
+        CPU "full" is the fastest. "exact-kernel", "fast-kernel": "exact" and "fast" by a kernel for
+        Hopper that has run on no GPU yet; without it where it does not apply.
 
     Attributes:
       cluster_centers_: [k, d] float32 or float64.
@@ -78,7 +79,7 @@ class KMeans(CentroidEstimator):
       n_iter_: iterations of the best restart.
       n_features_in_: d.
       feature_names_in_: [d], if X is a data frame with names.
-      recomputed_: with precision "exact" or "exact-tf32", the share of rows that were computed
+      recomputed_: with precision "exact…", the share of rows that were computed
         anew, over all iterations of the best restart; else None.
     """
 

@@ -1,12 +1,19 @@
-"""Screening of rows for certified labels on Hopper: products, bounds and minima in one kernel.
+"""The nearest centroids of rows by products in bfloat16, in one kernel for Hopper.
 
-A program takes 64 rows and streams over all centroids, 128 at a time: matrix units multiply a tile
-of rows with a tile of centroids, and before the next tile its scores shrink to what
-`jkmeans.kmeans.certified` needs of them. Scores never leave the chip.
+A block of the kernel takes a few hundred rows and streams over all centroids, a tile at a time.
+One warpgroup copies tiles into shared memory (TMA); two others multiply them with their rows
+(wgmma) in turns, so that one's products run while the other takes what is needed out of its scores.
+Scores never leave the registers: there is no matrix of n × k.
 
-Written with Pallas Mosaic GPU, tested in its interpreter on a CPU and lowered for CUDA. **It has
-run on no GPU**, and no path of jkmeans takes it: a beginning for whoever has one. Copies do not
-overlap products yet, and features are in shared memory all at once, so d is at most 512.
+What is kept is little, because it costs more than the products where rows are short. Each score
+s = ½‖c‖² − x·c becomes an integer key of 32 bits: the upper ones are s in units of its row,
+rounded, the lower ones say in which slice of which tile it was met. Columns of a tile are folded
+into `FOLD` slots, and each slot keeps its two least keys, with two and a half minima or maxima of
+integers a score; only after the last tile the slots of a row are compared with each other.
+
+Written with Pallas Mosaic GPU. It is tested in its interpreter on a CPU, and compiled down to
+Hopper's own instructions without a GPU (``python -m benchmarks.gpu_code``). **It has run on no
+GPU yet**, and is taken only where it is asked for by name.
 """
 
 from __future__ import annotations
@@ -20,198 +27,351 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jkmeans.kmeans import certified
+FEATURES = 64
+"""What features are padded to a multiple of: a line of swizzled shared memory, 128 bytes."""
 
-ROWS, CENTROIDS, FEATURES = 64, 128, 64
-"""The tile of rows, of centroids, and what features are padded to a multiple of."""
+ROWS = 256
+"""What rows are padded to a multiple of."""
+
+FOLD = 16
+"""Slots of a row."""
+
+FEWEST_BITS = 10
+"""Of a key, for slices: so many push exponent and first bit of an offset out of it."""
+
+MOST_BITS = 16
+"""Of a key, for slices: fewer bits would be left of a score than bfloat16 is worth."""
+
+_SHARED_MEMORY = 227 * 1024
+_WORKERS = 2
+# Registers of a thread that copies, and of one that multiplies: 128 × (40 + 2 × 232) fit.
+_FEW_REGISTERS, _MANY_REGISTERS = 40, 232
 
 
-MOST_FEATURES = 512
-"""What shared memory has room for."""
+class Tiles(NamedTuple):
+    """How a problem is cut up.
+
+    Attributes:
+      rows: of a warpgroup, a multiple of 64.
+      centroids: of a tile, a multiple of 2 `FOLD`.
+      stages: tiles of centroids that are under way.
+      resident: whether all features of a block's rows stay in shared memory; otherwise they are
+        copied again with each tile of centroids.
+    """
+
+    rows: int
+    centroids: int
+    stages: int
+    resident: bool
 
 
 class Screened(NamedTuple):
-    """What is kept of the scores s and their bounds E of each row, all [n].
+    """The nearest centroids of rows by rounded scores.
 
     Attributes:
-      upper: the least s + E.
-      labels: int32, the centroid of the least s − E, the lowest of equals.
-      rivals: int32, that of the second least.
-      second: the second least s − E.
-      third: the third least.
+      labels: [n] int32, the nearest.
+      scores: [n] float32, its score, in units of the row.
+      rivals: [n] int32, the next; None where only the nearest was asked for.
+      second: [n] float32, how much larger its score is, in units of the row; likewise.
+      third: [n] float32, at most how much larger the score of any other centroid is; likewise.
     """
 
-    upper: jax.Array
     labels: jax.Array
-    rivals: jax.Array
-    second: jax.Array
-    third: jax.Array
+    scores: jax.Array
+    rivals: jax.Array | None
+    second: jax.Array | None
+    third: jax.Array | None
 
 
-def screen_rows(
-    x: jax.Array, centroids: jax.Array, half_norms: jax.Array, *, interpret: Any = None
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """What `certified.screening` gives, by the kernel.
+def bits_of_slices(n_centroids: int) -> int:
+    """The bits of a key that say which slice of which tile a score is from."""
+    return max(FEWEST_BITS, (-(-n_centroids // FOLD) - 1).bit_length())
 
-    Args:
-      x: [n, d] float32, shifted.
-      centroids: [k, d] float32, shifted.
-      half_norms: [k] float32.
-      interpret: see `screen`.
 
-    Returns:
-      labels [n] int32, rivals [n] int32 and levels [n] int8.
-    """
-    d = x.shape[1]
-    rows, means = certified.rounded(x, 7), certified.rounded(centroids, 7)
-    size, change = certified.radii(x, rows)
-    far, moved = certified.radii(centroids, means)
-    # E of `certified`, as a sum of products of what a row has with what a centroid has.
-    sums = certified.share_of_sums(d)
-    of_rows = (1 + sums) * jnp.stack([change + sums * size, size])
-    rest = (1 + sums) * (0.5 * sums * far**2 + d * certified.UNDERFLOW)
-    found = screen(
-        rows.astype(jnp.bfloat16),
-        means.astype(jnp.bfloat16),
-        of_rows,
-        jnp.stack([half_norms, far, moved, rest]),
-        interpret=interpret,
-    )
-    # A GPU's minima pass over NaN: where one may arise, nothing is decided.
-    reach = jnp.max(far)
-    certain = jnp.isfinite(4 * (size * reach + reach**2))
-    levels = jnp.where(found.upper < found.third, certified.COMPARED, certified.RECOMPUTED)
-    levels = jnp.where(found.upper < found.second, certified.CERTIFIED, levels)
-    levels = jnp.where(certain, levels, certified.RECOMPUTED).astype(jnp.int8)
-    return found.labels, found.rivals, levels
+def tiles_for(d: int) -> Tiles:
+    """The tiles for rows of d features, a multiple of `FEATURES`: chosen without a GPU so far."""
+    for rows in (128, 64):
+        tiles = Tiles(rows, 128, 4, True)
+        if fits(d, tiles):
+            return tiles
+    return Tiles(128, 128, 4, False)
+
+
+def fits(d: int, tiles: Tiles) -> bool:
+    """Whether a block with rows of d features has room in shared memory."""
+    return _shared_memory(d, tiles) <= _SHARED_MEMORY
+
+
+def _shared_memory(d: int, tiles: Tiles) -> int:
+    """Bytes of shared memory that a block takes, about."""
+    rows = _WORKERS * tiles.rows
+    of_stage = 2 * FEATURES * tiles.centroids + 4 * tiles.centroids
+    if not tiles.resident:
+        of_stage += 2 * FEATURES * rows
+    return tiles.stages * of_stage + tiles.resident * 2 * d * rows + 24 * rows + 2048
 
 
 def screen(
     rows: jax.Array,
     centroids: jax.Array,
-    of_rows: jax.Array,
-    of_centroids: jax.Array,
+    half_norms: jax.Array,
+    offsets: jax.Array,
     *,
+    only_nearest: bool = False,
+    tiles: Tiles | None = None,
     interpret: Any = None,
 ) -> Screened:
-    """Scores s = h − x·c and bounds E = C a + D b + q of all pairs, reduced to `Screened`.
+    """The nearest centroids of rows by scores s = h − x·c, rounded to multiples of a unit.
 
     Args:
-      rows: [n, d] bfloat16.
+      rows: [n, d] bfloat16, n a multiple of `ROWS` and d one of `FEATURES`.
       centroids: [k, d] bfloat16.
-      of_rows: [2, n] float32: a and b. Finite, like all else here: a GPU's minima pass over NaN.
-      of_centroids: [4, k] float32: h, C, D and q.
+      half_norms: [k] float32: h.
+      offsets: [n] float32, 1.5 · 2^23 times the unit of each row, a power of 2. A unit must be so
+        large that no score of its row reaches 2^(31 − bits) units, with `bits_of_slices`. Finite,
+        like all else here.
+      only_nearest: whether the rest of `Screened` is left out, which is faster.
+      tiles: None for `tiles_for`.
       interpret: parameters of Pallas' interpreter; None to run on the device.
 
     Returns:
-      Screened.
+      Screened. Of centroids whose rounded scores are equal any may come first.
 
     Raises:
-      ValueError: more than MOST_FEATURES features.
+      ValueError: more centroids than `MOST_BITS` can tell apart.
     """
-    n, d = rows.shape
-    if d > MOST_FEATURES:
-        raise ValueError(f"rows have {d} features: expected at most {MOST_FEATURES}")
-    k = centroids.shape[0]
-    n_rows, n_tiles = -(-n // ROWS), -(-k // CENTROIDS)
-    width = -(-d // FEATURES) * FEATURES
-    rows = jnp.pad(rows, ((0, n_rows * ROWS - n), (0, width - d)))
-    centroids = jnp.pad(centroids, ((0, n_tiles * CENTROIDS - k), (0, width - d)))
-    of_rows = jnp.pad(of_rows, ((0, 0), (0, n_rows * ROWS - n)))
-    more = n_tiles * CENTROIDS - k
-    # What fills up the last tile is infinitely far.
-    far = jnp.full((1, more), jnp.inf, jnp.float32)
-    filling = jnp.concatenate([far, jnp.zeros((3, more), jnp.float32)])
-    of_centroids = jnp.concatenate([of_centroids, filling], axis=1)
+    (n, d), k = rows.shape, centroids.shape[0]
+    tiles = tiles_for(d) if tiles is None else tiles
+    bits = bits_of_slices(k)
+    if bits > MOST_BITS:
+        raise ValueError(f"{k} centroids: expected at most {FOLD * 2**MOST_BITS}")
+    missing = -k % tiles.centroids
+    turned = jnp.pad(centroids, ((0, missing), (0, 0))).T
+    run = _kernel(n, d, k, bits, 1 if only_nearest else 2, tiles, interpret)
+    keys, numbers = run(rows, turned, jnp.pad(half_norms, (0, missing)), offsets)
+    units = keys >> bits
+    scores = units[0].astype(jnp.float32)
+    if only_nearest:
+        return Screened(numbers[0], scores, None, None, None)
+    second, third = ((units[i] - units[0]).astype(jnp.float32) for i in (1, 2))
+    return Screened(numbers[0], scores, numbers[1], second, third)
 
-    def body(x_ref, c_ref, a_ref, b_ref, h_ref, size_ref, change_ref, q_ref, *rest):
-        outputs, (x, c, a, b, h, size, change, q, results, numbers, barrier) = rest[:5], rest[5:]
-        first = lax.axis_index("rows") * ROWS
-        mine = pl.ds(first, ROWS)
-        for source, target in ((x_ref, x), (a_ref, a), (b_ref, b)):
-            plgpu.copy_gmem_to_smem(source.at[mine], target, barrier)
-            plgpu.barrier_wait(barrier)
-        a_b, b_b = a[...], b[...]
 
-        def spread(of_rows):
-            return lax.broadcast_in_dim(of_rows, (ROWS, CENTROIDS), (0,))
+def _kernel(n: int, d: int, k: int, bits: int, keep: int, tiles: Tiles, interpret: Any):
+    """The kernel: keys [3, n] and numbers of centroids [2, n], or one of each."""
+    mine, width, stages, resident = tiles
+    chunks, n_slices = d // FEATURES, width // FOLD
+    whole, rest = divmod(k, width)
+    n_steps = (whole + (rest > 0)) * chunks
+    in_block = _WORKERS * mine
+    most = 2**31 - 1
 
-        def across(ref):
-            return lax.broadcast_in_dim(ref[...], (ROWS, CENTROIDS), (1,))
+    def body(x_gmem, c_gmem, h_gmem, offsets_gmem, keys_gmem, numbers_gmem, **scratch):
+        memory = _Memory(**scratch)
+        worker = lax.axis_index("worker")
+        first = lax.axis_index("block") * in_block
 
-        def step(tile, kept):
-            theirs = pl.ds(tile * CENTROIDS, CENTROIDS)
-            plgpu.copy_gmem_to_smem(c_ref.at[:, theirs], c, barrier)
-            plgpu.barrier_wait(barrier)
-            sources = (h_ref, size_ref, change_ref, q_ref)
-            for source, target in zip(sources, (h, size, change, q), strict=True):
-                plgpu.copy_gmem_to_smem(source.at[theirs], target, barrier)
-                plgpu.barrier_wait(barrier)
+        @pl.when(worker == _WORKERS)
+        def _():
+            plgpu.set_max_registers(_FEW_REGISTERS, action="decrease")
+            block = pl.ds(first, in_block)
+            plgpu.copy_gmem_to_smem(offsets_gmem.at[block], memory.offsets, memory.block_is_there)
+            if resident:
+                for chunk in range(chunks):
+                    features = pl.ds(chunk * FEATURES, FEATURES)
+                    part = x_gmem.at[block, features]
+                    plgpu.copy_gmem_to_smem(part, memory.x.at[chunk], memory.block_is_there)
 
-            def multiply(accumulator):
-                plgpu.wgmma(accumulator, x, c)
-                plgpu.wgmma_wait(0)
-                return accumulator[...]
+            def copy(step, _):
+                stage = lax.rem(step, stages)
 
-            room = plgpu.ACC((ROWS, CENTROIDS), jnp.float32)  # pyright: ignore[reportPrivateImportUsage]
-            products = pl.run_scoped(multiply, room)
-            scores = across(h) - products
-            errors = across(size) * spread(a_b) + across(change) * spread(b_b) + across(q)
-            number = tile * CENTROIDS + lax.broadcasted_iota(jnp.int32, (ROWS, CENTROIDS), 1)
-            lower = scores - errors
-            upper, one, i, two, j, three = kept
-            upper = jnp.minimum(upper, jnp.min(scores + errors, axis=1))
-            for _ in range(3):
-                # The least that is left of the tile takes its place among the kept.
-                value = jnp.min(lower, axis=1)
-                is_least = lower == spread(value)
-                whose = jnp.min(jnp.where(is_least, number, jnp.int32(2**30)), axis=1)
-                lower = jnp.where(number == spread(whose), jnp.float32(jnp.inf), lower)
-                before_one, before_two, before_three = value < one, value < two, value < three
-                three = jnp.where(before_two, two, jnp.where(before_three, value, three))
-                two, j = (
-                    jnp.where(before_one, old, jnp.where(before_two, new, kept_))
-                    for old, new, kept_ in ((one, value, two), (i, whose, j))
+                @pl.when(step >= stages)
+                def _():
+                    plgpu.barrier_wait(memory.is_free.at[stage])
+
+                features = pl.ds(lax.rem(step, chunks) * FEATURES, FEATURES)
+                columns = pl.ds(lax.div(step, chunks) * width, width)
+                arrived = memory.is_there.at[stage]
+                plgpu.copy_gmem_to_smem(c_gmem.at[features, columns], memory.c.at[stage], arrived)
+                plgpu.copy_gmem_to_smem(h_gmem.at[columns], memory.h.at[stage], arrived)
+                if not resident:
+                    part = x_gmem.at[block, features]
+                    plgpu.copy_gmem_to_smem(part, memory.x.at[stage], arrived)
+                return ()
+
+            lax.fori_loop(0, n_steps, copy, ())
+
+            def wait(step, _):
+                plgpu.barrier_wait(memory.is_free.at[lax.rem(step, stages)])
+                return ()
+
+            lax.fori_loop(max(0, n_steps - stages), n_steps, wait, ())
+
+        @pl.when(worker < _WORKERS)
+        def _():
+            plgpu.set_max_registers(_MANY_REGISTERS, action="increase")
+            rows = pl.ds(worker * mine, mine)
+            plgpu.barrier_wait(memory.block_is_there)
+            offsets = lax.broadcast_in_dim(memory.offsets[rows], (mine, FOLD), (0,))
+            column = lax.broadcasted_iota(jnp.int32, (mine, FOLD), 1)
+
+            # The turn is the first worker's.
+            @pl.when(worker == 1)
+            def _():
+                plgpu.barrier_arrive(memory.turn.at[0])
+
+            def scores_of(tile):
+                """Scores of the rows and a tile of centroids: [mine, width]."""
+                step = tile * chunks
+
+                def stage(chunk):
+                    # A constant where it can be: it is the address of operands.
+                    return chunk % stages if chunks % stages == 0 else lax.rem(step + chunk, stages)
+
+                plgpu.barrier_wait(memory.is_there.at[stage(0)])
+                plgpu.barrier_wait(memory.turn.at[worker])
+
+                def multiply(products):
+                    h = None
+                    for chunk in range(chunks):
+                        now = stage(chunk)
+                        if chunk:
+                            plgpu.barrier_wait(memory.is_there.at[now])
+                        x = memory.x.at[chunk if resident else now, rows]
+                        plgpu.wgmma(products, x, memory.c.at[now])
+                        if chunk == chunks - 1:
+                            h = memory.h[now]
+                            # The other's products queue up behind these.
+                            plgpu.barrier_arrive(memory.turn.at[1 - worker])
+                        if chunk:
+                            plgpu.wgmma_wait(1)
+                            plgpu.barrier_arrive(memory.is_free.at[stage(chunk - 1)])
+                    plgpu.wgmma_wait(0)
+                    plgpu.barrier_arrive(memory.is_free.at[stage(chunks - 1)])
+                    return products[...], h
+
+                room = plgpu.ACC((mine, width), jnp.float32)  # pyright: ignore[reportPrivateImportUsage]
+                products, h = pl.run_scoped(multiply, room)
+                return lax.broadcast_in_dim(h, (mine, width), (1,)) - products
+
+            def look_at(tile, kept, n_columns=width):
+                scores = scores_of(tile)
+
+                def keys_of(piece):
+                    start = piece * FOLD
+                    if start >= n_columns:
+                        return jnp.full((mine, FOLD), most, jnp.int32)
+                    # The sum is rounded to the unit, and its low bits are the score.
+                    shifted = scores[:, start : start + FOLD] + offsets
+                    whole_units = lax.bitcast_convert_type(shifted, jnp.int32)
+                    keys = whole_units * jnp.int32(1 << bits) + (tile * n_slices + piece)
+                    left = n_columns - start
+                    return keys if left >= FOLD else jnp.where(column < left, keys, jnp.int32(most))
+
+                return functools.reduce(
+                    lambda kept, piece: _merge(kept, keys_of(piece), keys_of(piece + 1)),
+                    range(0, n_slices, 2),
+                    kept,
                 )
-                one, i = jnp.where(before_one, value, one), jnp.where(before_one, whose, i)
-            return upper, one, i, two, j, three
 
-        infinite = jnp.full((ROWS,), jnp.inf, jnp.float32)
-        zero = jnp.zeros((ROWS,), jnp.int32)
-        start = (infinite, infinite, zero, infinite, zero, infinite)
-        upper, _, i, two, j, three = lax.fori_loop(0, n_tiles, step, start)
-        for shared, output, value in zip(
-            (results, numbers, numbers, results, results),
-            outputs,
-            (upper, i, j, two, three),
-            strict=True,
-        ):
-            shared[...] = value
+            kept = (jnp.full((mine, FOLD), most, jnp.int32),) * keep
+            kept = lax.fori_loop(0, whole, look_at, kept)
+            if rest:
+                kept = look_at(whole, kept, rest)
+
+            @pl.when(worker == 0)
+            def _():
+                plgpu.barrier_wait(memory.turn.at[0])
+
+            keys, numbers = _best(kept, column, bits)
+            target = pl.ds(first + worker * mine, mine)
+            for values, shared in ((keys, memory.keys), (numbers, memory.numbers)):
+                for i, value in enumerate(values):
+                    shared[worker, i] = value
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(shared, output.at[mine])
+            for i in range(len(keys)):
+                plgpu.copy_smem_to_gmem(memory.keys.at[worker, i], keys_gmem.at[i, target])
+            for i in range(len(numbers)):
+                plgpu.copy_smem_to_gmem(memory.numbers.at[worker, i], numbers_gmem.at[i, target])
             plgpu.wait_smem_to_gmem(0)
 
-    tiled = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
-    of_row = jax.ShapeDtypeStruct((n_rows * ROWS,), jnp.float32)
-    number = jax.ShapeDtypeStruct((n_rows * ROWS,), jnp.int32)
-    vector = functools.partial(plgpu.SMEM, dtype=jnp.float32)
-    kernel = plgpu.kernel(
+    n_keys, n_numbers = (3, 2) if keep == 2 else (1, 1)
+    tiled = (plgpu.TilingTransform((8, FEATURES)), plgpu.SwizzleTransform(2 * FEATURES))
+    held = chunks if resident else stages
+    memory = _Memory(
+        x=plgpu.SMEM((held, in_block, FEATURES), jnp.bfloat16, transforms=tiled),
+        c=plgpu.SMEM((stages, FEATURES, width), jnp.bfloat16, transforms=tiled),
+        h=plgpu.SMEM((stages, width), jnp.float32),
+        offsets=plgpu.SMEM((in_block,), jnp.float32),
+        keys=plgpu.SMEM((_WORKERS, n_keys, mine), jnp.int32),
+        numbers=plgpu.SMEM((_WORKERS, n_numbers, mine), jnp.int32),
+        block_is_there=plgpu.Barrier(num_arrivals=1 + resident * chunks),
+        is_there=plgpu.Barrier(num_arrivals=2 if resident else 3, num_barriers=stages),
+        is_free=plgpu.Barrier(num_arrivals=_WORKERS, num_barriers=stages),
+        turn=plgpu.Barrier(num_barriers=_WORKERS),
+    )
+    return plgpu.kernel(
         body,
-        out_type=(of_row, number, number, of_row, of_row),
-        grid=(n_rows,),
-        grid_names=("rows",),
-        scratch_types=[
-            plgpu.SMEM((ROWS, width), jnp.bfloat16, transforms=tiled),
-            plgpu.SMEM((width, CENTROIDS), jnp.bfloat16, transforms=tiled),
-            *(vector((ROWS,)) for _ in range(2)),
-            *(vector((CENTROIDS,)) for _ in range(4)),
-            vector((ROWS,)),
-            plgpu.SMEM((ROWS,), jnp.int32),
-            plgpu.Barrier(),
-        ],
+        out_type=(
+            jax.ShapeDtypeStruct((n_keys, n), jnp.int32),
+            jax.ShapeDtypeStruct((n_numbers, n), jnp.int32),
+        ),
+        grid=(n // in_block,),
+        grid_names=("block",),
+        num_threads=_WORKERS + 1,
+        thread_name="worker",
+        scratch_types=memory._asdict(),
         # The compiler infers the layouts of registers.
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
         interpret=interpret,
     )
-    found = kernel(rows, centroids.T, *of_rows, *of_centroids)
-    return Screened(*(values[:n] for values in found))
+
+
+class _Memory(NamedTuple):
+    """Shared memory of a block, and its barriers."""
+
+    x: Any
+    c: Any
+    h: Any
+    offsets: Any
+    keys: Any
+    numbers: Any
+    block_is_there: Any
+    is_there: Any
+    is_free: Any
+    turn: Any
+
+
+def _merge(kept: tuple[jax.Array, ...], one: jax.Array, other: jax.Array) -> tuple[jax.Array, ...]:
+    """The least of what was kept and two more keys of each slot; or the two least."""
+    if len(kept) == 1:
+        return (jnp.minimum(jnp.minimum(kept[0], one), other),)
+    least, second = kept
+    lower, upper = jnp.minimum(one, other), jnp.maximum(one, other)
+    beaten = jnp.maximum(least, lower)
+    return jnp.minimum(least, lower), jnp.minimum(jnp.minimum(second, upper), beaten)
+
+
+def _best(
+    kept: tuple[jax.Array, ...], column: jax.Array, bits: int
+) -> tuple[list[jax.Array], list[jax.Array]]:
+    """The least keys of each row among those of its slots, and the centroids of the first two.
+
+    The third is only a bound from below where the first two are of one slot: the second again.
+    """
+
+    def least(slots):
+        key = jnp.min(slots, axis=1)
+        is_least = slots == lax.broadcast_in_dim(key, column.shape, (0,))
+        slot = jnp.min(jnp.where(is_least, column, FOLD), axis=1)
+        number = (key & jnp.int32((1 << bits) - 1)) * FOLD + slot
+        return key, number, column == lax.broadcast_in_dim(slot, column.shape, (0,))
+
+    slots = kept[0]
+    key, number, is_first = least(slots)
+    if len(kept) == 1:
+        return [key], [number]
+    slots = jnp.where(is_first, kept[1], slots)
+    second, rival, is_second = least(slots)
+    slots = jnp.where(is_second, jnp.where(is_first, slots, kept[1]), slots)
+    return [key, second, jnp.min(slots, axis=1)], [number, rival]

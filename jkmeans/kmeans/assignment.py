@@ -15,7 +15,7 @@ from jkmeans.kmeans.collectives import AxisName, all_sum, axis_index, n_devices
 _FEW_FEATURES = 8
 # Numbers in all centroids together up to which they are compared one by one.
 _FEW_NUMBERS = 64
-PRECISIONS = ("full", "exact", "exact-tf32", "fast", "fast-tf32")
+PRECISIONS = ("full", "exact", "exact-tf32", "exact-kernel", "fast", "fast-tf32", "fast-kernel")
 """How scores are computed: see `nearest` and ``certified.py``."""
 
 
@@ -94,6 +94,8 @@ def nearest(
         precision, and labels are the same (see ``certified.py`` for what that means where float32
         itself cannot tell); "exact-tf32" for the same with TensorFloat-32. "fast" and "fast-tf32"
         for the labels of such products as they are. Made for GPUs: slower than "full" on a CPU.
+        "exact-kernel" and "fast-kernel": "exact" and "fast" by a kernel for Hopper that has run on
+        no GPU yet, and as they are without the kernel where it does not apply.
 
     Returns:
       [n] int32, among all centroids. Ties go to the lowest index; a row that holds NaN gets 0.

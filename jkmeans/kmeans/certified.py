@@ -63,14 +63,16 @@ bfloat16 and back they may, and δx would come out as 0.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jkmeans.kmeans import bounds
+from jkmeans.kmeans import bounds, hopper
 from jkmeans.kmeans.assignment import (
+    PRECISIONS,
     accumulation_dtype,
     is_few,
     lowest,
@@ -79,14 +81,19 @@ from jkmeans.kmeans.assignment import (
     nearest,
     score,
 )
+from jkmeans.kmeans.certainty import (
+    CERTIFIED,
+    COMPARED,
+    RECOMPUTED,
+    Radii,
+    error_of,
+    full_error_of,
+    radii,
+    rounded,
+)
 
-# How a label was found, see `Certified`.
-CERTIFIED, COMPARED, RECOMPUTED = 0, 1, 2
 # Bits of the significand that a format stores; exponents have the 8 bits of float32.
-_STORED_BITS = {"exact": 7, "fast": 7, "exact-tf32": 10, "fast-tf32": 10}
-_UNIT = 2.0**-24
-# What underflow may cost, for each feature.
-UNDERFLOW = 2.0**-122
+_STORED_BITS = {name: 10 if name.endswith("-tf32") else 7 for name in PRECISIONS if name != "full"}
 # Features up to which the bound is proven.
 _MOST_FEATURES = 2**20
 # Numbers of a block of gathered rows and its scores, elsewhere than on a CPU. Not measured.
@@ -98,24 +105,13 @@ class Certified(NamedTuple):
 
     Attributes:
       labels: [n] int32, in 0 … k-1.
-      levels: [n] int8. CERTIFIED: products in low precision proved it. COMPARED: two products in
-        full precision did. RECOMPUTED: the row was compared with every centroid in full precision.
+      levels: [n] int8. CERTIFIED: products in low precision proved it. REFINED: products of numbers
+        in two parts of low precision did. COMPARED: two products in full precision did. RECOMPUTED:
+        the row was compared with every centroid in full precision.
     """
 
     labels: jax.Array
     levels: jax.Array
-
-
-class _Radii(NamedTuple):
-    """What the bound on a pair needs of a row or a centroid.
-
-    Attributes:
-      size: at least ‖v‖ + ‖δv‖, for the shifted v.
-      change: at least ‖δv‖, for what rounding to the format does to v.
-    """
-
-    size: jax.Array
-    change: jax.Array
 
 
 def certified_nearest(
@@ -124,6 +120,7 @@ def certified_nearest(
     *,
     precision: str = "exact",
     block_size: int | None = None,
+    ready: hopper.Ready | None = None,
 ) -> Certified:
     """The label of each row's nearest centroid, found by products in low precision; see above.
 
@@ -135,9 +132,12 @@ def certified_nearest(
       centroids: [k, d].
       precision: "exact" for products in bfloat16, "exact-tf32" in TensorFloat-32 (on other devices
         than NVIDIA's: float32 products of numbers rounded to it); "fast" and "fast-tf32" for the
-        labels of these products as they are, without any guarantee.
+        labels of these products as they are, without any guarantee. "exact-kernel" and
+        "fast-kernel" are "exact" and "fast" by a kernel written for Hopper (see ``hopper.py``),
+        which has run on no GPU yet; where it does not apply they are "exact" and "fast".
       block_size: the largest number of rows whose scores are in memory at a time; None for what
         suits the device.
+      ready: x as `make_ready` left it, for who assigns the same rows again and again; or None.
 
     Returns:
       Certified. Ties go to the lowest index; a row that holds NaN gets 0. With "fast", levels tell
@@ -154,8 +154,63 @@ def certified_nearest(
     if is_few(k, d) or d > _MOST_FEATURES:
         labels = nearest(x, centroids, block_size=block_size)
         return Certified(labels, jnp.full_like(labels, RECOMPUTED, jnp.int8))
-    dtype = accumulation_dtype(x, centroids)
-    centroids = centroids.astype(dtype)
+    centroids = centroids.astype(accumulation_dtype(x, centroids))
+    plain = partial(_nearest_by_products, precision=precision, block_size=block_size)
+    if not _takes_kernel(x, centroids, precision):
+        return plain(x, centroids, ready)
+    by_kernel = partial(_nearest_by_kernel, precision=precision, block_size=block_size)
+    return lax.platform_dependent(x, centroids, ready, cuda=by_kernel, default=plain)
+
+
+def make_ready(x: jax.Array, centroids: jax.Array, precision: str) -> hopper.Ready | None:
+    """What `certified_nearest` needs of rows whatever the centroids, where it needs anything.
+
+    Args:
+      x: [n, d].
+      centroids: [k, d], near those that rows will be compared with: the rows' origin is amid them.
+      precision: see `certified_nearest`.
+    """
+    x, centroids = lax.stop_gradient((jnp.asarray(x), jnp.asarray(centroids)))
+    centroids = centroids.astype(accumulation_dtype(x, centroids))
+    if not _takes_kernel(x, centroids, precision):
+        return None
+    return hopper.make_ready(x, middle_centroid(centroids))
+
+
+def _takes_kernel(x: jax.Array, centroids: jax.Array, precision: str) -> bool:
+    (n, d), k = x.shape, centroids.shape[0]
+    return precision.endswith("-kernel") and not is_few(k, d) and hopper.suits(n, d, k)
+
+
+def _nearest_by_kernel(
+    x: jax.Array,
+    centroids: jax.Array,
+    ready: hopper.Ready | None,
+    *,
+    precision: str,
+    block_size: int | None,
+) -> Certified:
+    if ready is None:
+        ready = hopper.make_ready(x, middle_centroid(centroids))
+    at = bounds.geometry(centroids, ready.origin, jnp.zeros((0, 0), jnp.int32))
+    if precision.startswith("fast"):
+        labels = hopper.nearest(ready, at)
+        return Certified(labels, jnp.full_like(labels, CERTIFIED, jnp.int8))
+    found = hopper.look_again(x, at, hopper.look(ready, at))
+    labels, levels = _compare_pairs(x, at, *found)
+    return Certified(*_recompute(x, at, labels, levels, block_size))
+
+
+def _nearest_by_products(
+    x: jax.Array,
+    centroids: jax.Array,
+    ready: hopper.Ready | None,
+    *,
+    precision: str,
+    block_size: int | None,
+) -> Certified:
+    del ready
+    k, dtype = centroids.shape[0], centroids.dtype
     at = bounds.geometry(centroids, middle_centroid(centroids), jnp.zeros((0, 0), jnp.int32))
     bits = _STORED_BITS[precision]
     numbers = jnp.arange(k, dtype=jnp.int32)
@@ -186,13 +241,13 @@ def screening(at: bounds.Geometry, bits: int):
     scores = _low_scores(at, bits)
     numbers = jnp.arange(k, dtype=jnp.int32)
     size, change = radii(at.centroids, rounded(at.centroids, bits))
-    of_centroids = _Radii(size[:, None], change[:, None])
+    of_centroids = Radii(size[:, None], change[:, None])
 
     def screen(x_bd: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         low_bd = rounded(x_bd, bits)
         size, change = radii(x_bd, low_bd)
         scores_kb = scores(low_bd)
-        errors_kb = _error(of_centroids, _Radii(size[None], change[None]), d)
+        errors_kb = error_of(of_centroids, Radii(size[None], change[None]), d)
         upper = jnp.min(scores_kb + errors_kb, axis=0)
         lower_kb = scores_kb - errors_kb
         _, labels = lowest(lower_kb, numbers, k)
@@ -227,8 +282,8 @@ def _compare_pairs(
 
         def look(numbers: jax.Array) -> tuple[jax.Array, jax.Array]:
             products = jnp.sum(x_bd * at.centroids[numbers], axis=1)
-            own = _Radii(size[numbers], jnp.zeros_like(products))
-            return at.half_norms[numbers] - products, _full_error(own, of_rows, d)
+            own = Radii(size[numbers], jnp.zeros_like(products))
+            return at.half_norms[numbers] - products, full_error_of(own, of_rows, d)
 
         first, second = labels.at[rows_b].get(mode="clip"), rivals.at[rows_b].get(mode="clip")
         (one, one_error), (other, other_error) = look(first), look(second)
@@ -262,11 +317,6 @@ def _recompute(
         entries = block_size * (k + d)
     rows = bounds.select(levels == RECOMPUTED)
     return bounds.over_some(x, at, rows, labels, look, k + d, entries), levels
-
-
-def rounded(values: jax.Array, bits: int) -> jax.Array:
-    """The nearest numbers with 8 bits of exponent and ``bits`` stored bits of significand."""
-    return lax.reduce_precision(values, exponent_bits=8, mantissa_bits=bits)
 
 
 def _low_scores(at: bounds.Geometry, bits: int):
@@ -303,38 +353,6 @@ def _float32_products(left: jax.Array, right: jax.Array) -> jax.Array:
     return lax.dot(left, right, precision=lax.Precision.HIGHEST)
 
 
-def radii(values: jax.Array, low: jax.Array, kind: Any = jnp.float32) -> _Radii:
-    """The norms of vectors [m, d] and of what rounding does to them: [m].
-
-    ``kind`` is the dtype that scores are computed in, which says what underflows.
-    """
-    floor = 2 * (values.shape[1] * float(jnp.finfo(kind).tiny)) ** 0.5
-    change = jnp.sqrt(jnp.sum((low - values) ** 2, axis=1)) + floor
-    return _Radii(jnp.sqrt(jnp.sum(values**2, axis=1)) + change, change)
-
-
-def share_of_sums(d: int) -> float:
-    """4 (d + 16) u: what the rounding of all sums of d terms is bounded by, relative to them."""
-    return 4 * (d + 16) * _UNIT
-
-
-def _error(of_centroids: _Radii, of_rows: _Radii, d: int) -> jax.Array:
-    """E of the module's docstring for scores in low precision, in float32."""
-    c, dc = (radius.astype(jnp.float32) for radius in of_centroids)
-    x, dx = (radius.astype(jnp.float32) for radius in of_rows)
-    sums = share_of_sums(d)
-    # Grouped so that what depends on the row or the centroid alone is computed once.
-    return (1 + sums) * (c * (dx + sums * x) + dc * x + (0.5 * sums * c**2 + d * UNDERFLOW))
-
-
-def _full_error(of_centroids: _Radii, of_rows: _Radii, d: int) -> jax.Array:
-    """E for scores in full precision."""
-    c, x = of_centroids.size, of_rows.size
-    kind = jnp.finfo(c.dtype)
-    sums = 2 * (d + 16) * (kind.eps / 2)
-    return (1 + 2 * sums) * (sums * (0.5 * c**2 + x * c) + 16 * d * float(kind.tiny))
-
-
 def _valid(labels: jax.Array, k: int) -> jax.Array:
     return jnp.where(labels < k, labels, 0)  # no score equals NaN
 
@@ -357,9 +375,9 @@ def low_scores(
     at = bounds.geometry(centroids, origin, jnp.zeros((0, 0), jnp.int32))
     low = rounded(x, bits)
     of_rows, of_centroids = radii(x, low), radii(centroids, rounded(centroids, bits))
-    each = _Radii(of_centroids.size[:, None], of_centroids.change[:, None])
-    row = _Radii(of_rows.size[None], of_rows.change[None])
-    return _low_scores(at, bits)(low), _error(each, row, x.shape[1])
+    each = Radii(of_centroids.size[:, None], of_centroids.change[:, None])
+    row = Radii(of_rows.size[None], of_rows.change[None])
+    return _low_scores(at, bits)(low), error_of(each, row, x.shape[1])
 
 
 def share(levels: jax.Array, weights: jax.Array | None = None) -> jax.Array:

@@ -21,6 +21,7 @@ from jkmeans.kmeans.assignment import (
 )
 from jkmeans.kmeans.collectives import (
     AxisName,
+    Blocks,
     all_sum,
     axis_index,
     names_of,
@@ -53,7 +54,7 @@ class KMeansResult(NamedTuple):
       n_iter: [] int32, the iterations run.
       n_empty: [] int32, the clusters without weight at the end.
       n_relocated: [] int32, how often an empty cluster was moved to a far point.
-      recomputed: [] float32, with ``precision="exact"`` or "exact-tf32": the share of rows with
+      recomputed: [] float32, with ``precision="exact"`` or "exact-…": the share of rows with
         weight that low precision did not decide, and that were computed anew, over all
         assignments and devices; None otherwise.
     """
@@ -130,9 +131,9 @@ def lloyd(
         local ones, the same number on each device, and an iteration takes the nearest of the local
         nearest by two all-reduces of n numbers. Without derivatives, and with "lloyd" only.
       block_size: rows assigned at a time; None for what suits the device.
-      precision: how scores are computed, see `nearest`: "full"; "exact" or "exact-tf32", from
-        products in low precision with the labels of "full"; "fast" or "fast-tf32", with the labels
-        of these products. Means, distances and inertia are always in full precision. All but
+      precision: how scores are computed, see `nearest`: "full"; "exact" or "exact-…", from
+        products in low precision with the labels of "full"; "fast" or "fast-…", with the labels of
+        these products. Means, distances and inertia are always in full precision. All but
         "full" look at every distance: ``algorithm`` is "auto" or "lloyd" then.
 
     Returns:
@@ -217,8 +218,14 @@ def _iterate(
         partial(nearest, block_size=block_size, centroid_axis=centroid_axis, precision=precision),
         axis_name,
     )
+    # Once, before the loop; blocks of rows are taken one after another, and not kept ready.
+    low = precision != "full" and centroid_axis is None and not isinstance(axis_name, Blocks)
+    ready = certified.make_ready(x, centroids, precision) if low else None
     find_certified = per_block(
-        partial(certified.certified_nearest, block_size=block_size, precision=precision), axis_name
+        partial(
+            certified.certified_nearest, block_size=block_size, precision=precision, ready=ready
+        ),
+        axis_name,
     )
     distances_to = per_block(partial(squared_distances, centroid_axis=centroid_axis), axis_name)
     local_inertia = per_block(inertia_of, axis_name)
@@ -227,6 +234,11 @@ def _iterate(
         if state.recomputed is not None:
             labels, levels = find_certified(x, state.centroids)
             return labels, None, state.recomputed + certified.share(levels, weights)
+        if ready is not None:
+            found = certified.certified_nearest(
+                x, state.centroids, block_size=block_size, precision=precision, ready=ready
+            )
+            return found.labels, None, None
         if state.known is None:
             return find_nearest(x, state.centroids), None, None
         middle = middle_centroid(state.centroids)

@@ -1,0 +1,238 @@
+"""Certified labels on Hopper: what ``certified.py`` does in plain XLA, by a kernel.
+
+The kernel, `kernels.screening`, tells, of each row, the nearest and the next centroid, and how far
+behind the next and the third are. The bound E on the error of a score is that of ``certified.py``
+for the largest of the centroids, one for all scores of a row, plus the unit to which the kernel
+rounds them: a gap of more than 2E decides.
+
+Rows with more than two centroids in reach are looked at again by the same kernel, with numbers in
+two parts: x = x₁ + x₂ + δx with x₁ and x₂ in bfloat16, c likewise, and x·c ≈ x₁·c₁ + x₁·c₂ + x₂·c₁,
+which is one product of rows of three times as many features. What it leaves out is at most
+‖x₂‖ ‖c₂‖ + ‖δx‖ ‖c‖ + (‖x₁‖ + ‖x₂‖) ‖δc‖, and its sums are bounded as those of any 3d terms.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jkmeans.kernels import screening
+from jkmeans.kmeans import bounds
+from jkmeans.kmeans.certainty import (
+    CERTIFIED,
+    COMPARED,
+    RECOMPUTED,
+    REFINED,
+    UNDERFLOW,
+    Radii,
+    error_of,
+    radii,
+    rounded,
+    share_of_sums,
+)
+from jkmeans.kmeans.collectives import vary_like
+
+# Bits of the significand that bfloat16 stores.
+_STORED_BITS = 7
+# Rows of a second look at a time: two waves of blocks on 132 multiprocessors.
+_SECOND_ROWS = 132 * 2 * screening.ROWS
+# With fewer, tiles of the kernel would be mostly filling.
+_FEWEST_CENTROIDS, _FEWEST_FEATURES = 32, 16
+
+
+class Ready(NamedTuple):
+    """Rows as the kernel takes them, the same for all centroids.
+
+    Attributes:
+      origin: [1, d], what was taken from them.
+      rows: [n', d'] bfloat16, filled up with zeros to what the kernel divides by.
+      radii: of the n rows; float32.
+    """
+
+    origin: jax.Array
+    rows: jax.Array
+    radii: Radii
+
+
+class Look(NamedTuple):
+    """What the kernel tells of n rows.
+
+    Attributes:
+      labels: [n] int32.
+      rivals: [n] int32, whom a row is to be compared with where only that one is in reach.
+      levels: [n] int8, CERTIFIED, COMPARED where it is to be, RECOMPUTED likewise.
+    """
+
+    labels: jax.Array
+    rivals: jax.Array
+    levels: jax.Array
+
+
+def suits(n: int, d: int, k: int) -> bool:
+    """Whether programs are compiled for Hopper, and the kernel is made for such a problem."""
+    if jax.default_backend() != "gpu" or n < 1 or d < _FEWEST_FEATURES or k < _FEWEST_CENTROIDS:
+        return False
+    few_enough = screening.bits_of_slices(k) <= screening.MOST_BITS
+    return few_enough and getattr(jax.devices()[0], "compute_capability", None) == "9.0"
+
+
+def make_ready(x: jax.Array, origin: jax.Array) -> Ready:
+    """Rows [n, d] less an origin [1, d], in bfloat16, and what bounds need of them."""
+    shifted = x.astype(origin.dtype) - origin
+    low = rounded(shifted, _STORED_BITS)
+    return Ready(origin, _filled(low, screening.ROWS), _in_float32(radii(shifted, low)))
+
+
+def nearest(ready: Ready, at: bounds.Geometry) -> jax.Array:
+    """The label of each row by products in bfloat16 as they are: [n]. 0 where they overflow."""
+    low = rounded(at.centroids, _STORED_BITS)
+    size = ready.radii.size
+    units = units_for(_reach(size, _largest(radii(at.centroids, low)).size), low.shape[0])
+    found = _screen(ready.rows, low, at, units, only_nearest=True)
+    return jnp.where(units.are_valid, found.labels[: size.shape[0]], 0)
+
+
+def look(ready: Ready, at: bounds.Geometry) -> Look:
+    """What products in bfloat16 tell of each row."""
+    low = rounded(at.centroids, _STORED_BITS)
+    of_centroids = _largest(radii(at.centroids, low))
+    errors = error_of(of_centroids, ready.radii, low.shape[1])
+    return _look(ready.rows, low, at, errors, _reach(ready.radii.size, of_centroids.size))
+
+
+def look_again(x: jax.Array, at: bounds.Geometry, first: Look) -> Look:
+    """What products of numbers in two parts tell of rows of level RECOMPUTED; others as before.
+
+    Rows that it certifies get level REFINED.
+    """
+    n, d = x.shape
+    high, rest, of_centroids = _in_parts(at.centroids)
+    size_c, rest_c, change_c = (jnp.max(radius) for radius in of_centroids)
+    turned = jnp.concatenate([high, rest, high], axis=1)
+    sums = share_of_sums(3 * d)
+
+    def step(carry: Look, rows_b, target, x_bd) -> Look:
+        del rows_b
+        high, rest, (size, rest_x, change) = _in_parts(x_bd)
+        left_out = rest_x * rest_c + change * size_c + size * change_c
+        of_sums = sums * (0.5 * size_c**2 + size * size_c) + 3 * d * UNDERFLOW
+        rows = _filled(jnp.concatenate([high, high, rest], axis=1), screening.ROWS)
+        errors = (1 + sums) * (left_out + of_sums)
+        found = _look(rows, turned, at, errors, _reach(size, size_c))
+        refined = jnp.where(found.levels == CERTIFIED, REFINED, found.levels).astype(jnp.int8)
+        found = found._replace(levels=refined)
+        put = (old.at[target].set(new, mode="drop") for old, new in zip(carry, found, strict=True))
+        return Look(*put)
+
+    some = bounds.select(first.levels == RECOMPUTED)
+    return bounds.over_some(x, at, some, first, step, 1, min(n, _SECOND_ROWS))
+
+
+def _look(
+    rows: jax.Array, low: jax.Array, at: bounds.Geometry, errors: jax.Array, reach: jax.Array
+) -> Look:
+    n = errors.shape[0]
+    units = units_for(reach, low.shape[0])
+    found = _screen(rows, low, at, units, only_nearest=False)
+    assert found.rivals is not None
+    assert found.second is not None
+    assert found.third is not None
+    open_ = 2 * (errors + units.units)
+    # Written so that NaN decides nothing.
+    levels = jnp.where(found.third[:n] * units.units > open_, COMPARED, RECOMPUTED)
+    levels = jnp.where(found.second[:n] * units.units > open_, CERTIFIED, levels)
+    levels = jnp.where(units.are_valid, levels, RECOMPUTED).astype(jnp.int8)
+    return Look(found.labels[:n], found.rivals[:n], levels)
+
+
+class Units(NamedTuple):
+    """The units of rows: powers of 2, the offsets that round to them, and where they hold."""
+
+    units: jax.Array
+    offsets: jax.Array
+    are_valid: jax.Array
+
+
+def units_for(reach: jax.Array, n_centroids: int) -> Units:
+    """Units so small as `screening` allows for scores up to ``reach`` [n]."""
+    bits = screening.bits_of_slices(n_centroids)
+    # 2^m above reach · 2^(bits − 8): then no score reaches 2^(31 − bits) units of 2^(m − 23).
+    exponent = (lax.bitcast_convert_type(reach, jnp.int32) >> 23) + (1 + bits - 8)
+    # Finite offsets, units that are no subnormal numbers; 255 is that of infinity and NaN.
+    clipped = jnp.clip(exponent, 64, 254)
+    offsets = (clipped << 23) | (1 << 22)
+    return Units(
+        lax.bitcast_convert_type((clipped - 23) << 23, jnp.float32),
+        lax.bitcast_convert_type(offsets, jnp.float32),
+        jnp.isfinite(reach) & (exponent <= 254),
+    )
+
+
+def _screen(
+    rows: jax.Array, low: jax.Array, at: bounds.Geometry, units: Units, only_nearest: bool
+) -> screening.Screened:
+    missing = rows.shape[0] - units.offsets.shape[0]
+    found = screening.screen(
+        rows,
+        _filled(low, 1),
+        at.half_norms.astype(jnp.float32),
+        jnp.pad(units.offsets, (0, missing), constant_values=1.0),
+        only_nearest=only_nearest,
+    )
+    # Kernels lose along which axes of a mesh values differ.
+    return jax.tree.map(lambda leaf: vary_like(leaf, rows, low), found)
+
+
+def _in_parts(values: jax.Array) -> tuple[jax.Array, jax.Array, tuple[jax.Array, ...]]:
+    """v₁ and v₂ [m, d], and at least ‖v₁‖ + ‖v₂‖, ‖v₂‖ and ‖δv‖ [m] in float32."""
+    high = rounded(values, _STORED_BITS)
+    left = values - high
+    rest = rounded(left, _STORED_BITS)
+    whole, part = _in_float32(radii(values, high)), _in_float32(radii(left, rest))
+    # ‖v₁‖ is at most ‖v‖ + ‖v − v₁‖, and ‖v₂‖ at most ‖v − v₁‖ + ‖δv‖.
+    return high, rest, (whole.size + part.size, part.size, part.change)
+
+
+def _reach(size: jax.Array, of_centroids: jax.Array) -> jax.Array:
+    """At least |s| for all scores of a row: ½C² + X C, and what rounding may add."""
+    return 1.001 * (0.5 * of_centroids**2 + size * of_centroids)
+
+
+def _largest(of_centroids: Radii) -> Radii:
+    return Radii(*(jnp.max(radius).astype(jnp.float32) for radius in of_centroids))
+
+
+def _in_float32(of_rows: Radii) -> Radii:
+    # Rounded up: float64 has norms that float32 rounds down.
+    return Radii(*((radius * (1 + 2.0**-22)).astype(jnp.float32) for radius in of_rows))
+
+
+def _filled(values: jax.Array, multiple: int) -> jax.Array:
+    """In bfloat16, with zeros for rows and features that tiles have and values [m, d] have not."""
+    m, d = values.shape
+    missing = ((0, -m % multiple), (0, -d % screening.FEATURES))
+    return jnp.pad(values.astype(jnp.bfloat16), missing)
+
+
+def nearest_scores(x: jax.Array, centroids: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The kernel's scores of the nearest centroids and the bounds on their errors, for probing.
+
+    Args:
+      x: [n, d] float32, as it is: not shifted.
+      centroids: [k, d] float32, likewise.
+
+    Returns:
+      labels [n] int32, scores ½‖c‖² − x·c [n] and bounds [n], both float32.
+    """
+    ready = make_ready(x, jnp.zeros((1, x.shape[1]), x.dtype))
+    at = bounds.geometry(centroids, ready.origin, jnp.zeros((0, 0), jnp.int32))
+    low = rounded(at.centroids, _STORED_BITS)
+    of_centroids = _largest(radii(at.centroids, low))
+    units = units_for(_reach(ready.radii.size, of_centroids.size), low.shape[0])
+    found = _screen(ready.rows, low, at, units, only_nearest=False)
+    n = x.shape[0]
+    errors = error_of(of_centroids, ready.radii, low.shape[1]) + units.units
+    return found.labels[:n], found.scores[:n] * units.units, errors
