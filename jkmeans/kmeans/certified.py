@@ -196,9 +196,16 @@ def _nearest_by_kernel(
     if precision.startswith("fast"):
         labels = hopper.nearest(ready, at)
         return Certified(labels, jnp.full_like(labels, CERTIFIED, jnp.int8))
-    found = hopper.look_again(x, at, hopper.look(ready, at))
-    labels, levels = _compare_pairs(x, at, *found)
-    return Certified(*_recompute(x, at, labels, levels, block_size))
+    found = hopper.look(ready, at)
+    undecided = hopper.undecided(found.levels)
+    found = hopper.look_again(x, at, found, undecided.rows)
+    labels, levels = _compare_pairs(x, at, *found, rows=undecided.with_pairs)
+    # Few rows are left, often none: then not even a list of them is made.
+    return lax.cond(
+        jnp.any(levels == RECOMPUTED),
+        lambda: Certified(*_recompute(x, at, labels, levels, block_size)),
+        lambda: Certified(labels, levels),
+    )
 
 
 def _nearest_by_products(
@@ -228,7 +235,7 @@ def _nearest_by_products(
         return Certified(labels, jnp.full_like(labels, CERTIFIED, jnp.int8))
     screen = screening(at, bits)
     first = map_rows(lambda x_bd: screen(shifted(x_bd)), x, block_size)
-    labels, levels = _compare_pairs(x, at, *first)
+    labels, levels = _compare_pairs(x, at, *first, rows=bounds.select(first[2] == COMPARED))
     return Certified(*_recompute(x, at, labels, levels, block_size))
 
 
@@ -264,9 +271,14 @@ def screening(at: bounds.Geometry, bits: int):
 
 
 def _compare_pairs(
-    x: jax.Array, at: bounds.Geometry, labels: jax.Array, rivals: jax.Array, levels: jax.Array
+    x: jax.Array,
+    at: bounds.Geometry,
+    labels: jax.Array,
+    rivals: jax.Array,
+    levels: jax.Array,
+    rows: bounds.Rows,
 ) -> tuple[jax.Array, jax.Array]:
-    """Labels and levels after rows of level COMPARED were compared with their two centroids.
+    """Labels and levels after rows of level COMPARED, among some, were compared with two centroids.
 
     Where full precision cannot tell the two apart, whatever the order of its sums, the level
     becomes RECOMPUTED.
@@ -274,10 +286,11 @@ def _compare_pairs(
     d = x.shape[1]
     kind = at.centroids.dtype
     size = radii(at.centroids, at.centroids, kind).size
-    rows = bounds.select(levels == COMPARED)
 
     def compare(carry, rows_b, target, x_bd):
         labels, levels = carry
+        is_pair = levels.at[rows_b].get(mode="clip") == COMPARED
+        target = jnp.where(is_pair, target, x.shape[0])
         of_rows = radii(x_bd, x_bd, kind)
 
         def look(numbers: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -39,6 +39,8 @@ from jkmeans.kmeans.collectives import vary_like
 _STORED_BITS = 7
 # Rows of a second look at a time: two waves of blocks on 132 multiprocessors.
 _SECOND_ROWS = 132 * 2 * screening.ROWS
+# Of a number that says which row, and what kind it is of.
+_BITS_OF_ROWS = 30
 # With fewer, tiles of the kernel would be mostly filling.
 _FEWEST_CENTROIDS, _FEWEST_FEATURES = 32, 16
 
@@ -73,10 +75,10 @@ class Look(NamedTuple):
 
 def suits(n: int, d: int, k: int) -> bool:
     """Whether programs are compiled for Hopper, and the kernel is made for such a problem."""
-    if jax.default_backend() != "gpu" or n < 1 or d < _FEWEST_FEATURES or k < _FEWEST_CENTROIDS:
+    if jax.default_backend() != "gpu" or d < _FEWEST_FEATURES or k < _FEWEST_CENTROIDS:
         return False
-    few_enough = screening.bits_of_slices(k) <= screening.MOST_BITS
-    return few_enough and getattr(jax.devices()[0], "compute_capability", None) == "9.0"
+    few_enough = screening.bits_of_slices(k) <= screening.MOST_BITS and n < 2**_BITS_OF_ROWS
+    return few_enough and n > 0 and getattr(jax.devices()[0], "compute_capability", None) == "9.0"
 
 
 def make_ready(x: jax.Array, origin: jax.Array) -> Ready:
@@ -103,10 +105,32 @@ def look(ready: Ready, at: bounds.Geometry) -> Look:
     return _look(ready.rows, low, at, errors, _reach(ready.radii.size, of_centroids.size))
 
 
-def look_again(x: jax.Array, at: bounds.Geometry, first: Look) -> Look:
-    """What products of numbers in two parts tell of rows of level RECOMPUTED; others as before.
+class Undecided(NamedTuple):
+    """Rows that a first look left open.
 
-    Rows that it certifies get level REFINED.
+    Attributes:
+      rows: those of level RECOMPUTED.
+      with_pairs: the same, and after them those of level COMPARED.
+    """
+
+    rows: bounds.Rows
+    with_pairs: bounds.Rows
+
+
+def undecided(levels: jax.Array) -> Undecided:
+    """The rows [n] that are not certified, by one sort: kernels cost more than small problems."""
+    n = levels.shape[0]
+    kinds = jnp.where(levels == COMPARED, 1, jnp.where(levels == RECOMPUTED, 0, 2))
+    keys = (kinds.astype(jnp.uint32) << _BITS_OF_ROWS) | jnp.arange(n, dtype=jnp.uint32)
+    order = lax.sort(keys, is_stable=False) & jnp.uint32(2**_BITS_OF_ROWS - 1)
+    counts = jnp.sum(kinds[None] <= jnp.arange(2)[:, None], axis=1, dtype=jnp.int32)
+    return Undecided(*(bounds.Rows(order.astype(jnp.int32), count) for count in counts))
+
+
+def look_again(x: jax.Array, at: bounds.Geometry, first: Look, rows: bounds.Rows) -> Look:
+    """What products of numbers in two parts tell of some rows of level RECOMPUTED.
+
+    Others stay as they were. Rows that it certifies get level REFINED.
     """
     n, d = x.shape
     high, rest, of_centroids = _in_parts(at.centroids)
@@ -127,8 +151,7 @@ def look_again(x: jax.Array, at: bounds.Geometry, first: Look) -> Look:
         put = (old.at[target].set(new, mode="drop") for old, new in zip(carry, found, strict=True))
         return Look(*put)
 
-    some = bounds.select(first.levels == RECOMPUTED)
-    return bounds.over_some(x, at, some, first, step, 1, min(n, _SECOND_ROWS))
+    return bounds.over_some(x, at, rows, first, step, 1, min(n, _SECOND_ROWS))
 
 
 def _look(

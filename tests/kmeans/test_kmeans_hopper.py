@@ -45,20 +45,26 @@ def test_labels_that_it_certifies_are_the_nearest(interpreted):
     ready = hopper.make_ready(jnp.asarray(x), jnp.asarray(centroids[7:8]))
     at = bounds.geometry(jnp.asarray(centroids), ready.origin, jnp.zeros((0, 0), jnp.int32))
     first = hopper.look(ready, at)
-    again = hopper.look_again(jnp.asarray(x), at, first)
+    undecided = hopper.undecided(first.levels)
+    again = hopper.look_again(jnp.asarray(x), at, first, undecided.rows)
     distances = float64_distances(x, centroids)
-    order = np.argsort(distances, axis=1)
+    nearest = np.argmin(distances, axis=1)
     levels, levels_again = np.asarray(first.levels), np.asarray(again.levels)
     assert set(levels.tolist()) == {CERTIFIED, COMPARED, RECOMPUTED}
     np.testing.assert_array_equal(levels[[3, 4]], RECOMPUTED)
     np.testing.assert_array_equal(levels_again[[3, 4]], RECOMPUTED)
     np.testing.assert_array_equal(levels[10:30], CERTIFIED)
+    counts = [(levels == level).sum() for level in (RECOMPUTED, COMPARED)]
+    assert [int(rows.count) for rows in undecided] == [counts[0], sum(counts)]
+    order = np.asarray(undecided.with_pairs.rows)
+    np.testing.assert_array_equal(levels[order[: counts[0]]], RECOMPUTED)
+    np.testing.assert_array_equal(levels[order[counts[0] : sum(counts)]], COMPARED)
     certain = np.isin(levels_again, (CERTIFIED, REFINED))
-    np.testing.assert_array_equal(np.asarray(again.labels)[certain], order[certain, 0])
+    np.testing.assert_array_equal(np.asarray(again.labels)[certain], nearest[certain])
     # Of two that are left, one is the nearest.
     pair = levels_again == COMPARED
     two = np.stack([again.labels, again.rivals], axis=1)[pair]
-    np.testing.assert_array_equal((two == order[pair, :1]).any(axis=1), True)
+    np.testing.assert_array_equal((two == nearest[pair, None]).any(axis=1), True)
     # Another look settles most of what is left, and leaves the rest as it was.
     seen = levels == RECOMPUTED
     assert np.mean(levels_again[seen] == RECOMPUTED) < 0.5
