@@ -157,6 +157,44 @@ def screen(
     return Screened(numbers[0], scores, numbers[1], second, third)
 
 
+def screen_plainly(
+    rows: jax.Array,
+    centroids: jax.Array,
+    half_norms: jax.Array,
+    offsets: jax.Array,
+    *,
+    only_nearest: bool = False,
+) -> Screened:
+    """What `screen` must equal, in plain XLA for any device; sums may differ in their last bits.
+
+    Of centroids whose rounded scores are equal the first comes first.
+    """
+    k = centroids.shape[0]
+    most = jnp.float32(jnp.inf)
+
+    def of_rows(block: tuple[jax.Array, jax.Array]) -> Screened:
+        x, offsets = block
+        right = centroids.astype(jnp.float32).T
+        products = lax.dot(x.astype(jnp.float32), right, precision="highest")
+        # An offset is 1.5 · 2^23 units, and a sum with it is rounded to them.
+        exponents = (lax.bitcast_convert_type(offsets, jnp.int32) >> 23) - 23
+        unit = lax.bitcast_convert_type(exponents << 23, jnp.float32)
+        rounded = lax.optimization_barrier(half_norms[None, :] - products + offsets[:, None])
+        units = (rounded - offsets[:, None]) / unit[:, None]
+        labels = jnp.argmin(units, axis=1).astype(jnp.int32)
+        scores = jnp.min(units, axis=1)
+        if only_nearest:
+            return Screened(labels, scores, None, None, None)
+        units = jnp.where(jnp.arange(k)[None, :] == labels[:, None], most, units)
+        rivals, second = jnp.argmin(units, axis=1).astype(jnp.int32), jnp.min(units, axis=1)
+        third = jnp.min(jnp.where(jnp.arange(k)[None, :] == rivals[:, None], most, units), axis=1)
+        third = jnp.where(labels % FOLD == rivals % FOLD, second, third)
+        return Screened(labels, scores, rivals, second - scores, third - scores)
+
+    blocks = rows.reshape(-1, ROWS, rows.shape[1]), offsets.reshape(-1, ROWS)
+    return jax.tree.map(lambda leaf: leaf.reshape(-1), lax.map(of_rows, blocks))
+
+
 def _kernel(n: int, d: int, k: int, bits: int, keep: int, tiles: Tiles, interpret: Any):
     """The kernel: keys [3, n] and numbers of centroids [2, n], or one of each."""
     mine, width, stages, resident = tiles

@@ -63,6 +63,7 @@ bfloat16 and back they may, and δx would come out as 0.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -70,6 +71,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jkmeans.kernels import screening
 from jkmeans.kmeans import bounds, hopper
 from jkmeans.kmeans.assignment import (
     PRECISIONS,
@@ -158,7 +160,7 @@ def certified_nearest(
     plain = partial(_nearest_by_products, precision=precision, block_size=block_size)
     if not _takes_kernel(x, centroids, precision):
         return plain(x, centroids, ready)
-    by_kernel = partial(_nearest_by_kernel, precision=precision, block_size=block_size)
+    by_kernel = partial(nearest_by_kernel, precision=precision, block_size=block_size)
     return lax.platform_dependent(x, centroids, ready, cuda=by_kernel, default=plain)
 
 
@@ -182,23 +184,25 @@ def _takes_kernel(x: jax.Array, centroids: jax.Array, precision: str) -> bool:
     return precision.endswith("-kernel") and not is_few(k, d) and hopper.suits(n, d, k)
 
 
-def _nearest_by_kernel(
+def nearest_by_kernel(
     x: jax.Array,
     centroids: jax.Array,
     ready: hopper.Ready | None,
     *,
     precision: str,
     block_size: int | None,
+    screen: Callable = screening.screen,
 ) -> Certified:
+    """`certified_nearest` by the kernel, or by what it must equal."""
     if ready is None:
         ready = hopper.make_ready(x, middle_centroid(centroids))
     at = bounds.geometry(centroids, ready.origin, jnp.zeros((0, 0), jnp.int32))
     if precision.startswith("fast"):
-        labels = hopper.nearest(ready, at)
+        labels = hopper.nearest(ready, at, screen)
         return Certified(labels, jnp.full_like(labels, CERTIFIED, jnp.int8))
-    found = hopper.look(ready, at)
+    found = hopper.look(ready, at, screen)
     undecided = hopper.undecided(found.levels)
-    found = hopper.look_again(x, at, found, undecided.rows)
+    found = hopper.look_again(x, at, found, undecided.rows, screen)
     labels, levels = _compare_pairs(x, at, *found, rows=undecided.with_pairs)
     # Few rows are left, often none: then not even a list of them is made.
     return lax.cond(
@@ -233,13 +237,13 @@ def _nearest_by_products(
 
         labels = _valid(map_rows(find, x, block_size), k)
         return Certified(labels, jnp.full_like(labels, CERTIFIED, jnp.int8))
-    screen = screening(at, bits)
+    screen = screen_plainly(at, bits)
     first = map_rows(lambda x_bd: screen(shifted(x_bd)), x, block_size)
     labels, levels = _compare_pairs(x, at, *first, rows=bounds.select(first[2] == COMPARED))
     return Certified(*_recompute(x, at, labels, levels, block_size))
 
 
-def screening(at: bounds.Geometry, bits: int):
+def screen_plainly(at: bounds.Geometry, bits: int):
     """A function from shifted rows [b, d] to their labels, rivals and levels, all [b].
 
     The rival is the centroid that the row is to be compared with, where its level is COMPARED.

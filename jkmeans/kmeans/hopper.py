@@ -13,6 +13,7 @@ which is one product of rows of three times as many features. What it leaves out
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -88,21 +89,25 @@ def make_ready(x: jax.Array, origin: jax.Array) -> Ready:
     return Ready(origin, _filled(low, screening.ROWS), _in_float32(radii(shifted, low)))
 
 
-def nearest(ready: Ready, at: bounds.Geometry) -> jax.Array:
-    """The label of each row by products in bfloat16 as they are: [n]. 0 where they overflow."""
+def nearest(ready: Ready, at: bounds.Geometry, screen: Callable = screening.screen) -> jax.Array:
+    """The label of each row by products in bfloat16 as they are: [n]. 0 where they overflow.
+
+    ``screen`` is here and below what tells of rows: the kernel, or `screening.screen_plainly`.
+    """
     low = rounded(at.centroids, _STORED_BITS)
     size = ready.radii.size
     units = units_for(_reach(size, _largest(radii(at.centroids, low)).size), low.shape[0])
-    found = _screen(ready.rows, low, at, units, only_nearest=True)
+    found = _screen(screen, ready.rows, low, at, units, only_nearest=True)
     return jnp.where(units.are_valid, found.labels[: size.shape[0]], 0)
 
 
-def look(ready: Ready, at: bounds.Geometry) -> Look:
+def look(ready: Ready, at: bounds.Geometry, screen: Callable = screening.screen) -> Look:
     """What products in bfloat16 tell of each row."""
     low = rounded(at.centroids, _STORED_BITS)
     of_centroids = _largest(radii(at.centroids, low))
     errors = error_of(of_centroids, ready.radii, low.shape[1])
-    return _look(ready.rows, low, at, errors, _reach(ready.radii.size, of_centroids.size))
+    reach = _reach(ready.radii.size, of_centroids.size)
+    return _look(screen, ready.rows, low, at, errors, reach)
 
 
 class Undecided(NamedTuple):
@@ -127,7 +132,13 @@ def undecided(levels: jax.Array) -> Undecided:
     return Undecided(*(bounds.Rows(order.astype(jnp.int32), count) for count in counts))
 
 
-def look_again(x: jax.Array, at: bounds.Geometry, first: Look, rows: bounds.Rows) -> Look:
+def look_again(
+    x: jax.Array,
+    at: bounds.Geometry,
+    first: Look,
+    rows: bounds.Rows,
+    screen: Callable = screening.screen,
+) -> Look:
     """What products of numbers in two parts tell of some rows of level RECOMPUTED.
 
     Others stay as they were. Rows that it certifies get level REFINED.
@@ -145,7 +156,7 @@ def look_again(x: jax.Array, at: bounds.Geometry, first: Look, rows: bounds.Rows
         of_sums = sums * (0.5 * size_c**2 + size * size_c) + 3 * d * UNDERFLOW
         rows = _filled(jnp.concatenate([high, high, rest], axis=1), screening.ROWS)
         errors = (1 + sums) * (left_out + of_sums)
-        found = _look(rows, turned, at, errors, _reach(size, size_c))
+        found = _look(screen, rows, turned, at, errors, _reach(size, size_c))
         refined = jnp.where(found.levels == CERTIFIED, REFINED, found.levels).astype(jnp.int8)
         found = found._replace(levels=refined)
         put = (old.at[target].set(new, mode="drop") for old, new in zip(carry, found, strict=True))
@@ -155,11 +166,16 @@ def look_again(x: jax.Array, at: bounds.Geometry, first: Look, rows: bounds.Rows
 
 
 def _look(
-    rows: jax.Array, low: jax.Array, at: bounds.Geometry, errors: jax.Array, reach: jax.Array
+    screen: Callable,
+    rows: jax.Array,
+    low: jax.Array,
+    at: bounds.Geometry,
+    errors: jax.Array,
+    reach: jax.Array,
 ) -> Look:
     n = errors.shape[0]
     units = units_for(reach, low.shape[0])
-    found = _screen(rows, low, at, units, only_nearest=False)
+    found = _screen(screen, rows, low, at, units, only_nearest=False)
     assert found.rivals is not None
     assert found.second is not None
     assert found.third is not None
@@ -195,10 +211,15 @@ def units_for(reach: jax.Array, n_centroids: int) -> Units:
 
 
 def _screen(
-    rows: jax.Array, low: jax.Array, at: bounds.Geometry, units: Units, only_nearest: bool
+    screen: Callable,
+    rows: jax.Array,
+    low: jax.Array,
+    at: bounds.Geometry,
+    units: Units,
+    only_nearest: bool,
 ) -> screening.Screened:
     missing = rows.shape[0] - units.offsets.shape[0]
-    found = screening.screen(
+    found = screen(
         rows,
         _filled(low, 1),
         at.half_norms.astype(jnp.float32),
@@ -255,7 +276,7 @@ def nearest_scores(x: jax.Array, centroids: jax.Array) -> tuple[jax.Array, jax.A
     low = rounded(at.centroids, _STORED_BITS)
     of_centroids = _largest(radii(at.centroids, low))
     units = units_for(_reach(ready.radii.size, of_centroids.size), low.shape[0])
-    found = _screen(ready.rows, low, at, units, only_nearest=False)
+    found = _screen(screening.screen, ready.rows, low, at, units, only_nearest=False)
     n = x.shape[0]
     errors = error_of(of_centroids, ready.radii, low.shape[1]) + units.units
     return found.labels[:n], found.scores[:n] * units.units, errors

@@ -25,15 +25,11 @@ def problem(n, k, d):
     return rows, centroids, half_norms, units.astype(np.float32), scores
 
 
-def run(rows, centroids, half_norms, units, **options):
-    return screen(
-        rows,
-        centroids,
-        jnp.asarray(half_norms),
-        jnp.asarray(1.5 * 2.0**23 * units),
-        interpret=interpreter.InterpretGPUParams(),
-        **options,
-    )
+def run(rows, centroids, half_norms, units, *, by=screen, **options):
+    if by is screen:
+        options["interpret"] = interpreter.InterpretGPUParams()
+    offsets = jnp.asarray(1.5 * 2.0**23 * units)
+    return by(rows, centroids, jnp.asarray(half_norms), offsets, **options)
 
 
 # The last tile of centroids is full, has half a slice, and has one slice and a bit; features are
@@ -41,6 +37,7 @@ def run(rows, centroids, half_norms, units, **options):
 @pytest.mark.parametrize(
     ("n", "k", "d", "tiles"),
     [
+        (512, 392, 64, "plainly"),
         (256, 392, 64, None),
         pytest.param(512, 256, 128, None, marks=pytest.mark.slow),
         pytest.param(256, 146, 128, Tiles(128, 128, 3, False), marks=pytest.mark.slow),
@@ -49,7 +46,10 @@ def run(rows, centroids, half_norms, units, **options):
 )
 def test_agrees_with_numpy(n, k, d, tiles):
     rows, centroids, half_norms, units, scores = problem(n, k, d)
-    found = run(rows, centroids, half_norms, units, tiles=tiles)
+    if tiles == "plainly":
+        found = run(rows, centroids, half_norms, units, by=screening.screen_plainly)
+    else:
+        found = run(rows, centroids, half_norms, units, tiles=tiles)
     order = np.argsort(scores, axis=1)[:, :3]
     near = np.take_along_axis(scores, order, axis=1)
     np.testing.assert_array_equal(found.labels, order[:, 0])
@@ -74,6 +74,9 @@ def test_only_the_nearest():
     np.testing.assert_array_equal(found.labels, np.argmin(scores, axis=1))
     np.testing.assert_allclose(found.scores * units, scores.min(axis=1), atol=0.6 * units.max())
     assert found[2:] == (None, None, None)
+    same = run(rows, centroids, half_norms, units, by=screening.screen_plainly, only_nearest=True)
+    np.testing.assert_array_equal(same.labels, found.labels)
+    assert same[2:] == (None, None, None)
 
 
 @pytest.mark.parametrize(("d", "only_nearest"), [(64, True), (128, False), (512, False)])

@@ -1,4 +1,4 @@
-"""Certified labels by the kernel, in Pallas' interpreter."""
+"""Certified labels by the kernel, in Pallas' interpreter, and by what it must equal."""
 
 import functools
 
@@ -12,14 +12,16 @@ from jkmeans.kernels import screening
 from jkmeans.kmeans import bounds, certified, hopper
 from jkmeans.kmeans.certainty import CERTIFIED, COMPARED, RECOMPUTED, REFINED
 
-# Its interpreter is not public yet.
-interpreter = pytest.importorskip("jax._src.pallas.mosaic_gpu.interpret.params")
+plainly = screening.screen_plainly
 
 
-@pytest.fixture
-def interpreted(monkeypatch):
-    run = functools.partial(screening.screen, interpret=interpreter.InterpretGPUParams())
-    monkeypatch.setattr(screening, "screen", run)
+@pytest.fixture(params=["plainly", pytest.param("kernel", marks=pytest.mark.slow)])
+def screen(request):
+    if request.param == "plainly":
+        return plainly
+    # It is not public yet.
+    interpreter = pytest.importorskip("jax._src.pallas.mosaic_gpu.interpret.params")
+    return functools.partial(screening.screen, interpret=interpreter.InterpretGPUParams())
 
 
 def crowded(k=150, d=40, n=256):
@@ -39,14 +41,14 @@ def float64_distances(x, centroids):
 
 
 @pytest.mark.filterwarnings("ignore:(overflow|invalid value):RuntimeWarning")
-def test_labels_that_it_certifies_are_the_nearest(interpreted):
+def test_labels_that_it_certifies_are_the_nearest(screen):
     x, centroids = crowded()
     # An origin that is not the middle, as where centroids have moved on.
     ready = hopper.make_ready(jnp.asarray(x), jnp.asarray(centroids[7:8]))
     at = bounds.geometry(jnp.asarray(centroids), ready.origin, jnp.zeros((0, 0), jnp.int32))
-    first = hopper.look(ready, at)
+    first = hopper.look(ready, at, screen)
     undecided = hopper.undecided(first.levels)
-    again = hopper.look_again(jnp.asarray(x), at, first, undecided.rows)
+    again = hopper.look_again(jnp.asarray(x), at, first, undecided.rows, screen)
     distances = float64_distances(x, centroids)
     nearest = np.argmin(distances, axis=1)
     levels, levels_again = np.asarray(first.levels), np.asarray(again.levels)
@@ -71,13 +73,17 @@ def test_labels_that_it_certifies_are_the_nearest(interpreted):
     np.testing.assert_array_equal(levels_again[~seen], levels[~seen])
 
 
-@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:(overflow|invalid value):RuntimeWarning")
-def test_the_whole_assignment(interpreted):
+def test_the_whole_assignment(screen):
     x, centroids = crowded()
     x[4] = 0
-    options = {"precision": "exact-kernel", "block_size": None}
-    found = certified._nearest_by_kernel(jnp.asarray(x), jnp.asarray(centroids), None, **options)
+
+    def assign(precision):
+        given = jnp.asarray(x), jnp.asarray(centroids), None
+        options = {"precision": precision, "block_size": None, "screen": screen}
+        return certified.nearest_by_kernel(*given, **options)
+
+    found = assign("exact-kernel")
     right = np.asarray(kmeans.nearest(x, centroids))
     close = np.sort(float64_distances(np.nan_to_num(x), centroids), axis=1)
     told_apart = close[:, 1] - close[:, 0] > 1e-4
@@ -85,8 +91,7 @@ def test_the_whole_assignment(interpreted):
     assert found.labels[3] == 0
     levels = set(np.asarray(found.levels).tolist())
     assert {CERTIFIED, COMPARED} <= levels
-    options["precision"] = "fast-kernel"
-    fast = certified._nearest_by_kernel(jnp.asarray(x), jnp.asarray(centroids), None, **options)
+    fast = assign("fast-kernel")
     assert fast.labels[3] == 0
     assert np.mean(np.asarray(fast.labels) == right) > 0.9
 
