@@ -203,7 +203,9 @@ def nearest_by_kernel(
     found = hopper.look(ready, at, screen)
     undecided = hopper.undecided(found.levels)
     found = hopper.look_again(x, at, found, undecided.rows, screen)
-    labels, levels = _compare_pairs(x, at, *found, rows=undecided.with_pairs)
+    # Which of two is nearer is float32's to say, also where it hardly can: "full" adds in another
+    # order, that is all.
+    labels, levels = _compare_pairs(x, at, *found, rows=undecided.with_pairs, settle=True)
     # Few rows are left, often none: then not even a list of them is made.
     return lax.cond(
         jnp.any(levels == RECOMPUTED),
@@ -281,11 +283,13 @@ def _compare_pairs(
     rivals: jax.Array,
     levels: jax.Array,
     rows: bounds.Rows,
+    settle: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """Labels and levels after rows of level COMPARED, among some, were compared with two centroids.
 
     Where full precision cannot tell the two apart, whatever the order of its sums, the level
-    becomes RECOMPUTED.
+    becomes RECOMPUTED; or, if pairs are to be settled, the sums made here decide, and of equal ones
+    the lower index.
     """
     d = x.shape[1]
     kind = at.centroids.dtype
@@ -305,7 +309,10 @@ def _compare_pairs(
         first, second = labels.at[rows_b].get(mode="clip"), rivals.at[rows_b].get(mode="clip")
         (one, one_error), (other, other_error) = look(first), look(second)
         decided = (one + one_error < other - other_error) | (other + other_error < one - one_error)
-        labels = labels.at[target].set(jnp.where(one < other, first, second), mode="drop")
+        is_first = (one < other) | ((one == other) & (first < second))
+        labels = labels.at[target].set(jnp.where(is_first, first, second), mode="drop")
+        # NaN is none of float32's answers.
+        decided |= settle & jnp.isfinite(one) & jnp.isfinite(other)
         new = jnp.where(decided, COMPARED, RECOMPUTED).astype(jnp.int8)
         return labels, levels.at[target].set(new, mode="drop")
 

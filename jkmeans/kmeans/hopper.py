@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from jkmeans.kernels import screening
@@ -146,7 +147,11 @@ def look_again(
     n, d = x.shape
     high, rest, of_centroids = _in_parts(at.centroids)
     size_c, rest_c, change_c = (jnp.max(radius) for radius in of_centroids)
-    turned = jnp.concatenate([high, rest, high], axis=1)
+    # Those that shared a slot of the kernel, so that it could not tell the third, are neighbours.
+    order = np.argsort(np.arange(at.centroids.shape[0]) % screening.FOLD, kind="stable")
+    turned = jnp.concatenate([high, rest, high], axis=1)[order]
+    reordered = at._replace(half_norms=at.half_norms[order])
+    numbers = jnp.asarray(order, jnp.int32)
     sums = share_of_sums(3 * d)
 
     def step(carry: Look, rows_b, target, x_bd) -> Look:
@@ -156,9 +161,9 @@ def look_again(
         of_sums = sums * (0.5 * size_c**2 + size * size_c) + 3 * d * UNDERFLOW
         rows = _filled(jnp.concatenate([high, high, rest], axis=1), screening.ROWS)
         errors = (1 + sums) * (left_out + of_sums)
-        found = _look(screen, rows, turned, at, errors, _reach(size, size_c))
-        refined = jnp.where(found.levels == CERTIFIED, REFINED, found.levels).astype(jnp.int8)
-        found = found._replace(levels=refined)
+        found = _look(screen, rows, turned, reordered, errors, _reach(size, size_c))
+        levels = jnp.where(found.levels == CERTIFIED, REFINED, found.levels).astype(jnp.int8)
+        found = Look(numbers[found.labels], numbers[found.rivals], levels)
         put = (old.at[target].set(new, mode="drop") for old, new in zip(carry, found, strict=True))
         return Look(*put)
 
