@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 
 # How a label was found, see `Certified`.
-CERTIFIED, COMPARED, RECOMPUTED, REFINED = 0, 1, 2, 3
+CERTIFIED, COMPARED, RECOMPUTED, REFINED, SETTLED = 0, 1, 2, 3, 4
 UNIT = 2.0**-24
 # What underflow may cost, for each feature.
 UNDERFLOW = 2.0**-122

@@ -87,6 +87,7 @@ from jkmeans.kmeans.certainty import (
     CERTIFIED,
     COMPARED,
     RECOMPUTED,
+    SETTLED,
     Radii,
     error_of,
     full_error_of,
@@ -108,8 +109,9 @@ class Certified(NamedTuple):
     Attributes:
       labels: [n] int32, in 0 … k-1.
       levels: [n] int8. CERTIFIED: products in low precision proved it. REFINED: products of numbers
-        in two parts of low precision did. COMPARED: two products in full precision did. RECOMPUTED:
-        the row was compared with every centroid in full precision.
+        in two parts of low precision did. COMPARED: two products in full precision did. SETTLED:
+        they were all that was left, and full precision can hardly tell. RECOMPUTED: the row was
+        compared with every centroid in full precision. The last two are not proven.
     """
 
     labels: jax.Array
@@ -288,8 +290,8 @@ def _compare_pairs(
     """Labels and levels after rows of level COMPARED, among some, were compared with two centroids.
 
     Where full precision cannot tell the two apart, whatever the order of its sums, the level
-    becomes RECOMPUTED; or, if pairs are to be settled, the sums made here decide, and of equal ones
-    the lower index.
+    becomes RECOMPUTED; or SETTLED, if pairs are to be settled: by the sums made here, and where
+    these are equal by the lower index.
     """
     d = x.shape[1]
     kind = at.centroids.dtype
@@ -311,9 +313,10 @@ def _compare_pairs(
         decided = (one + one_error < other - other_error) | (other + other_error < one - one_error)
         is_first = (one < other) | ((one == other) & (first < second))
         labels = labels.at[target].set(jnp.where(is_first, first, second), mode="drop")
-        # NaN is none of float32's answers.
-        decided |= settle & jnp.isfinite(one) & jnp.isfinite(other)
-        new = jnp.where(decided, COMPARED, RECOMPUTED).astype(jnp.int8)
+        # NaN settles nothing.
+        settled = settle & jnp.isfinite(one) & jnp.isfinite(other)
+        new = jnp.where(settled, SETTLED, RECOMPUTED)
+        new = jnp.where(decided, COMPARED, new).astype(jnp.int8)
         return labels, levels.at[target].set(new, mode="drop")
 
     entries = None if jax.default_backend() == "cpu" else _DEVICE_ENTRIES
