@@ -238,8 +238,9 @@ def squared_distances(
         labels_b = lax.dynamic_slice_in_dim(labels, start, rows)
         return jnp.sum((x_bd - centroids[labels_b]) ** 2, axis=1)
 
-    # The compiler writes centroids[labels] out: in blocks, lest it take as much room as x.
-    rows = 1024 if jax.default_backend() == "cpu" else 16384
+    # The compiler writes centroids[labels] out: in blocks, lest it take as much room as x. That for
+    # GPUs does not.
+    rows = {"cpu": 1024, "gpu": n}.get(jax.default_backend(), 16384)
     if n <= rows:
         return jnp.sum((x.astype(dtype) - centroids[labels]) ** 2, axis=1)
     n_blocks, rest = divmod(n, rows)

@@ -135,7 +135,8 @@ def column_moments(
     shift = all_sum(row, axis_name)
 
     def moments_of(x, counted, shift) -> tuple[jax.Array, jax.Array]:
-        rows = min(n, 1024)
+        # In the cache of a core; elsewhere so many that the device has something to do.
+        rows = min(n, 1024 if jax.default_backend() == "cpu" else 2**16)
 
         def of_rows(start, size: int) -> tuple[jax.Array, jax.Array]:
             x_bd = lax.dynamic_slice_in_dim(x, start, size).astype(dtype) - shift
@@ -185,8 +186,9 @@ def exact_sum(values: jax.Array) -> jax.Array:
 
     Source: Ogita, Rump and Oishi, Accurate sum and dot product, SIAM J. Sci. Comput. 26 (2005).
     """
-    # First down to a few thousand numbers, each the compensated sum of a strided set.
-    width = 4096
+    # First down to a few thousand numbers, each the compensated sum of a strided set; elsewhere
+    # than on a CPU to a few dozen steps.
+    width = 4096 if jax.default_backend() == "cpu" else max(4096, values.shape[0] // 64)
     if values.shape[0] > width:
         n_blocks = values.shape[0] // width
 
