@@ -44,6 +44,8 @@ MOST_BITS = 16
 
 _SHARED_MEMORY = 227 * 1024
 _WORKERS = 2
+# Chunks of features up to which the loop over them is written out.
+_FEW_CHUNKS = 12
 # Registers of a thread that copies, and of one that multiplies: 128 × (40 + 2 × 232) fit.
 _FEW_REGISTERS, _MANY_REGISTERS = 40, 232
 
@@ -54,7 +56,7 @@ class Tiles(NamedTuple):
     Attributes:
       rows: of a warpgroup, a multiple of 64.
       centroids: of a tile, a multiple of 2 `FOLD`.
-      stages: tiles of centroids that are under way.
+      stages: parts of tiles, of `FEATURES` features, that are under way; at least 2.
       resident: whether all features of a block's rows stay in shared memory; otherwise they are
         copied again with each tile of centroids.
     """
@@ -99,7 +101,7 @@ def tiles_for(d: int) -> Tiles:
 
 def fits(d: int, tiles: Tiles) -> bool:
     """Whether a block with rows of d features has room in shared memory."""
-    return _shared_memory(d, tiles) <= _SHARED_MEMORY
+    return tiles.stages >= 2 and _shared_memory(d, tiles) <= _SHARED_MEMORY
 
 
 def _shared_memory(d: int, tiles: Tiles) -> int:
@@ -202,6 +204,8 @@ def _kernel(n: int, d: int, k: int, bits: int, keep: int, tiles: Tiles, interpre
     whole, rest = divmod(k, width)
     n_steps = (whole + (rest > 0)) * chunks
     in_block = _WORKERS * mine
+    # A turn ends with the tile, or where no stage is left: the other has to hand back the first.
+    turn_ends = min(chunks, stages) - 1
     most = 2**31 - 1
 
     def body(x_gmem, c_gmem, h_gmem, offsets_gmem, keys_gmem, numbers_gmem, **scratch):
@@ -253,7 +257,7 @@ def _kernel(n: int, d: int, k: int, bits: int, keep: int, tiles: Tiles, interpre
             offsets = lax.broadcast_in_dim(memory.offsets[rows], (mine, FOLD), (0,))
             column = lax.broadcasted_iota(jnp.int32, (mine, FOLD), 1)
 
-            # The turn is the first worker's.
+            # The first turn is the first worker's.
             @pl.when(worker == 1)
             def _():
                 plgpu.barrier_arrive(memory.turn.at[0])
@@ -264,30 +268,47 @@ def _kernel(n: int, d: int, k: int, bits: int, keep: int, tiles: Tiles, interpre
 
                 def stage(chunk):
                     # A constant where it can be: it is the address of operands.
-                    return chunk % stages if chunks % stages == 0 else lax.rem(step + chunk, stages)
+                    return lax.rem(chunk if chunks % stages == 0 else step + chunk, stages)
+
+                def multiply(products):
+                    last = chunks - 1
+
+                    def begin(chunk):
+                        now = stage(chunk)
+                        x = memory.x.at[chunk if resident else now, rows]
+                        plgpu.wgmma(products, x, memory.c.at[now])
+                        if isinstance(chunk, int) and chunk == turn_ends:
+                            # The other's products queue up behind these.
+                            plgpu.barrier_arrive(memory.turn.at[1 - worker])
+
+                    def end_all_but_one(chunk):
+                        plgpu.wgmma_wait(1)
+                        plgpu.barrier_arrive(memory.is_free.at[stage(chunk)])
+
+                    def go_on(chunk, _):
+                        plgpu.barrier_wait(memory.is_there.at[stage(chunk)])
+                        begin(chunk)
+                        end_all_but_one(chunk - 1)
+                        return ()
+
+                    begin(0)
+                    written_out = last if chunks <= _FEW_CHUNKS else min(stages, last)
+                    for chunk in range(1, written_out):
+                        go_on(chunk, ())
+                    if written_out < last:
+                        lax.fori_loop(written_out, last, go_on, ())
+                    if last:
+                        plgpu.barrier_wait(memory.is_there.at[stage(last)])
+                        begin(last)
+                    h = memory.h[stage(last)]
+                    if last:
+                        end_all_but_one(last - 1)
+                    plgpu.wgmma_wait(0)
+                    plgpu.barrier_arrive(memory.is_free.at[stage(last)])
+                    return products[...], h
 
                 plgpu.barrier_wait(memory.is_there.at[stage(0)])
                 plgpu.barrier_wait(memory.turn.at[worker])
-
-                def multiply(products):
-                    h = None
-                    for chunk in range(chunks):
-                        now = stage(chunk)
-                        if chunk:
-                            plgpu.barrier_wait(memory.is_there.at[now])
-                        x = memory.x.at[chunk if resident else now, rows]
-                        plgpu.wgmma(products, x, memory.c.at[now])
-                        if chunk == chunks - 1:
-                            h = memory.h[now]
-                            # The other's products queue up behind these.
-                            plgpu.barrier_arrive(memory.turn.at[1 - worker])
-                        if chunk:
-                            plgpu.wgmma_wait(1)
-                            plgpu.barrier_arrive(memory.is_free.at[stage(chunk - 1)])
-                    plgpu.wgmma_wait(0)
-                    plgpu.barrier_arrive(memory.is_free.at[stage(chunks - 1)])
-                    return products[...], h
-
                 room = plgpu.ACC((mine, width), jnp.float32)  # pyright: ignore[reportPrivateImportUsage]
                 products, h = pl.run_scoped(multiply, room)
                 return lax.broadcast_in_dim(h, (mine, width), (1,)) - products

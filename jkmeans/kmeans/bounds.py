@@ -483,7 +483,9 @@ def over_some(
     def step(i, carry):
         start = jnp.minimum(i * size, n - size)
         rows_b = lax.dynamic_slice_in_dim(some.rows, start, size)
-        target = jnp.where(start + jnp.arange(size) < some.count, rows_b, n)
+        # The last block reaches back over rows that were done before.
+        place = start + jnp.arange(size)
+        target = jnp.where((place >= i * size) & (place < some.count), rows_b, n)
         x_bd = x.at[rows_b].get(mode="clip").astype(dtype) - at.middle
         return body(carry, rows_b, target, x_bd)
 

@@ -8,14 +8,16 @@ precision where only two centroids are left, and otherwise against every centroi
 anew are compacted into dense blocks; an N×K matrix never exists.
 
 What "exact" means. All evaluations begin with the same shifted rows x and centroids c, as
-`assignment.nearest` makes them, in the dtype T to compute in (float32, or float64). Write
-S = ½‖c‖² − x·c for the true score. A label of level CERTIFIED or COMPARED is the nearest centroid
-in exact arithmetic, of the shifted rows and of the original ones as T holds them, and the label
-that *every* evaluation of the scores in T gives, in whatever order its sums are taken. A label of
-level RECOMPUTED is what the routine of `nearest` (`score`, `lowest`) gives for its row. So labels
-are those of `nearest`, except that matrix products of different shapes may add in different orders,
-and then only in rows where T itself cannot tell which centroid is nearer. Ties go to the lowest
-index: a tie is never certified.
+`assignment.nearest` makes them, in the dtype T to compute in (float32, or float64). Write S = ½‖c‖²
+− x·c for the true score. A label of level CERTIFIED or COMPARED is the nearest centroid in exact
+arithmetic, of the shifted rows and of the original ones as T holds them, and the label that *every*
+evaluation of the scores in T gives, in whatever order its sums are taken. A label of level
+RECOMPUTED is what the routine of `nearest` (`score`, `lowest`) gives for its row. REFINED and
+SETTLED come from the kernel only: the first is proven like the others, the second is the nearer of
+two, which T cannot tell apart for certain, by two sums in T. So labels are those of `nearest`,
+except that matrix products of different shapes may add in different orders, and then only in rows
+where T itself cannot tell which centroid is nearer. Ties go to the lowest index: a tie is never
+certified.
 
 The bound. Let u be the unit roundoff of float32 (2⁻²⁴), x̂ and ĉ the rounded arrays, δx = x̂ − x and
 δc = ĉ − c (which are exact in T), X = ‖x‖ + ‖δx‖, C = ‖c‖ + ‖δc‖.
@@ -195,13 +197,43 @@ def nearest_by_kernel(
     block_size: int | None,
     screen: Callable = screening.screen,
 ) -> Certified:
-    """`certified_nearest` by the kernel, or by what it must equal."""
+    """`certified_nearest` by the kernel, or by what it must equal.
+
+    Where a few centroids are far from all others, one bound for all scores of a row would leave
+    most rows open, and units would swallow the differences between the near ones: then it is by
+    plain products after all.
+    """
     if ready is None:
         ready = hopper.make_ready(x, middle_centroid(centroids))
     at = bounds.geometry(centroids, ready.origin, jnp.zeros((0, 0), jnp.int32))
-    if precision.startswith("fast"):
-        labels = hopper.nearest(ready, at, screen)
-        return Certified(labels, jnp.full_like(labels, CERTIFIED, jnp.int8))
+    plain = partial(_nearest_by_products, precision=precision, block_size=block_size)
+    find = _fast_by_kernel if precision.startswith("fast") else _exact_by_kernel
+    return lax.cond(
+        hopper.are_even(at),
+        lambda: find(x, at, ready, block_size, screen),
+        lambda: plain(x, centroids, None),
+    )
+
+
+def _fast_by_kernel(
+    x: jax.Array,
+    at: bounds.Geometry,
+    ready: hopper.Ready,
+    block_size: int | None,
+    screen: Callable,
+) -> Certified:
+    del x, block_size
+    labels = hopper.nearest(ready, at, screen)
+    return Certified(labels, jnp.full_like(labels, CERTIFIED, jnp.int8))
+
+
+def _exact_by_kernel(
+    x: jax.Array,
+    at: bounds.Geometry,
+    ready: hopper.Ready,
+    block_size: int | None,
+    screen: Callable,
+) -> Certified:
     found = hopper.look(ready, at, screen)
     undecided = hopper.undecided(found.levels)
     found = hopper.look_again(x, at, found, undecided.rows, screen)

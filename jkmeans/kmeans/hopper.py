@@ -43,6 +43,11 @@ _STORED_BITS = 7
 _SECOND_ROWS = 132 * 2 * screening.ROWS
 # Of a number that says which row, and what kind it is of.
 _BITS_OF_ROWS = 30
+# Of a row in two parts, up to which its bound is proven.
+_MOST_FEATURES = 2**20 // 3
+# The largest centroid, as a multiple of the geometric mean of all, up to which one bound, and one
+# unit, will do for all scores of a row.
+_EVEN = 64
 # With fewer, tiles of the kernel would be mostly filling.
 _FEWEST_CENTROIDS, _FEWEST_FEATURES = 32, 16
 
@@ -80,7 +85,18 @@ def suits(n: int, d: int, k: int) -> bool:
     if jax.default_backend() != "gpu" or d < _FEWEST_FEATURES or k < _FEWEST_CENTROIDS:
         return False
     few_enough = screening.bits_of_slices(k) <= screening.MOST_BITS and n < 2**_BITS_OF_ROWS
-    return few_enough and n > 0 and getattr(jax.devices()[0], "compute_capability", None) == "9.0"
+    return (
+        few_enough
+        and n > 0
+        and d <= _MOST_FEATURES
+        and getattr(jax.devices()[0], "compute_capability", None) == "9.0"
+    )
+
+
+def are_even(at: bounds.Geometry) -> jax.Array:
+    """Whether centroids are of one size, more or less; [] bool. One far from all others is not."""
+    size = radii(at.centroids, rounded(at.centroids, _STORED_BITS)).size
+    return jnp.max(size) <= _EVEN * jnp.exp(jnp.mean(jnp.log(size)))
 
 
 def make_ready(x: jax.Array, origin: jax.Array) -> Ready:
@@ -97,7 +113,9 @@ def nearest(ready: Ready, at: bounds.Geometry, screen: Callable = screening.scre
     """
     low = rounded(at.centroids, _STORED_BITS)
     size = ready.radii.size
-    units = units_for(_reach(size, _largest(radii(at.centroids, low)).size), low.shape[0])
+    units = units_for(
+        _reach(size, _largest(radii(at.centroids, low)).size, low.shape[1]), low.shape[0]
+    )
     found = _screen(screen, ready.rows, low, at, units, only_nearest=True)
     return jnp.where(units.are_valid, found.labels[: size.shape[0]], 0)
 
@@ -107,7 +125,7 @@ def look(ready: Ready, at: bounds.Geometry, screen: Callable = screening.screen)
     low = rounded(at.centroids, _STORED_BITS)
     of_centroids = _largest(radii(at.centroids, low))
     errors = error_of(of_centroids, ready.radii, low.shape[1])
-    reach = _reach(ready.radii.size, of_centroids.size)
+    reach = _reach(ready.radii.size, of_centroids.size, low.shape[1])
     return _look(screen, ready.rows, low, at, errors, reach)
 
 
@@ -161,7 +179,7 @@ def look_again(
         of_sums = sums * (0.5 * size_c**2 + size * size_c) + 3 * d * UNDERFLOW
         rows = _filled(jnp.concatenate([high, high, rest], axis=1), screening.ROWS)
         errors = (1 + sums) * (left_out + of_sums)
-        found = _look(screen, rows, turned, reordered, errors, _reach(size, size_c))
+        found = _look(screen, rows, turned, reordered, errors, _reach(size, size_c, 3 * d))
         levels = jnp.where(found.levels == CERTIFIED, REFINED, found.levels).astype(jnp.int8)
         found = Look(numbers[found.labels], numbers[found.rivals], levels)
         put = (old.at[target].set(new, mode="drop") for old, new in zip(carry, found, strict=True))
@@ -245,9 +263,9 @@ def _in_parts(values: jax.Array) -> tuple[jax.Array, jax.Array, tuple[jax.Array,
     return high, rest, (whole.size + part.size, part.size, part.change)
 
 
-def _reach(size: jax.Array, of_centroids: jax.Array) -> jax.Array:
-    """At least |s| for all scores of a row: ½C² + X C, and what rounding may add."""
-    return 1.001 * (0.5 * of_centroids**2 + size * of_centroids)
+def _reach(size: jax.Array, of_centroids: jax.Array, d: int) -> jax.Array:
+    """At least |s| for all scores of a row: ½C² + X C, and what sums of d terms may add."""
+    return (1.001 + share_of_sums(d)) * (0.5 * of_centroids**2 + size * of_centroids)
 
 
 def _largest(of_centroids: Radii) -> Radii:
@@ -280,7 +298,7 @@ def nearest_scores(x: jax.Array, centroids: jax.Array) -> tuple[jax.Array, jax.A
     at = bounds.geometry(centroids, ready.origin, jnp.zeros((0, 0), jnp.int32))
     low = rounded(at.centroids, _STORED_BITS)
     of_centroids = _largest(radii(at.centroids, low))
-    units = units_for(_reach(ready.radii.size, of_centroids.size), low.shape[0])
+    units = units_for(_reach(ready.radii.size, of_centroids.size, low.shape[1]), low.shape[0])
     found = _screen(screening.screen, ready.rows, low, at, units, only_nearest=False)
     n = x.shape[0]
     errors = error_of(of_centroids, ready.radii, low.shape[1]) + units.units

@@ -152,6 +152,7 @@ def _slots(
         stands = (keys < k) if level == 0 else (keys < k) & _changes(block)
         slots = jnp.full((size, n_blocks), 0 if level else n, jnp.int32)
         slots = vary_like(slots, keys, None if level else order)
+        # Indices that are left out collide with none, though they are all the same.
         slots = slots.at[block % size, jnp.where(stands, into, n_blocks)].set(
             block if level else order, mode="drop", unique_indices=True, wrap_negative_indices=False
         )

@@ -40,8 +40,12 @@ def run(rows, centroids, half_norms, units, *, by=screen, **options):
         (512, 392, 64, "plainly"),
         (256, 392, 64, None),
         pytest.param(512, 256, 128, None, marks=pytest.mark.slow),
+        # More parts of a tile than there is room for.
+        (256, 146, 192, Tiles(64, 128, 2, True)),
         pytest.param(256, 146, 128, Tiles(128, 128, 3, False), marks=pytest.mark.slow),
         pytest.param(256, 300, 192, Tiles(64, 128, 4, True), marks=pytest.mark.slow),
+        # So many features that the loop over them is not written out.
+        pytest.param(256, 146, 832, None, marks=pytest.mark.slow),
     ],
 )
 def test_agrees_with_numpy(n, k, d, tiles):
@@ -96,6 +100,12 @@ def test_tiles_fit_into_shared_memory(d):
     assert screening.fits(d, tiles)
     # Rows stay there if they can.
     assert tiles.resident == (d <= 576)
+
+
+def test_one_stage_is_not_enough():
+    # The second worker would wait for a part that the first can only hand back after its turn.
+    assert screening.fits(128, Tiles(128, 128, 2, True))
+    assert not screening.fits(128, Tiles(128, 128, 1, True))
 
 
 def test_more_centroids_than_a_key_tells_apart_are_an_error():

@@ -452,3 +452,16 @@ def test_the_estimator_predicts_as_it_fitted():
     assert model.recomputed_ is None
     with pytest.raises(ValueError, match="The 'precision' parameter of KMeans must be a str among"):
         model.set_params(precision="bf16").fit(x)
+
+
+@pytest.mark.parametrize("k", [8, 40])
+def test_rows_of_a_block_that_reaches_back_keep_their_level(k):
+    rng = np.random.default_rng(0)
+    centroids = rng.normal(size=(k, 40)).astype(np.float32)
+    near, step = rng.integers(0, k, 6000), rng.integers(1, k, 6000)
+    share = (0.5 + rng.choice([-1, 1], 6000) * 1e-3)[:, None]
+    x = (centroids[near] * share + centroids[(near + step) % k] * (1 - share)).astype(np.float32)
+    find = jax.jit(lambda x: certified_nearest(x, centroids).levels)
+    whole = np.asarray(find(x))
+    parts = np.concatenate([find(x[:3000]), find(x[3000:])])
+    np.testing.assert_array_equal(whole, parts)
