@@ -301,6 +301,8 @@ def _kernel(n: int, d: int, k: int, bits: int, keep: int, tiles: Tiles, interpre
                         plgpu.barrier_wait(memory.is_there.at[stage(last)])
                         begin(last)
                     h = memory.h[stage(last)]
+                    # Read before copies write over it; products are under way meanwhile.
+                    plgpu.commit_smem()
                     if last:
                         end_all_but_one(last - 1)
                     plgpu.wgmma_wait(0)

@@ -27,7 +27,7 @@ def problem(n, k, d):
 
 def run(rows, centroids, half_norms, units, *, by=screen, **options):
     if by is screen:
-        options["interpret"] = interpreter.InterpretGPUParams()
+        options["interpret"] = interpreter.InterpretGPUParams(detect_races=True)
     offsets = jnp.asarray(1.5 * 2.0**23 * units)
     return by(rows, centroids, jnp.asarray(half_norms), offsets, **options)
 
@@ -48,7 +48,7 @@ def run(rows, centroids, half_norms, units, *, by=screen, **options):
         pytest.param(256, 146, 832, None, marks=pytest.mark.slow),
     ],
 )
-def test_agrees_with_numpy(n, k, d, tiles):
+def test_agrees_with_numpy(n, k, d, tiles, capfd):
     rows, centroids, half_norms, units, scores = problem(n, k, d)
     if tiles == "plainly":
         found = run(rows, centroids, half_norms, units, by=screening.screen_plainly)
@@ -69,6 +69,7 @@ def test_agrees_with_numpy(n, k, d, tiles):
     share = order[:, 0] % screening.FOLD == order[:, 1] % screening.FOLD
     np.testing.assert_array_equal(found.third[share], found.second[share])
     assert np.abs(third[~share]).max() < 1.1
+    assert "RACE" not in capfd.readouterr().out
 
 
 @pytest.mark.slow
