@@ -1,6 +1,7 @@
 """Test set-up: eight fake CPU devices, strict promotion, data where it can be found."""
 
 import gc
+import itertools
 import os
 import signal
 import sys
@@ -35,6 +36,8 @@ import pytest  # noqa: E402
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
+_tests_done = itertools.count(1)
+
 _MOST_MAPPINGS = 30_000
 """Of memory, in one process. Linux allows 65,530; where there are no more, XLA crashes."""
 
@@ -49,6 +52,18 @@ def _few_compiled_programs(request):
     for name in ("jkmeans.training.programs", "jkmeans.evaluation.model"):
         if name in sys.modules:  # Tests replace parts of what their programs are made of.
             sys.modules[name].recently_prepared.forget()
+    _forget_if_many()
+
+
+@pytest.fixture(autouse=True)
+def _few_compiled_programs_of_a_module():
+    """The same for modules of hundreds of tests; looked at now and then, because it takes time."""
+    yield
+    if next(_tests_done) % 40 == 0:
+        _forget_if_many()
+
+
+def _forget_if_many() -> None:
     if _n_mappings() > _MOST_MAPPINGS:
         jax.clear_caches()
         gc.collect()
