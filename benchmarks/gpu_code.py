@@ -97,9 +97,10 @@ def compiled(d: int, only_nearest: bool, folder: pathlib.Path) -> Code:
     run = functools.partial(screening.screen, only_nearest=only_nearest)
     jax.jit(run).trace(*shapes).lower().compile()
     told = next(folder.glob("*.ptxas")).read_text()
-    resources = next(folder.glob("*.resources.txt")).read_text()
+    resources = next(folder.glob("*.resources.txt"), None)
     spills = re.search(r"(\d+) bytes spill stores", told)
-    shared = re.search(r"smem_scratch_bytes=(\d+)", resources)
+    # Of jax 0.11 on.
+    shared = re.search(r"smem_scratch_bytes=(\d+)", resources.read_text() if resources else "")
     listing = next(folder.glob("*.sass_ctrl"), None)
     text = listing.read_text() if listing else ""
     return Code(int(spills[1]) if spills else 0, int(shared[1]) if shared else 0, loop_of(text))
@@ -144,7 +145,7 @@ def row_of(d: int, only_nearest: bool, code: Code) -> str:
         str(d),
         "the nearest" if only_nearest else "two",
         f"{tiles.rows} × {tiles.centroids} × {tiles.stages}",
-        f"{code.shared:,}",
+        f"{code.shared:,}" if code.shared else "–",
         f"{code.spilled:,}",
         f"{each:.2f}" if each else "–",
         f"{minima:.2f}" if each else "–",

@@ -24,8 +24,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
 FEATURES = 64
 """What features are padded to a multiple of: a line of swizzled shared memory, 128 bytes."""
@@ -199,6 +197,10 @@ def screen_plainly(
 
 def _kernel(n: int, d: int, k: int, bits: int, keep: int, tiles: Tiles, interpret: Any):
     """The kernel: keys [3, n] and numbers of centroids [2, n], or one of each."""
+    # Here, because it takes a fifth of a second, and few have such a GPU.
+    from jax.experimental import pallas as pl
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
     mine, width, stages, resident = tiles
     chunks, n_slices = d // FEATURES, width // FOLD
     whole, rest = divmod(k, width)
