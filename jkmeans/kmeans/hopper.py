@@ -111,19 +111,15 @@ def nearest(ready: Ready, at: bounds.Geometry, screen: Callable = screening.scre
 
     ``screen`` is here and below what tells of rows: the kernel, or `screening.screen_plainly`.
     """
-    low = rounded(at.centroids, _STORED_BITS)
-    size = ready.radii.size
-    units = units_for(
-        _reach(size, _largest(radii(at.centroids, low)).size, low.shape[1]), low.shape[0]
-    )
+    low, of_centroids = _in_bfloat16(at)
+    units = units_for(_reach(ready.radii.size, of_centroids.size, low.shape[1]), low.shape[0])
     found = _screen(screen, ready.rows, low, at, units, only_nearest=True)
-    return jnp.where(units.are_valid, found.labels[: size.shape[0]], 0)
+    return jnp.where(units.are_valid, found.labels[: units.units.shape[0]], 0)
 
 
 def look(ready: Ready, at: bounds.Geometry, screen: Callable = screening.screen) -> Look:
     """What products in bfloat16 tell of each row."""
-    low = rounded(at.centroids, _STORED_BITS)
-    of_centroids = _largest(radii(at.centroids, low))
+    low, of_centroids = _in_bfloat16(at)
     errors = error_of(of_centroids, ready.radii, low.shape[1])
     reach = _reach(ready.radii.size, of_centroids.size, low.shape[1])
     return _look(screen, ready.rows, low, at, errors, reach)
@@ -268,8 +264,11 @@ def _reach(size: jax.Array, of_centroids: jax.Array, d: int) -> jax.Array:
     return (1.001 + share_of_sums(d)) * (0.5 * of_centroids**2 + size * of_centroids)
 
 
-def _largest(of_centroids: Radii) -> Radii:
-    return Radii(*(jnp.max(radius).astype(jnp.float32) for radius in of_centroids))
+def _in_bfloat16(at: bounds.Geometry) -> tuple[jax.Array, Radii]:
+    """Centroids rounded [k, d], and the largest of their radii, [] float32."""
+    low = rounded(at.centroids, _STORED_BITS)
+    largest = (jnp.max(radius).astype(jnp.float32) for radius in radii(at.centroids, low))
+    return low, Radii(*largest)
 
 
 def _in_float32(of_rows: Radii) -> Radii:
@@ -296,8 +295,7 @@ def nearest_scores(x: jax.Array, centroids: jax.Array) -> tuple[jax.Array, jax.A
     """
     ready = make_ready(x, jnp.zeros((1, x.shape[1]), x.dtype))
     at = bounds.geometry(centroids, ready.origin, jnp.zeros((0, 0), jnp.int32))
-    low = rounded(at.centroids, _STORED_BITS)
-    of_centroids = _largest(radii(at.centroids, low))
+    low, of_centroids = _in_bfloat16(at)
     units = units_for(_reach(ready.radii.size, of_centroids.size, low.shape[1]), low.shape[0])
     found = _screen(screening.screen, ready.rows, low, at, units, only_nearest=False)
     n = x.shape[0]
