@@ -425,7 +425,7 @@ def _select_at_once(among: Rows, wanted: jax.Array) -> Rows:
     chosen = jnp.zeros(n, bool).at[members].set(True, mode="drop") & wanted
     # A GPU sorts unsigned numbers faster than it adds them up one after another.
     numbers = jnp.where(chosen, jnp.arange(n, dtype=jnp.uint32), jnp.uint32(n))
-    rows = jnp.minimum(lax.sort(numbers, is_stable=False), jnp.uint32(n - 1))
+    rows = jnp.minimum(lax.sort(numbers, is_stable=False), jnp.uint32(max(n - 1, 0)))
     return Rows(rows.astype(jnp.int32), jnp.sum(chosen).astype(jnp.int32))
 
 
