@@ -593,8 +593,10 @@ def main(argv: list[str] | None = None) -> int:
     systems = [name for name in SYSTEMS if name in args.systems and name not in missing]
     for name in missing:
         print(f"{name} is left out: it is not installed", file=sys.stderr)
-    hopper = hopper_is_there()
-    if not hopper:
+    if not hopper_is_there():
+        for name in systems:
+            if name.endswith("-kernel"):
+                print(f"{name} is left out: no Hopper GPU is there", file=sys.stderr)
         systems = [name for name in systems if not name.endswith("-kernel")]
     screened = [name for name in ("exact-kernel", "exact", "exact-tf32") if name in systems]
     size, n_bytes = (128, 2**16) if tiny else (8192, 2**30)

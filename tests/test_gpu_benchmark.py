@@ -26,12 +26,13 @@ def test_tiny_problems_run_all_of_it(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(gpu.SYSTEMS, "flash-kmeans", broken)
     monkeypatch.setitem(gpu.PEERS, "flashlib", ("nowhere_at_all", "nowhere-at-all"))
     markdown, measured = tmp_path / "gpu.md", tmp_path / "gpu.json"
-    systems = "exact fast flash-kmeans flashlib"
-    flags = f"--allow-cpu --lines 51K-512 --repeats 1 --iterations 2 --systems {systems}"
+    systems = "exact fast exact-kernel flash-kmeans flashlib"
+    flags = f"--allow-cpu --profile --lines 51K-512 --repeats 1 --iterations 2 --systems {systems}"
     status = gpu.main([*flags.split(), "--markdown", str(markdown), "--json", str(measured)])
     printed = capsys.readouterr()
     assert status == 0
     assert "flashlib is left out: it is not installed" in printed.err
+    assert "exact-kernel is left out: no Hopper GPU is there" in printed.err
     assert "flash-kmeans failed on 51K-512: RuntimeError" in printed.err
     assert printed.out.strip() == markdown.read_text().strip()
     assert "a test of the script, not a measurement" in printed.out
