@@ -183,6 +183,7 @@ def test_kmeans_of_other_numbers_of_processes_has_the_same_bits(tmp_path):
     np.testing.assert_allclose(inertias[2], inertias[3], rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_deterministic_clustering_has_the_same_bits_on_any_devices(tmp_path):
     x = tiny.blobs(n=203)[0]
     x[:, 0] += 4096  # A column that is summed around its mean.

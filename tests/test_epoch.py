@@ -229,6 +229,7 @@ def test_devices_agree_step_by_step(n_devices, precision):
         np.testing.assert_allclose(*banks, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_views_of_clustering_alone():
     """The network is pretrained on examples themselves, and clusters views of them."""
     examples = np.random.default_rng(0).uniform(size=(96, 5, 4)).astype(np.float32)

@@ -1035,7 +1035,8 @@ def test_without_em_the_first_clusters_are_those_of_kmeans(max_iter):
     np.testing.assert_allclose(np.exp(mixture.log_variances), variance, rtol=1e-4)
 
 
-@pytest.mark.parametrize("rate", [pytest.param(0.0, marks=pytest.mark.slow), 0.25])
+@pytest.mark.slow
+@pytest.mark.parametrize("rate", [0.0, 0.25])
 def test_the_mixture_learns_at_its_own_rate(rate):
     """One step of descent: the mixture moves by that part of what it would."""
     moved = {}

@@ -175,7 +175,8 @@ def test_what_diverges_is_written_and_said(tmp_path):
     assert cells["distortion"] == ""
 
 
-@pytest.mark.parametrize("lost", [0.0, pytest.param(0.3, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("lost", [0.0, 0.3])
 def test_vq_in_float64(tmp_path, lost):
     config = small(consensus_vq)
     config.vq.n_clusters, config.vq.duration, config.vq.n_evaluations = 3, 120, 2

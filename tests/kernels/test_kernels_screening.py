@@ -84,7 +84,13 @@ def test_only_the_nearest():
     assert same[2:] == (None, None, None)
 
 
-@pytest.mark.parametrize(("d", "only_nearest"), [(64, True), (128, False), (512, False)])
+@pytest.mark.parametrize(
+    ("d", "only_nearest"),
+    [
+        (128, False),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in ((64, True), (512, False))),
+    ],
+)
 def test_is_lowered_for_cuda_without_a_gpu(d, only_nearest):
     def of(shape, dtype=jnp.float32):
         return jax.ShapeDtypeStruct(shape, dtype)
