@@ -13,13 +13,12 @@ from __future__ import annotations
 
 import concurrent.futures
 import functools
-import statistics
 import sys
-import time
 from typing import Any
 
 import numpy as np
 
+from benchmarks.gpu import seconds_of
 from benchmarks.support.flags import Parser, at_least, new_file
 
 SIZES = (
@@ -32,19 +31,6 @@ SIZES = (
     (128, 128, 4, False),
 )
 CHECKED = 1024
-
-
-def milliseconds(run: Any, repeats: int) -> float:
-    """The median of some runs after one that is not counted."""
-    import jax
-
-    jax.block_until_ready(run())
-    taken = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        jax.block_until_ready(run())
-        taken.append(time.perf_counter() - start)
-    return 1e3 * statistics.median(taken)
 
 
 def problem(n: int, d: int, k: int) -> tuple[Any, ...]:
@@ -60,7 +46,8 @@ def problem(n: int, d: int, k: int) -> tuple[Any, ...]:
     )
     half_norms = 0.5 * jnp.sum(centroids.astype(jnp.float32) ** 2, axis=1)
     sizes = jnp.sqrt(jnp.sum(rows.astype(jnp.float32) ** 2, axis=1))
-    units = hopper.units_for(1.001 * (half_norms.max() + sizes * (2 * half_norms.max()) ** 0.5), k)
+    reach = hopper.reach_of(sizes, jnp.sqrt(2 * half_norms.max()), d)
+    units = hopper.units_for(reach, k)
     return rows, centroids, half_norms, units.offsets, np.asarray(units.units)
 
 
@@ -149,7 +136,7 @@ def main(argv: list[str] | None = None) -> int:
                 raise kernel
             run = functools.partial(kernel, *given[:4])
             wrong = mistakes(run(), given[4], *truth)
-            ms = milliseconds(run, args.repeats)
+            ms = 1e3 * seconds_of(lambda run=run: jax.block_until_ready(run()), args.repeats)
         except Exception as error:
             lines.append(start + f"{type(error).__name__}: {str(error).splitlines()[:1]} |")
             status = 1

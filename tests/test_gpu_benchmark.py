@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from benchmarks import gpu
+from benchmarks import gpu, gpu_code, gpu_tiles
 
 
 def test_without_a_gpu_it_is_one_sentence_and_status_2(capsys):
@@ -75,17 +75,21 @@ def test_the_roof_is_the_larger_of_arithmetic_and_traffic():
 
 
 @pytest.mark.parametrize(
-    ("flags", "sentence"),
+    ("script", "flags", "sentence"),
     [
-        (["--repeats", "0"], "'0' is given; accepted: an integer of at least 1"),
-        (["--lines", "1B-3"], "invalid choice: '1B-3'"),
-        (["--json", "/nowhere/at/all.json"], "accepted: a file in a folder that exists"),
-        (["--quick"], "unrecognized arguments"),
+        (gpu, ["--repeats", "0"], "'0' is given; accepted: an integer of at least 1"),
+        (gpu, ["--lines", "1B-3"], "invalid choice: '1B-3'"),
+        (gpu, ["--json", "/nowhere/at/all.json"], "accepted: a file in a folder that exists"),
+        (gpu, ["--quick"], "unrecognized arguments"),
+        (gpu_code, ["--features", "100"], "100 is given; accepted: a multiple of 64"),
+        (gpu_tiles, ["--features", "100"], "100 is given; accepted: a multiple of 64"),
+        (gpu_tiles, ["--rows", "1000"], "1000 is given; accepted: a multiple of 256"),
+        (gpu_tiles, [], "accepted: a Hopper GPU"),
     ],
 )
-def test_what_cannot_be_used_is_a_sentence(flags, sentence, capsys):
+def test_what_cannot_be_used_is_a_sentence(script, flags, sentence, capsys):
     with pytest.raises(SystemExit) as caught:
-        gpu.main(flags)
+        script.main(flags)
     assert caught.value.code == 2
     printed = capsys.readouterr().err
     assert sentence in printed

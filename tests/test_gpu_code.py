@@ -5,7 +5,7 @@ import importlib.util
 
 import pytest
 
-from benchmarks import gpu_code, gpu_tiles
+from benchmarks import gpu_code
 
 LISTING = """
 .L_x_1:
@@ -36,24 +36,6 @@ def test_a_row_tells_the_floors():
     assert cells[5:] == ["2.50", "2.50", "28", "35", "17"]
     untold = gpu_code.row_of(64, True, gpu_code.Code(0, 1000, collections.Counter()))
     assert untold.endswith("| – | – | 28 | – | – |")
-
-
-@pytest.mark.parametrize(
-    ("run", "flags", "sentence"),
-    [
-        (gpu_code, ["--features", "100"], "100 is given; accepted: a multiple of 64"),
-        (gpu_tiles, ["--features", "100"], "100 is given; accepted: a multiple of 64"),
-        (gpu_tiles, ["--rows", "1000"], "1000 is given; accepted: a multiple of 256"),
-        (gpu_tiles, [], "accepted: a Hopper GPU"),
-    ],
-)
-def test_what_cannot_be_used_is_a_sentence(run, flags, sentence, capsys):
-    with pytest.raises(SystemExit) as caught:
-        run.main(flags)
-    assert caught.value.code == 2
-    printed = capsys.readouterr().err
-    assert sentence in printed
-    assert printed.count("\n") == 1
 
 
 @pytest.mark.skipif(

@@ -207,24 +207,14 @@ def nearest_by_kernel(
         ready = hopper.make_ready(x, middle_centroid(centroids))
     at = bounds.geometry(centroids, ready.origin, jnp.zeros((0, 0), jnp.int32))
     plain = partial(_nearest_by_products, precision=precision, block_size=block_size)
-    find = _fast_by_kernel if precision.startswith("fast") else _exact_by_kernel
-    return lax.cond(
-        hopper.are_even(at),
-        lambda: find(x, at, ready, block_size, screen),
-        lambda: plain(x, centroids, None),
-    )
 
+    def by_kernel() -> Certified:
+        if precision.startswith("fast"):
+            labels = hopper.nearest(ready, at, screen)
+            return Certified(labels, jnp.full_like(labels, CERTIFIED, jnp.int8))
+        return _exact_by_kernel(x, at, ready, block_size, screen)
 
-def _fast_by_kernel(
-    x: jax.Array,
-    at: bounds.Geometry,
-    ready: hopper.Ready,
-    block_size: int | None,
-    screen: Callable,
-) -> Certified:
-    del x, block_size
-    labels = hopper.nearest(ready, at, screen)
-    return Certified(labels, jnp.full_like(labels, CERTIFIED, jnp.int8))
+    return lax.cond(hopper.are_even(at), by_kernel, lambda: plain(x, centroids, None))
 
 
 def _exact_by_kernel(

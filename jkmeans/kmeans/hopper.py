@@ -112,7 +112,7 @@ def nearest(ready: Ready, at: bounds.Geometry, screen: Callable = screening.scre
     ``screen`` is here and below what tells of rows: the kernel, or `screening.screen_plainly`.
     """
     low, of_centroids = _in_bfloat16(at)
-    units = units_for(_reach(ready.radii.size, of_centroids.size, low.shape[1]), low.shape[0])
+    units = units_for(reach_of(ready.radii.size, of_centroids.size, low.shape[1]), low.shape[0])
     found = _screen(screen, ready.rows, low, at, units, only_nearest=True)
     return jnp.where(units.are_valid, found.labels[: units.units.shape[0]], 0)
 
@@ -121,7 +121,7 @@ def look(ready: Ready, at: bounds.Geometry, screen: Callable = screening.screen)
     """What products in bfloat16 tell of each row."""
     low, of_centroids = _in_bfloat16(at)
     errors = error_of(of_centroids, ready.radii, low.shape[1])
-    reach = _reach(ready.radii.size, of_centroids.size, low.shape[1])
+    reach = reach_of(ready.radii.size, of_centroids.size, low.shape[1])
     return _look(screen, ready.rows, low, at, errors, reach)
 
 
@@ -175,7 +175,7 @@ def look_again(
         of_sums = sums * (0.5 * size_c**2 + size * size_c) + 3 * d * UNDERFLOW
         rows = _filled(jnp.concatenate([high, high, rest], axis=1), screening.ROWS)
         errors = (1 + sums) * (left_out + of_sums)
-        found = _look(screen, rows, turned, reordered, errors, _reach(size, size_c, 3 * d))
+        found = _look(screen, rows, turned, reordered, errors, reach_of(size, size_c, 3 * d))
         levels = jnp.where(found.levels == CERTIFIED, REFINED, found.levels).astype(jnp.int8)
         found = Look(numbers[found.labels], numbers[found.rivals], levels)
         put = (old.at[target].set(new, mode="drop") for old, new in zip(carry, found, strict=True))
@@ -259,7 +259,7 @@ def _in_parts(values: jax.Array) -> tuple[jax.Array, jax.Array, tuple[jax.Array,
     return high, rest, (whole.size + part.size, part.size, part.change)
 
 
-def _reach(size: jax.Array, of_centroids: jax.Array, d: int) -> jax.Array:
+def reach_of(size: jax.Array, of_centroids: jax.Array, d: int) -> jax.Array:
     """At least |s| for all scores of a row: ½C² + X C, and what sums of d terms may add."""
     return (1.001 + share_of_sums(d)) * (0.5 * of_centroids**2 + size * of_centroids)
 
@@ -296,7 +296,7 @@ def nearest_scores(x: jax.Array, centroids: jax.Array) -> tuple[jax.Array, jax.A
     ready = make_ready(x, jnp.zeros((1, x.shape[1]), x.dtype))
     at = bounds.geometry(centroids, ready.origin, jnp.zeros((0, 0), jnp.int32))
     low, of_centroids = _in_bfloat16(at)
-    units = units_for(_reach(ready.radii.size, of_centroids.size, low.shape[1]), low.shape[0])
+    units = units_for(reach_of(ready.radii.size, of_centroids.size, low.shape[1]), low.shape[0])
     found = _screen(screening.screen, ready.rows, low, at, units, only_nearest=False)
     n = x.shape[0]
     errors = error_of(of_centroids, ready.radii, low.shape[1]) + units.units

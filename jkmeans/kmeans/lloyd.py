@@ -215,12 +215,11 @@ def _iterate(
         x = x.astype(dtype)  # Sums of float32 rows would be float32.
 
     find_nearest = per_block(
-        partial(nearest, block_size=block_size, centroid_axis=centroid_axis, precision=precision),
-        axis_name,
+        partial(nearest, block_size=block_size, centroid_axis=centroid_axis), axis_name
     )
     # Once, before the loop; blocks of rows are taken one after another, and not kept ready.
-    low = precision != "full" and centroid_axis is None and not isinstance(axis_name, Blocks)
-    ready = certified.make_ready(x, centroids, precision) if low else None
+    is_whole = precision != "full" and not isinstance(axis_name, Blocks)
+    ready = certified.make_ready(x, centroids, precision) if is_whole else None
     find_certified = per_block(
         partial(
             certified.certified_nearest, block_size=block_size, precision=precision, ready=ready
@@ -231,14 +230,11 @@ def _iterate(
     local_inertia = per_block(inertia_of, axis_name)
 
     def assign_rows(state: _State) -> tuple[jax.Array, bounds.Knowledge | None, jax.Array | None]:
-        if state.recomputed is not None:
+        if precision != "full":
             labels, levels = find_certified(x, state.centroids)
+            if state.recomputed is None:
+                return labels, None, None
             return labels, None, state.recomputed + certified.share(levels, weights)
-        if ready is not None:
-            found = certified.certified_nearest(
-                x, state.centroids, block_size=block_size, precision=precision, ready=ready
-            )
-            return found.labels, None, None
         if state.known is None:
             return find_nearest(x, state.centroids), None, None
         middle = middle_centroid(state.centroids)

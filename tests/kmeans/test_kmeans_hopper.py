@@ -173,6 +173,17 @@ def test_equal_pairs_go_to_the_lower_index():
     np.testing.assert_array_equal(found.labels, kmeans.nearest(x, centroids))
 
 
+def assert_right(found, nearest, level):
+    """Some rows have the level, and their nearest centroid; and some a pair with it."""
+    labels, levels = np.asarray(found.labels), np.asarray(found.levels)
+    certain, pair = levels == level, levels == COMPARED
+    assert certain.any()
+    assert pair.any()
+    np.testing.assert_array_equal(labels[certain], nearest[certain])
+    two = np.stack([labels, np.asarray(found.rivals)], axis=1)[pair]
+    assert (two == nearest[pair, None]).any(axis=1).all()
+
+
 def test_errors_as_large_as_the_bound_certify_no_wrong_label():
     rng = np.random.default_rng(0)
     n, k, d = 256, 64, 20
@@ -205,15 +216,9 @@ def test_errors_as_large_as_the_bound_certify_no_wrong_label():
         return screening.Screened(*map(jnp.asarray, given))
 
     found = hopper.look(ready, at, hostile)
-    levels, labels = np.asarray(found.levels), np.asarray(found.labels)
     # Rows that half the bound would certify, wrongly; and some that all of it does.
     assert ((gap > errors[:, 0]) & (gap < 1.9 * errors[:, 0])).sum() > 10
-    certain, pair = levels == CERTIFIED, levels == COMPARED
-    assert certain.any()
-    assert pair.any()
-    np.testing.assert_array_equal(labels[certain], nearest[certain])
-    two = np.stack([labels, np.asarray(found.rivals)], axis=1)[pair]
-    assert (two == nearest[pair, None]).any(axis=1).all()
+    assert_right(found, nearest, CERTIFIED)
 
 
 def parts(values):
@@ -271,11 +276,5 @@ def test_errors_of_a_second_look_certify_no_wrong_label():
     first = hopper.Look(zeros, zeros, jnp.full(n, RECOMPUTED, jnp.int8))
     every = bounds.Rows(jnp.arange(n, dtype=jnp.int32), jnp.int32(n))
     found = hopper.look_again(jnp.asarray(x), at, first, every, hostile)
-    labels, levels = np.asarray(found.labels), np.asarray(found.levels)
     assert ((gap > 0) & (gap < 1.9 * errors[:, 0])).sum() > 10
-    certain, pair = levels == REFINED, levels == COMPARED
-    assert certain.any()
-    assert pair.any()
-    np.testing.assert_array_equal(labels[certain], nearest[certain])
-    two = np.stack([labels, np.asarray(found.rivals)], axis=1)[pair]
-    assert (two == nearest[pair, None]).any(axis=1).all()
+    assert_right(found, nearest, REFINED)
