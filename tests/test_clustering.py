@@ -473,6 +473,26 @@ def test_resumed_is_uninterrupted(number, at, files, tmp_path, monkeypatch):
     assert parts["n_iter"] == whole["n_iter"]
 
 
+@pytest.mark.parametrize(
+    ("module", "name"), [(memory, "write_npy"), (selection, "silhouette_samples")]
+)
+def test_a_stop_after_the_fit_is_heard(module, name, files, tmp_path, monkeypatch):
+    config = make_config(input=str(files / "x.npy"), n_clusters="4")
+    function = getattr(module, name)
+
+    def signal_first(*arguments):
+        os.kill(os.getpid(), signal.SIGTERM)
+        patch.undo()
+        return function(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, name, signal_first)
+        with pytest.raises(Interrupted, match="SIGTERM"):
+            cluster(config, tmp_path)
+    assert not (tmp_path / "summary.json").exists()
+    assert cluster(config, tmp_path)["n_clusters"] == 4
+
+
 def test_a_finished_job_is_only_reported(done, capfd):
     workdir, config, summary = done
     before = {p: p.stat().st_mtime_ns for p in workdir.rglob("*") if p.name != ".lock"}

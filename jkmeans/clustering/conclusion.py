@@ -27,7 +27,11 @@ def conclude(session: Session, found: Found, sweep: dict[str, Any] | None) -> di
 
     Returns:
       What is in ``summary.json``.
+
+    Raises:
+      Interrupted: the job was asked to stop while there was more to do than to draw.
     """
+    session.stop_if_asked()
     k = len(found.sizes)
     write_npy(session.workdir / CENTROIDS_FILE, found.centroids)
     write_npy(session.workdir / SIZES_FILE, found.sizes)
@@ -45,6 +49,7 @@ def conclude(session: Session, found: Found, sweep: dict[str, Any] | None) -> di
     silhouettes = session.compute(
         lambda: np.asarray(selection.silhouette_samples(centered, sample_labels, k))
     )
+    session.stop_if_asked()
     summary = _summary(session, found, len(rows), silhouettes, np.asarray(labels), sweep)
     if session.config.report.pictures and processes.is_first():
         session.progress.update("drawing")
