@@ -12,6 +12,9 @@ that of 1 + I iterations less that of one, divided by I, the median over turns. 
 are checked against differences in float64 on a sample of rows. Status 1 says that a certified label
 was wrong, a bound was broken, or jkmeans itself failed; 2 that something given cannot be used.
 
+A system with "-graph" in its name is the same compiled into one CUDA graph, its loops and branches
+included: small problems spend their time between kernels.
+
 Peers are optional, and named where they are missing: ``pip install flash-kmeans fastkmeans
 faiss-gpu-cu12``, flashlib from github.com/FlashML-org/flashlib. They are called as their sources of
 2026 say, and were not run by this script yet: one that fails is named with its error and left out.
@@ -75,7 +78,19 @@ LINES = (
     Line("100K-512", 100_000, 512, 512, 0.38, 0.25, 0.2),
     Line("51K-512", 51_000, 512, 500, None, 0.15, 0.12),
 )
-OURS = ("exact-kernel", "fast-kernel", "exact", "exact-tf32", "fast", "full")
+# The same as one graph of CUDA: loops and branches too, of which the host else learns the outcome.
+_GRAPH = "-graph"
+_ONE_GRAPH: Any = {
+    "xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,"
+    "DYNAMIC_SLICE_FUSION,CONDITIONAL,WHILE",
+    "xla_gpu_graph_min_graph_size": 1,
+    # A loop whose results are copied to where its counter says is written out, or left outside.
+    "xla_gpu_command_buffer_unroll_loops": True,
+}
+OURS = (
+    "exact-kernel", "exact-kernel" + _GRAPH, "fast-kernel", "fast-kernel" + _GRAPH,
+    "exact", "exact-tf32", "fast", "full",
+)  # fmt: skip
 # What has to be importable, and the package of which the version is told.
 PEERS = {
     "flash-kmeans": ("flash_kmeans", "flash-kmeans"),
@@ -110,24 +125,31 @@ def make(line: Line, data: str) -> Problem:
     return Problem(*jax.block_until_ready(draw(line)))
 
 
+def precision_of(system: str) -> str:
+    """The ``precision`` of `kmeans.lloyd` that a system of ours stands for."""
+    return system.removesuffix(_GRAPH)
+
+
 @functools.cache
-def _lloyd(precision: str) -> Callable:
+def _lloyd(system: str) -> Callable:
     import jax
 
     from jkmeans import kmeans
 
-    options: dict[str, Any] = {"algorithm": "lloyd", "empty": "keep", "precision": precision}
+    options: dict[str, Any] = {"algorithm": "lloyd", "empty": "keep"}
+    options["precision"] = precision_of(system)
     # No tolerance stops it; only centroids that are all at rest do.
-    return jax.jit(functools.partial(kmeans.lloyd, tol=-1.0, **options))
+    run = functools.partial(kmeans.lloyd, tol=-1.0, **options)
+    return jax.jit(run, compiler_options=_ONE_GRAPH if system.endswith(_GRAPH) else None)
 
 
-def jkmeans_system(precision: str) -> Callable[[Problem, int], int]:
+def jkmeans_system(system: str) -> Callable[[Problem, int], int]:
     """`kmeans.lloyd`, the whole loop in one program; returns the iterations run."""
 
     def run(problem: Problem, iterations: int) -> int:
         import jax
 
-        result = _lloyd(precision)(problem.x, problem.init, max_iter=iterations)
+        result = _lloyd(system)(problem.x, problem.init, max_iter=iterations)
         return int(jax.block_until_ready(result).n_iter)
 
     return run
@@ -318,7 +340,7 @@ class Check(NamedTuple):
     all_centroids: float
 
 
-def check(problem: Problem, precision: str, n_rows: int) -> Check:
+def check(problem: Problem, system: str, n_rows: int) -> Check:
     """Labels after two iterations, when centroids are no longer rows."""
     import jax
 
@@ -326,8 +348,8 @@ def check(problem: Problem, precision: str, n_rows: int) -> Check:
     from jkmeans.kmeans import certainty
 
     # By the program that was measured: another one would have to be compiled.
-    centroids = _lloyd(precision)(problem.x, problem.init, max_iter=2).centroids
-    n = problem.x.shape[0]
+    centroids = _lloyd(system)(problem.x, problem.init, max_iter=2).centroids
+    n, precision = problem.x.shape[0], precision_of(system)
     rows = np.sort(np.random.default_rng(0).choice(n, min(n_rows, n), replace=False))
     x = np.asarray(problem.x[rows])
     if precision == "full":
@@ -518,7 +540,8 @@ def report(result: dict[str, Any]) -> str:
         ms, seen = 1e3 * r["median"], r.get("check")
         flops = 2e-12 * line.n * line.d * line.n_clusters
         good = r["median"] > 0
-        target = {"exact": line.exact, "fast": line.fast}.get(r["system"].removesuffix("-kernel"))
+        plain = precision_of(r["system"]).removesuffix("-kernel")
+        target = {"exact": line.exact, "fast": line.fast}.get(plain)
         cells = [
             f"{line.n:,} × {line.d} × {line.n_clusters:,}",
             r["system"] if r["error"] is None else f"{r['system']}: {r['error']}",
@@ -595,9 +618,9 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{name} is left out: it is not installed", file=sys.stderr)
     if not hopper_is_there():
         for name in systems:
-            if name.endswith("-kernel"):
+            if precision_of(name).endswith("-kernel"):
                 print(f"{name} is left out: no Hopper GPU is there", file=sys.stderr)
-        systems = [name for name in systems if not name.endswith("-kernel")]
+        systems = [name for name in systems if not precision_of(name).endswith("-kernel")]
     screened = [name for name in ("exact-kernel", "exact", "exact-tf32") if name in systems]
     size, n_bytes = (128, 2**16) if tiny else (8192, 2**30)
     result: dict[str, Any] = {

@@ -101,8 +101,12 @@ from jkmeans.kmeans.certainty import (
 _STORED_BITS = {name: 10 if name.endswith("-tf32") else 7 for name in PRECISIONS if name != "full"}
 # Features up to which the bound is proven.
 _MOST_FEATURES = 2**20
-# Numbers of a block of gathered rows and its scores, elsewhere than on a CPU. Not measured.
+# Elsewhere than on a CPU: numbers of a block of gathered rows and its scores, at the most; and the
+# shares of all rows that such a block holds of pairs, and of rows that are compared with every
+# centroid, for a block takes as long if it is nearly empty. Not measured.
 _DEVICE_ENTRIES = 2**27
+_SHARE_OF_PAIRS, _SHARE_OF_ROWS = 8, 64
+_FEWEST_ROWS = 1024
 
 
 class Certified(NamedTuple):
@@ -208,23 +212,26 @@ def nearest_by_kernel(
     at = bounds.geometry(centroids, ready.origin, jnp.zeros((0, 0), jnp.int32))
     plain = partial(_nearest_by_products, precision=precision, block_size=block_size)
 
+    taken = hopper.make_centroids(at)
+
     def by_kernel() -> Certified:
         if precision.startswith("fast"):
-            labels = hopper.nearest(ready, at, screen)
+            labels = hopper.nearest(ready, taken, screen)
             return Certified(labels, jnp.full_like(labels, CERTIFIED, jnp.int8))
-        return _exact_by_kernel(x, at, ready, block_size, screen)
+        return _exact_by_kernel(x, taken, ready, block_size, screen)
 
-    return lax.cond(hopper.are_even(at), by_kernel, lambda: plain(x, centroids, None))
+    return lax.cond(taken.are_even, by_kernel, lambda: plain(x, centroids, None))
 
 
 def _exact_by_kernel(
     x: jax.Array,
-    at: bounds.Geometry,
+    centroids: hopper.Centroids,
     ready: hopper.Ready,
     block_size: int | None,
     screen: Callable,
 ) -> Certified:
-    found = hopper.look(ready, at, screen)
+    at = centroids.at
+    found = hopper.look(ready, centroids, screen)
     undecided = hopper.undecided(found.levels)
     found = hopper.look_again(x, at, found, undecided.rows, screen)
     # Which of two is nearer is float32's to say, also where it hardly can: "full" adds in another
@@ -259,9 +266,9 @@ def _nearest_by_products(
         scores = _low_scores(at, bits)
 
         def find(x_bd: jax.Array) -> jax.Array:
-            return lowest(scores(rounded(shifted(x_bd), bits)), numbers, k)[1]
+            return _valid(lowest(scores(rounded(shifted(x_bd), bits)), numbers, k)[1], k)
 
-        labels = _valid(map_rows(find, x, block_size), k)
+        labels = map_rows(find, x, block_size)
         return Certified(labels, jnp.full_like(labels, CERTIFIED, jnp.int8))
     screen = screen_plainly(at, bits)
     first = map_rows(lambda x_bd: screen(shifted(x_bd)), x, block_size)
@@ -341,7 +348,7 @@ def _compare_pairs(
         new = jnp.where(decided, COMPARED, new).astype(jnp.int8)
         return labels, levels.at[target].set(new, mode="drop")
 
-    entries = None if jax.default_backend() == "cpu" else _DEVICE_ENTRIES
+    entries = _block_entries(x.shape[0], _SHARE_OF_PAIRS, 3 * d)
     return bounds.over_some(x, at, rows, (labels, levels), compare, 3 * d, entries)
 
 
@@ -361,11 +368,18 @@ def _recompute(
         found = _valid(lowest(score(x_bd, at.centroids, at.half_norms), numbers, k)[1], k)
         return labels.at[target].set(found, mode="drop")
 
-    entries = None if jax.default_backend() == "cpu" else _DEVICE_ENTRIES
+    entries = _block_entries(x.shape[0], _SHARE_OF_ROWS, k + d)
     if block_size is not None:
         entries = block_size * (k + d)
     rows = bounds.select(levels == RECOMPUTED)
     return bounds.over_some(x, at, rows, labels, look, k + d, entries), levels
+
+
+def _block_entries(n: int, share: int, numbers_per_row: int) -> int | None:
+    """Numbers of a block of some of n rows, see `bounds.over_some`."""
+    if jax.default_backend() == "cpu":
+        return None
+    return min(_DEVICE_ENTRIES, max(_FEWEST_ROWS, -(-n // share)) * numbers_per_row)
 
 
 def _low_scores(at: bounds.Geometry, bits: int):

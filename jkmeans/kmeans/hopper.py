@@ -39,8 +39,10 @@ from jkmeans.kmeans.collectives import vary_like
 
 # Bits of the significand that bfloat16 stores.
 _STORED_BITS = 7
-# Rows of a second look at a time: two waves of blocks on 132 multiprocessors.
+# Rows of a second look at a time, at the most: two waves of blocks on 132 multiprocessors. Of small
+# problems an eighth of all rows, lest a few take as long as all.
 _SECOND_ROWS = 132 * 2 * screening.ROWS
+_SECOND_SHARE = 8
 # Of a number that says which row, and what kind it is of.
 _BITS_OF_ROWS = 30
 # Of a row in two parts, up to which its bound is proven.
@@ -64,6 +66,22 @@ class Ready(NamedTuple):
     origin: jax.Array
     rows: jax.Array
     radii: Radii
+
+
+class Centroids(NamedTuple):
+    """Centroids as the kernel takes them.
+
+    Attributes:
+      at: as they are.
+      rows: [k, d] bfloat16.
+      largest: the largest of their radii, [] float32.
+      are_even: whether they are of one size, more or less; [] bool. One far from all others is not.
+    """
+
+    at: bounds.Geometry
+    rows: jax.Array
+    largest: Radii
+    are_even: jax.Array
 
 
 class Look(NamedTuple):
@@ -93,10 +111,13 @@ def suits(n: int, d: int, k: int) -> bool:
     )
 
 
-def are_even(at: bounds.Geometry) -> jax.Array:
-    """Whether centroids are of one size, more or less; [] bool. One far from all others is not."""
-    size = radii(at.centroids, rounded(at.centroids, _STORED_BITS)).size
-    return jnp.max(size) <= _EVEN * jnp.exp(jnp.mean(jnp.log(size)))
+def make_centroids(at: bounds.Geometry) -> Centroids:
+    """Centroids in bfloat16, and what bounds need of them."""
+    low = rounded(at.centroids, _STORED_BITS)
+    each = radii(at.centroids, low)
+    largest = Radii(*(jnp.max(radius).astype(jnp.float32) for radius in each))
+    are_even = jnp.max(each.size) <= _EVEN * jnp.exp(jnp.mean(jnp.log(each.size)))
+    return Centroids(at, low.astype(jnp.bfloat16), largest, are_even)
 
 
 def make_ready(x: jax.Array, origin: jax.Array) -> Ready:
@@ -106,23 +127,22 @@ def make_ready(x: jax.Array, origin: jax.Array) -> Ready:
     return Ready(origin, _filled(low, screening.ROWS), _in_float32(radii(shifted, low)))
 
 
-def nearest(ready: Ready, at: bounds.Geometry, screen: Callable = screening.screen) -> jax.Array:
+def nearest(ready: Ready, centroids: Centroids, screen: Callable = screening.screen) -> jax.Array:
     """The label of each row by products in bfloat16 as they are: [n]. 0 where they overflow.
 
     ``screen`` is here and below what tells of rows: the kernel, or `screening.screen_plainly`.
     """
-    low, of_centroids = _in_bfloat16(at)
-    units = units_for(reach_of(ready.radii.size, of_centroids.size, low.shape[1]), low.shape[0])
-    found = _screen(screen, ready.rows, low, at, units, only_nearest=True)
-    return jnp.where(units.are_valid, found.labels[: units.units.shape[0]], 0)
+    reach = _reach(ready, centroids)
+    units = units_for(reach, centroids.rows.shape[0])
+    found = _screen(screen, ready.rows, centroids.rows, centroids.at, units, only_nearest=True)
+    return jnp.where(units.are_valid, found.labels[: reach.shape[0]], 0)
 
 
-def look(ready: Ready, at: bounds.Geometry, screen: Callable = screening.screen) -> Look:
+def look(ready: Ready, centroids: Centroids, screen: Callable = screening.screen) -> Look:
     """What products in bfloat16 tell of each row."""
-    low, of_centroids = _in_bfloat16(at)
-    errors = error_of(of_centroids, ready.radii, low.shape[1])
-    reach = reach_of(ready.radii.size, of_centroids.size, low.shape[1])
-    return _look(screen, ready.rows, low, at, errors, reach)
+    errors = error_of(centroids.largest, ready.radii, centroids.rows.shape[1])
+    reach = _reach(ready, centroids)
+    return _look(screen, ready.rows, centroids.rows, centroids.at, errors, reach)
 
 
 class Undecided(NamedTuple):
@@ -181,7 +201,9 @@ def look_again(
         put = (old.at[target].set(new, mode="drop") for old, new in zip(carry, found, strict=True))
         return Look(*put)
 
-    return bounds.over_some(x, at, rows, first, step, 1, min(n, _SECOND_ROWS))
+    share = -(-n // _SECOND_SHARE)
+    share += -share % screening.ROWS
+    return bounds.over_some(x, at, rows, first, step, 1, min(share, _SECOND_ROWS))
 
 
 def _look(
@@ -264,11 +286,8 @@ def reach_of(size: jax.Array, of_centroids: jax.Array, d: int) -> jax.Array:
     return (1.001 + share_of_sums(d)) * (0.5 * of_centroids**2 + size * of_centroids)
 
 
-def _in_bfloat16(at: bounds.Geometry) -> tuple[jax.Array, Radii]:
-    """Centroids rounded [k, d], and the largest of their radii, [] float32."""
-    low = rounded(at.centroids, _STORED_BITS)
-    largest = (jnp.max(radius).astype(jnp.float32) for radius in radii(at.centroids, low))
-    return low, Radii(*largest)
+def _reach(ready: Ready, centroids: Centroids) -> jax.Array:
+    return reach_of(ready.radii.size, centroids.largest.size, centroids.rows.shape[1])
 
 
 def _in_float32(of_rows: Radii) -> Radii:
@@ -295,9 +314,9 @@ def nearest_scores(x: jax.Array, centroids: jax.Array) -> tuple[jax.Array, jax.A
     """
     ready = make_ready(x, jnp.zeros((1, x.shape[1]), x.dtype))
     at = bounds.geometry(centroids, ready.origin, jnp.zeros((0, 0), jnp.int32))
-    low, of_centroids = _in_bfloat16(at)
-    units = units_for(reach_of(ready.radii.size, of_centroids.size, low.shape[1]), low.shape[0])
-    found = _screen(screening.screen, ready.rows, low, at, units, only_nearest=False)
-    n = x.shape[0]
-    errors = error_of(of_centroids, ready.radii, low.shape[1]) + units.units
+    taken = make_centroids(at)
+    units = units_for(_reach(ready, taken), centroids.shape[0])
+    found = _screen(screening.screen, ready.rows, taken.rows, at, units, only_nearest=False)
+    n, d = x.shape
+    errors = error_of(taken.largest, ready.radii, d) + units.units
     return found.labels[:n], found.scores[:n] * units.units, errors

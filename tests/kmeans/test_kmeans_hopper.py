@@ -57,7 +57,7 @@ def test_labels_that_it_certifies_are_the_nearest(screen):
     # An origin that is not the middle, as where centroids have moved on.
     ready = hopper.make_ready(jnp.asarray(x), jnp.asarray(centroids[7:8]))
     at = bounds.geometry(jnp.asarray(centroids), ready.origin, jnp.zeros((0, 0), jnp.int32))
-    first = hopper.look(ready, at, screen)
+    first = hopper.look(ready, hopper.make_centroids(at), screen)
     undecided = hopper.undecided(first.levels)
     again = hopper.look_again(jnp.asarray(x), at, first, undecided.rows, screen)
     distances = float64_distances(x, centroids)
@@ -153,7 +153,7 @@ def test_with_an_outlying_centroid_it_is_by_plain_products():
     for scale in (1, 1e5):
         centroids[7] *= scale
         at = bounds.geometry(jnp.asarray(centroids), jnp.zeros((1, 40)), jnp.zeros((0, 0), int))
-        assert bool(hopper.are_even(at)) == (scale == 1)
+        assert bool(hopper.make_centroids(at).are_even) == (scale == 1)
         right = float64_distances(np.asarray(x), centroids).argmin(axis=1)
         for precision in ("exact-kernel", "fast-kernel"):
             options = {"precision": precision, "block_size": None, "screen": plainly}
@@ -215,7 +215,7 @@ def test_errors_as_large_as_the_bound_certify_no_wrong_label():
         given = order[:, 0], scores[:, 0], order[:, 1], second, third
         return screening.Screened(*map(jnp.asarray, given))
 
-    found = hopper.look(ready, at, hostile)
+    found = hopper.look(ready, hopper.make_centroids(at), hostile)
     # Rows that half the bound would certify, wrongly; and some that all of it does.
     assert ((gap > errors[:, 0]) & (gap < 1.9 * errors[:, 0])).sum() > 10
     assert_right(found, nearest, CERTIFIED)
