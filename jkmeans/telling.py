@@ -1,9 +1,10 @@
-"""Lines for the user on stdout, which a program that calls the house can collect instead."""
+"""Lines for the user, of which a program that calls the house can collect the warnings instead."""
 
 from __future__ import annotations
 
 import contextlib
 import contextvars
+import sys
 from collections.abc import Iterator
 
 from jkmeans import processes
@@ -16,6 +17,11 @@ def tell(text: str) -> None:
     """Prints a line, once for all processes; nothing inside `warnings_collected`."""
     if _collected.get() is None and processes.is_first():
         print(text, flush=True)
+
+
+def remark(text: object) -> None:
+    """A line on stderr, at once: of how far the work is, or of what happened on the way."""
+    print(text, file=sys.stderr, flush=True)
 
 
 def warn(text: str, *, of_this_process: bool = False) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +17,7 @@ from jkmeans.asynchronous.server import DIVERGED, Status
 from jkmeans.configuration import Config
 from jkmeans.errors import CollapseError, UserError
 from jkmeans.recorder import format_duration
+from jkmeans.telling import remark
 from jkmeans.vq.simulation import EXPLODED
 from jkmeans.whole_files import write_arrays, write_whole
 
@@ -165,7 +165,7 @@ class _Progress:
             line += f", {rate:,.0f} samples/s"
             if rate > 0 and not status.ended:
                 line += f", {format_duration((self._budget - status.samples) / rate)} left"
-        print(line, file=sys.stderr, flush=True)
+        remark(line)
 
 
 def results_of(followed: Followed) -> dict[str, Any]:

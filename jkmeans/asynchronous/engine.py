@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import pickle
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +22,7 @@ from jkmeans.asynchronous.worker import Read, work_on
 from jkmeans.configuration import Config
 from jkmeans.errors import UserError
 from jkmeans.interruption import Interruption
+from jkmeans.telling import remark
 
 _JOB_FILE = "job.pickle"
 _TICK_SECONDS = 0.2
@@ -299,7 +299,7 @@ class _Run:
         missing = sorted({*self._dead, *self._running.values()})
         for number in missing:
             share = status.positions[number] / max(1, status.samples)
-            _say(
+            remark(
                 f"worker {number} was not there at the end; it computed {share:.0%} of the samples"
             )
         return Outcome(
@@ -327,11 +327,11 @@ class _Run:
         ):
             if process and process not in seen:
                 if seen:
-                    _say(f"worker {number} has come back")
+                    remark(f"worker {number} has come back")
                 seen.add(process)
         if self._server_life not in (None, status.life):
             history = read_history(self._folder / JOURNAL_FILE)
-            _say(
+            remark(
                 f"the server has come back from its checkpoint; {history.rolled_back[-1]:,} "
                 "displacements are computed anew"
             )
@@ -345,7 +345,7 @@ class _Run:
             elif number in self._running.values() and number not in self._silent:
                 self._silent.add(number)
                 share = status.positions[number] / max(1, status.samples)
-                _say(
+                remark(
                     f"worker {number} has not been heard for {_SILENT_SECONDS:.0f} s; its share of "
                     f"the samples is {share:.0%}"
                 )
@@ -376,7 +376,7 @@ class _Run:
                 self._get(reference)
             except _DeadError:
                 self._dead.append(number)
-                _say(f"worker {number} is dead for good")
+                remark(f"worker {number} is dead for good")
                 continue
             if again:
                 self._set_to_work(number)
@@ -397,10 +397,6 @@ class _Run:
                 f"{self._options.max_restarts} times; its checkpoint is whole, and the same "
                 "command goes on from there"
             ) from error
-
-
-def _say(sentence: str) -> None:
-    print(sentence, file=sys.stderr, flush=True)
 
 
 class _DeadError(UserError):

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib
 import os
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from jkmeans.errors import CollapseError, UserError
 from jkmeans.fields import Field, choice, integer, number, text, words
 from jkmeans.interruption import Interruption
 from jkmeans.recorder import format_duration
+from jkmeans.telling import remark
 from jkmeans.whole_files import UNREADABLE, read_arrays, remove_leftovers, write_arrays, write_json
 from jkmeans.workdir import RESULTS_FILE
 
@@ -144,11 +144,9 @@ def _compute(task: Task, folder: Path, interruption: Interruption) -> dict[str, 
         found[case.name] = arrays
         now = time.monotonic()
         left = (now - begun) / n_done * (len(todo) - n_done)
-        print(
+        remark(
             f"case {len(task.cases) - len(todo) + n_done} of {len(task.cases)}: {case.name}, "
-            f"{now - started:.1f} s" + (f"; {format_duration(left)} left" if left else ""),
-            file=sys.stderr,
-            flush=True,
+            f"{now - started:.1f} s" + (f"; {format_duration(left)} left" if left else "")
         )
     return {name: arrays for name, arrays in found.items() if arrays is not None}
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from jkmeans.interruption import Interruption
 from jkmeans.ray_session import ACCEPTED_GPUS, gpus_of_worker
 from jkmeans.recorder import results_table
 from jkmeans.streaming.progress import Reporter
+from jkmeans.telling import remark
 from jkmeans.workdir import only_process_in
 
 ENGINES = ("process", "ray")
@@ -139,7 +139,7 @@ def predict_files(
                 watch(status)
 
             if engine_name == "ray":
-                status = engine.run(job, options, say=_say, watch=follow)
+                status = engine.run(job, options, say=remark, watch=follow)
                 output.clean(folder)
             else:
                 status = _run_here(job, predictor, follow)
@@ -154,7 +154,7 @@ def predict_files(
     }
     results_table(summary, f"Written to {output_path}")
     if status.different:
-        _say(
+        remark(
             f"warning: {status.different} shards were computed twice with different bits: hosts of "
             "different kinds took part"
         )
@@ -177,7 +177,7 @@ def _inspect(
             files.append(inspect(path, predictor.example_shape))
         except UserError as error:
             unreadable[path.name] = str(error)
-            _say(f"{path.name} cannot be used: {error}")
+            remark(f"{path.name} cannot be used: {error}")
     if not files:
         raise _failed(
             [{"file": name, "reason": reason} for name, reason in unreadable.items()],
@@ -211,10 +211,10 @@ def _run_here(job: engine.Job, predictor: Predictor, watch) -> Status:
             status = master.status()
             for file in sorted(set(status.failed) - told):
                 told.add(file)
-                _say(f"{file} cannot be used: {status.failed[file]}")
+                remark(f"{file} cannot be used: {status.failed[file]}")
             watch(status)
             if interruption.requested:
-                _say("stopping; what is done is kept, and the same command goes on")
+                remark("stopping; what is done is kept, and the same command goes on")
                 interruption.leave()
 
         try:
@@ -259,11 +259,13 @@ def _finish(
     manifest = output.make_manifest(job.files, parts, status.failed, plan)
     removed = output.remove_merged(job.folder, manifest)
     if removed and not (merge and manifest["complete"]):
-        _say(f"removed {', '.join(removed)}, merged of other rows; --merge writes such files anew")
+        remark(
+            f"removed {', '.join(removed)}, merged of other rows; --merge writes such files anew"
+        )
     output.write_manifest(job.folder, manifest)
     output.write_centroids(job.folder, predictor.centroids)
     if merge and manifest["complete"]:
-        _say(f"merging {manifest['n_rows']:,} rows")
+        remark(f"merging {manifest['n_rows']:,} rows")
         output.merge(job.folder, manifest)
     return manifest
 
@@ -288,7 +290,7 @@ class _Bar:
     def __call__(self, status: Status) -> None:
         if self._reporter is None:
             if status.rows_done:
-                _say(
+                remark(
                     f"{status.shards_done:,} of {status.shards:,} shards are done already"
                     if status.shards_done < status.shards
                     else "everything is done already"
@@ -306,7 +308,3 @@ class _Bar:
         if rows - self._before > self.rows_done:
             self.rows_done = rows - self._before
             self._reporter.advance(rows)
-
-
-def _say(sentence: str) -> None:
-    print(sentence, file=sys.stderr, flush=True)

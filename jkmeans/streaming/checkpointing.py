@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +16,7 @@ from jkmeans.checkpoints import Checkpoints, DamagedError
 from jkmeans.errors import UserError
 from jkmeans.streaming.passes import Partial
 from jkmeans.streaming.picking import Picked
+from jkmeans.telling import remark
 from jkmeans.workdir import only_process_in, usable
 
 _FOLDER = "checkpoint_folder"
@@ -122,7 +122,7 @@ class FitCheckpoints:
             except DamagedError as error:
                 aside = self._checkpoints.set_aside(position)
                 if processes.is_first():
-                    print(f"{error}; it is now {aside.name}", file=sys.stderr, flush=True)
+                    remark(f"{error}; it is now {aside.name}")
         return None, 0
 
     def _load(self, position: int, make_state: Callable[..., Any]) -> tuple[Any, int]:

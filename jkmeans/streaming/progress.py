@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable
 from types import TracebackType
@@ -13,6 +12,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 
 from jkmeans import processes
 from jkmeans.recorder import format_duration
+from jkmeans.telling import remark
 
 # Between two plain lines: a log of a day stays readable.
 _LINE_SECONDS = 10.0
@@ -121,4 +121,4 @@ class Reporter:
             self._bar.update(self._task, description=self._stage, completed=rows, speed=text)
         if self._lines and (now - self._line_at >= _LINE_SECONDS or rows == self._n_rows):
             self._line_at = now
-            print(state, file=sys.stderr, flush=True)
+            remark(state)

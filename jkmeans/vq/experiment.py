@@ -7,7 +7,6 @@ file when it has ended; what is there is not simulated again.
 from __future__ import annotations
 
 import os
-import sys
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -25,6 +24,7 @@ from jkmeans.ray_session import RAY_FIELDS
 from jkmeans.recorder import format_duration
 from jkmeans.sharding import make_mesh
 from jkmeans.sources.base import ArraySource
+from jkmeans.telling import remark
 from jkmeans.vq.data import NAMED, first_prototypes, load_samples
 from jkmeans.vq.figures import (
     SCALING,
@@ -318,12 +318,10 @@ class _Progress:
         last = f"distortion {outcome.distortion[outcome.n_evaluations]:.5g}"
         if diverged:
             last = f"diverged after {outcome.n_evaluations} evaluations, the last with {last}"
-        print(
+        remark(
             f"simulation {self._n_done} of {self._n_all}: {label(setting)}, seed {seed}: {last}; "
             f"{samples / seconds:,.0f} samples/s, {format_duration(self._left * seconds / cost)} "
-            "left",
-            file=sys.stderr,
-            flush=True,
+            "left"
         )
 
 

@@ -6,7 +6,6 @@ import csv
 import hashlib
 import io
 import math
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,6 +28,7 @@ from jkmeans.consensus.traffic import measured_bytes
 from jkmeans.errors import UserError
 from jkmeans.interruption import Interruption, listen_until_ready
 from jkmeans.sharding import SHARDED, make_mesh
+from jkmeans.telling import remark
 from jkmeans.whole_files import write_whole
 
 GEOMETRIC = "geometric"
@@ -57,8 +57,7 @@ class Check:
         """
 
         def say() -> None:
-            words = "stopping where this part of the case ends; once more to stop at once"
-            print(words, file=sys.stderr, flush=True)
+            remark("stopping where this part of the case ends; once more to stop at once")
 
         listen_until_ready(jax.tree.leaves(values), self._interruption, say)
         return jax.tree.map(np.asarray, values)
