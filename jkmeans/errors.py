@@ -33,14 +33,22 @@ class LostError(Exception):
     exit_status = 75
 
 
-def overflow_sentence(inertia: float, dtype: object) -> str:
-    """What to say of finite rows so large that sums of their squares are not; empty if they are."""
-    if math.isfinite(inertia):
-        return ""
-    return (
-        f"the inertia is {inertia}: squares of such large values overflow {dtype}; accepted: rows "
-        "scaled down, or as float64"
-    )
+def refuse_overflow(inertia: float, dtype: object, error: type[Exception] = UserError) -> None:
+    """Refuses finite rows that are so large that sums of their squares are not.
+
+    Args:
+      inertia: such a sum.
+      dtype: of the sum.
+      error: what is raised.
+
+    Raises:
+      UserError: the inertia is not finite; or ``error``.
+    """
+    if not math.isfinite(inertia):
+        raise error(
+            f"the inertia is {inertia}: squares of such large values overflow {dtype}; accepted: "
+            "rows scaled down, or as float64"
+        )
 
 
 def underflow_sentence(centroids: np.ndarray) -> str:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-
-from jkmeans.errors import UserError, overflow_sentence
 
 
 class Found(NamedTuple):
@@ -31,13 +29,3 @@ class Found(NamedTuple):
     history: list[tuple[int, int, float]]
     seconds: float
     labels: np.ndarray | None = None
-
-
-def refuse_overflow(inertia: float, dtype: Any) -> None:
-    """Refuses an inertia that is not finite.
-
-    Raises:
-      UserError: it is not.
-    """
-    if sentence := overflow_sentence(inertia, dtype):
-        raise UserError(sentence)

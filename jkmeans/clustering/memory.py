@@ -20,8 +20,9 @@ from jkmeans.clustering.folder import (
     State,
     write_npy,
 )
-from jkmeans.clustering.found import Found, refuse_overflow
+from jkmeans.clustering.found import Found
 from jkmeans.clustering.session import Session, began_streamed
+from jkmeans.errors import refuse_overflow
 from jkmeans.recorder import format_duration
 from jkmeans.sharding import REPLICATED, to_host
 

@@ -6,8 +6,9 @@ import time
 
 from jkmeans import processes
 from jkmeans.clustering.folder import DISTANCES_FILE, LABELS_FILE, STATE_FILE
-from jkmeans.clustering.found import Found, refuse_overflow
+from jkmeans.clustering.found import Found
 from jkmeans.clustering.session import Session
+from jkmeans.errors import refuse_overflow
 from jkmeans.recorder import format_duration
 from jkmeans.streaming import StreamProgress, fit_stream, predict_stream
 from jkmeans.workdir import CHECKPOINT_FOLDER

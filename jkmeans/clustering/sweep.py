@@ -9,9 +9,8 @@ import numpy as np
 
 from jkmeans import processes, selection
 from jkmeans.clustering.folder import SWEEP_FILE, read_sweep
-from jkmeans.clustering.found import refuse_overflow
 from jkmeans.clustering.session import Session
-from jkmeans.errors import UserError
+from jkmeans.errors import UserError, refuse_overflow
 from jkmeans.recorder import format_duration
 from jkmeans.whole_files import write_json
 

@@ -13,7 +13,7 @@ from sklearn.utils import check_random_state
 from sklearn.utils._param_validation import Interval, StrOptions
 
 from jkmeans import sharded
-from jkmeans.errors import overflow_sentence, underflow_sentence
+from jkmeans.errors import refuse_overflow, underflow_sentence
 from jkmeans.estimators.base import COMMON_CONSTRAINTS, CentroidEstimator, to_numpy
 from jkmeans.estimators.files import is_source, opened
 from jkmeans.estimators.inputs import (
@@ -151,7 +151,7 @@ class KMeans(CentroidEstimator):
         with sharded.precision(X):
             rows = sharded.place(X, weights, mesh=self.mesh, multiple_of=self._multiple_of)
             result = self._best_of_restarts(X, rows)
-            refuse_overflow(float(result.inertia), result.centroids.dtype)
+            refuse_overflow(float(result.inertia), result.centroids.dtype, ValueError)
             self.cluster_centers_ = to_numpy(result.centroids)
             self.labels_ = to_numpy(result.labels)
             self.inertia_ = float(result.inertia)
@@ -243,9 +243,9 @@ def check_outcome(estimator: Any) -> None:
     """Warns, for the caller of ``fit``, of clusters without rows and of squares that vanish.
 
     Raises:
-      ValueError: as `refuse_overflow`.
+      ValueError: squares of the rows overflow.
     """
-    refuse_overflow(estimator.inertia_, estimator.cluster_centers_.dtype)
+    refuse_overflow(estimator.inertia_, estimator.cluster_centers_.dtype, ValueError)
     if warn_of_underflow(estimator, stacklevel=4):
         return
     n_wanted = len(estimator.cluster_centers_)
@@ -261,16 +261,6 @@ def check_outcome(estimator: Any) -> None:
         ConvergenceWarning,
         stacklevel=3,
     )
-
-
-def refuse_overflow(inertia: float, dtype: Any) -> None:
-    """Refuses finite rows that are so large that sums of their squares are not.
-
-    Raises:
-      ValueError: ``inertia`` is not finite.
-    """
-    if sentence := overflow_sentence(inertia, dtype):
-        raise ValueError(sentence)
 
 
 def warn_of_underflow(estimator: Any, stacklevel: int = 3) -> bool:

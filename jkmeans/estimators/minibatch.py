@@ -13,6 +13,7 @@ import numpy as np
 from sklearn.utils import check_random_state
 
 from jkmeans import sharded
+from jkmeans.errors import refuse_overflow
 from jkmeans.estimators.base import COMMON_CONSTRAINTS, CentroidEstimator, at_least, to_numpy
 from jkmeans.estimators.inputs import (
     at_most_int32,
@@ -22,7 +23,7 @@ from jkmeans.estimators.inputs import (
     read_rows,
     read_weights,
 )
-from jkmeans.estimators.kmeans import CORE_NAMES, refuse_overflow, resolve_n_init, warn_of_underflow
+from jkmeans.estimators.kmeans import CORE_NAMES, resolve_n_init, warn_of_underflow
 from jkmeans.kmeans.minibatch import (
     MiniBatchResult,
     MiniBatchState,
@@ -163,7 +164,7 @@ class MiniBatchKMeans(CentroidEstimator):
                     inertia = float(result.ewa_inertia) * total
                 else:  # Of one step there is no average.
                     inertia = float(sharded.evaluate_rows(rows, self.cluster_centers_).inertia)
-                refuse_overflow(inertia, self.cluster_centers_.dtype)
+                refuse_overflow(inertia, self.cluster_centers_.dtype, ValueError)
                 self.inertia_ = inertia
         warn_of_underflow(self)
         if self.verbose:
@@ -287,7 +288,7 @@ class MiniBatchKMeans(CentroidEstimator):
 
     def _label(self, rows: sharded.Rows) -> None:
         result = sharded.evaluate_rows(rows, self.cluster_centers_)
-        refuse_overflow(float(result.inertia), self.cluster_centers_.dtype)
+        refuse_overflow(float(result.inertia), self.cluster_centers_.dtype, ValueError)
         self.labels_ = to_numpy(result.labels)
         self.inertia_ = float(result.inertia)
 
