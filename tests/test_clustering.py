@@ -516,6 +516,24 @@ def test_another_config_is_refused(done, files):
         cluster(make_config(input=str(files / "x.npy"), n_clusters="5"), workdir)
 
 
+def test_nothing_is_written_over(files, tmp_path):
+    shutil.copy(files / "x.npy", tmp_path / "centroids.npy")
+    for name in ("centroids.npy", "x.npy"):
+        config = make_config(input=str(files / "x.npy"), n_clusters="4")
+        if name == "centroids.npy":
+            config.input = str(tmp_path / name)
+        with pytest.raises(UserError, match=r"holds centroids\.npy, which is of no job"):
+            cluster(config, tmp_path)
+    assert len(np.load(tmp_path / "centroids.npy")) == N
+    assert not (tmp_path / "config.json").exists()
+    (tmp_path / "in").mkdir()
+    shutil.copy(files / "x.npy", tmp_path / "in")
+    config = make_config(input=str(tmp_path / "in"), n_clusters="4")
+    with pytest.raises(UserError, match=r"--workdir is .*/in, which is config\.input itself"):
+        cluster(config, tmp_path / "in")
+    assert [path.name for path in (tmp_path / "in").iterdir()] == ["x.npy"]
+
+
 def test_other_data_is_refused(done, files, tmp_path, monkeypatch):
     workdir, _, _ = done
     with pytest.raises(UserError, match="holds a job on other data"):

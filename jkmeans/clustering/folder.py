@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from jkmeans import configuration, processes
+from jkmeans import configuration, datasets, processes
 from jkmeans.clustering.settings import FIELDS, RUNTIME
 from jkmeans.configuration import Config, convert_fields, nest
 from jkmeans.errors import UserError
 from jkmeans.whole_files import UNREADABLE, read_arrays, write_array, write_arrays
-from jkmeans.workdir import CENTROIDS_FILE, claim
+from jkmeans.workdir import CENTROIDS_FILE, CONFIG_FILE, claim
 
 SUMMARY_FILE = "summary.json"
 SWEEP_FILE = "sweep.json"
@@ -27,8 +27,22 @@ def claim_workdir(workdir: Path, config: Config) -> None:
     """Writes the config into a new workdir, or checks that the one there is the same.
 
     Raises:
-      UserError: the folder holds a job with another config, or cannot be written.
+      UserError: the folder holds a job with another config, or files that the job would write over,
+        or is what the job reads, or cannot be written.
     """
+    is_named = config.input in datasets.NAMED
+    if not is_named and Path(config.input).resolve() == workdir.resolve():
+        raise UserError(
+            f"--workdir is {workdir}, which is config.input itself; accepted: another folder"
+        )
+    if not (workdir / CONFIG_FILE).exists():
+        names = (*_OUTPUTS, SUMMARY_FILE, SWEEP_FILE, STATE_FILE)
+        found = [name for name in names if (workdir / name).exists()]
+        if found:
+            raise UserError(
+                f"{workdir} holds {found[0]}, which is of no job and would be written over; "
+                "accepted: another --workdir"
+            )
 
     def differences(there: Any) -> list[str]:
         there = nest(convert_fields(there, FIELDS))
