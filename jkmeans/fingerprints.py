@@ -1,12 +1,13 @@
 """Checksums of arrays, the same on any number of devices and processes.
 
-They are computed on the host, where what is saved comes anyway (Orbax makes a copy of its own): a
-program that adds up the bits of all arrays of a network takes a second to compile.
+Those of what is saved are computed on the host, where it comes anyway (Orbax makes a copy of its
+own): a program that adds up the bits of all arrays of a network takes a second to compile.
 """
 
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,6 +19,26 @@ from jkmeans import processes
 _MULTIPLIER = 2654435761
 _BLOCK = 2**18
 _WORD = 2**32
+_CHUNK_BYTES = 2**20
+
+
+def fingerprint_of_rows(rows: np.ndarray) -> int:
+    """A checksum of the bits of all rows on the host: at least 0 and below 2³².
+
+    Some two gigabytes a second, and no more memory than a chunk.
+
+    Args:
+      rows: [n, ...], in memory or mapped. Processes that compute as one call with the same rows,
+        and each reads its part.
+    """
+    step = max(1, _CHUNK_BYTES // max(1, rows[:1].nbytes))
+    n_chunks = -(-len(rows) // step)
+    first, last = (n_chunks * (processes.number() + end) // processes.count() for end in (0, 1))
+    total = 0
+    for i in range(first, last):
+        chunk = np.ascontiguousarray(rows[i * step : (i + 1) * step])
+        total += (2 * _MULTIPLIER * i + 1) * zlib.crc32(chunk.reshape(-1).view(np.uint8))
+    return sum(processes.gather(total % _WORD)) % _WORD
 
 
 def fingerprints(arrays: Sequence[Any]) -> list[int]:

@@ -57,3 +57,25 @@ def test_each_bit_and_a_swap_are_seen(dtype):
             one.view(np.uint8).reshape(5, 2, -1)[3, 1, byte] ^= np.uint8(1 << bit)
             changed.append(one)
     assert fingerprints([values])[0] not in fingerprints(changed)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.float64, jnp.bfloat16, bool])
+def test_that_of_rows_is_of_every_bit_however_many_processes_read(dtype, monkeypatch):
+    monkeypatch.setattr(module, "_CHUNK_BYTES", 64)
+    rows = np.maximum(np.random.default_rng(0).normal(size=(203, 3, 2)) * 9, 0).astype(dtype)
+    whole = module.fingerprint_of_rows(rows)
+    assert module.fingerprint_of_rows(np.asfortranarray(rows)) == whole
+    for i in (0, 100, 202):
+        other = rows.copy()
+        other[i, 2, 1] = not other[i, 2, 1]
+        assert module.fingerprint_of_rows(other) != whole
+    assert module.fingerprint_of_rows(rows[::-1]) != whole
+    # Of three processes each has a part of the sum.
+    parts = []
+    monkeypatch.setattr(module.processes, "count", lambda: 3)
+    monkeypatch.setattr(module.processes, "gather", lambda value: parts.append(value) or [0])
+    for number in range(3):
+        monkeypatch.setattr(module.processes, "number", lambda number=number: number)
+        module.fingerprint_of_rows(rows)
+    assert all(parts)
+    assert sum(parts) % 2**32 == whole

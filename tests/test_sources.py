@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from jkmeans.errors import UserError
-from jkmeans.sources import open_source, open_weights
+from jkmeans.sources import base, open_source, open_weights
 
 ROWS, FEATURES = 23, 3
 
@@ -301,6 +301,24 @@ def test_fingerprints_tell_data_apart(rows):
     assert open_source(rows.astype(np.float64)).fingerprint() != same
     assert open_source(rows.view(np.int32)).fingerprint() != same
     assert open_source(rows + 1).fingerprint() != same
+    # Wherever one number differs.
+    many = np.zeros((2_000_000, 3), np.uint8)
+    same = open_source(many).fingerprint()
+    for row in (1, 777_777, 1_600_000, 1_999_998):
+        many[row, 2] = 1
+        assert open_source(many).fingerprint() != same
+        many[row, 2] = 0
+
+
+def test_fingerprints_of_more_than_a_gibibyte_are_of_a_sample(rows, monkeypatch):
+    read = []
+    monkeypatch.setattr(base, "_WHOLE_BYTES", 2**10)
+    monkeypatch.setattr(base, "_SAMPLED_BYTES", 2**8)
+    source = open_source(np.zeros((1000, 4), np.float32))
+    monkeypatch.setattr(source, "read", lambda a, b: read.append((a, b)) or np.zeros((b - a, 4)))
+    source.fingerprint()
+    assert (read[0], read[-1]) == ((0, 2), (998, 1000))
+    assert len(read) == 8
 
 
 def test_weights(tmp_path):

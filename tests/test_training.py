@@ -15,13 +15,14 @@ import jax
 import numpy as np
 import pytest
 
-from jkmeans import training
+from jkmeans import datasets, training
 from jkmeans.checkpoints import Checkpoints
 from jkmeans.errors import CollapseError, UserError
 from jkmeans.feeding import HostFeeder
 from jkmeans.interruption import Interrupted
 from jkmeans.recorder import Recorder, read_metrics
 from jkmeans.training import collapse
+from jkmeans.training.folder import describe_data, is_same_data
 from tests import tiny
 from tests.test_epoch import make_run
 
@@ -282,9 +283,26 @@ def test_another_config_in_the_workdir(finished, files):
 
 
 def test_other_data_in_the_workdir(finished, files):
-    np.save(files["data__path"], tiny.blobs(seed=5)[0])
+    examples = tiny.blobs()[0]
+    examples[1, 0] += 0.5  # One number of them all.
+    np.save(files["data__path"], examples)
     with pytest.raises(UserError, match="a run on other data"):
         training.train_and_evaluate(tiny.config(**files), finished)
+
+
+def test_data_of_older_versions_is_known_again():
+    examples = np.arange(4000.0, dtype=np.float32).reshape(1000, 4)
+    dataset = datasets.Dataset(name="mine", examples=examples, scale=1.0, labels=None)
+    here = describe_data(dataset)
+    old = {name: value for name, value in here.items() if name != "checksum_of_all"}
+    assert is_same_data(here, here)
+    assert is_same_data(old, here)
+    for other in (old | {"checksum": 1}, here | {"checksum_of_all": 1}, old | {"scale": 2.0}):
+        assert not is_same_data(other, here)
+    examples[2] += 1  # Not among the 256 rows that older versions look at.
+    changed = describe_data(dataset)
+    assert changed["checksum"] == here["checksum"]
+    assert not is_same_data(here, changed)
 
 
 def test_foreign_checkpoints_in_the_workdir(tmp_path, files):

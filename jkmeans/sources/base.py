@@ -5,6 +5,7 @@ from __future__ import annotations
 import abc
 import contextlib
 import hashlib
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,8 @@ ACCEPTED = (
     "Parquet file or folder, or a list of those"
 )
 
-# A fingerprint reads this much at most: a few blocks of rows, evenly spread.
+# A fingerprint is of all rows up to this many bytes, and of a few blocks, evenly spread, of more.
+_WHOLE_BYTES = 2**30
 _SAMPLED_BLOCKS = 8
 _SAMPLED_BYTES = 2**18
 # Rows of another type are converted in pieces of this size.
@@ -86,17 +88,25 @@ class Source(abc.ABC):
                 out[first : first + len(piece)] = piece
 
     def fingerprint(self) -> str:
-        """Identifies the data by shape, type and the bytes of a few blocks of rows.
+        """Identifies the data by shape, type and the bytes of its rows.
 
+        Of more than 1 GiB only a few blocks of rows are read: what changes elsewhere goes unseen.
         It says nothing of where or in which format the data lies, so a copy has the same one.
         """
         digest = hashlib.blake2b(digest_size=16)
         digest.update(f"{self.n_rows} {self.n_features} {self.dtype.name}".encode())
         row_bytes = max(1, self.n_features * self.dtype.itemsize)
-        rows = min(self.n_rows, max(1, _SAMPLED_BYTES // row_bytes // _SAMPLED_BLOCKS))
-        for block in range(_SAMPLED_BLOCKS):
-            start = block * (self.n_rows - rows) // (_SAMPLED_BLOCKS - 1)
-            digest.update(self.read(start, start + rows).tobytes())
+        if self.n_rows * row_bytes <= _WHOLE_BYTES:
+            rows = max(1, SCRATCH_BYTES // row_bytes)
+            starts = range(0, self.n_rows, rows)
+        else:
+            rows = min(self.n_rows, max(1, _SAMPLED_BYTES // row_bytes // _SAMPLED_BLOCKS))
+            last = self.n_rows - rows
+            starts = [i * last // (_SAMPLED_BLOCKS - 1) for i in range(_SAMPLED_BLOCKS)]
+        for start in starts:
+            block = self.read(start, min(start + rows, self.n_rows))
+            # Five times as fast as the digest.
+            digest.update(zlib.crc32(block.view(np.uint8)).to_bytes(4, "big"))
         return digest.hexdigest()
 
 

@@ -14,6 +14,7 @@ from jkmeans.checkpoints import Checkpoints, DamagedError
 from jkmeans.epoch import TrainState
 from jkmeans.errors import UserError
 from jkmeans.sharding import REPLICATED, place, relayout, to_host
+from jkmeans.training.folder import is_same_data
 from jkmeans.versions import PACKAGES, versions
 
 if TYPE_CHECKING:
@@ -61,7 +62,7 @@ def restore(
     for position in reversed(positions):
         try:
             record = checkpoints.record(position)
-            if record["data"] != run.data_record:
+            if not is_same_data(record["data"], run.data_record):
                 raise UserError(
                     f"{run.workdir} holds a run on other data: {record['data']} there, "
                     f"{run.data_record} now; accepted: the same data, or another --workdir"

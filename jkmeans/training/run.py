@@ -74,7 +74,7 @@ class Run:
         self.method, self.blueprint = self.prepared.method, self.prepared.blueprint
         self.programs = self.prepared.programs
         self.compiled = Compiled(self.prepared)
-        self.data_record = describe_data(dataset)
+        self.data_record = describe_data(dataset) if like is None else like.data_record
         # Of whoever executes it: this run, or all seeds side by side.
         self.recorder: Recorder = NoRecorder()
         self.interruption = Interruption()
