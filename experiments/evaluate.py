@@ -2,6 +2,9 @@
 
 python -m experiments.evaluate --workdir runs/digits
 python -m experiments.evaluate --workdir runs/mnist --split test --checkpoint best
+
+What it prints is also written into the folder of the run: evaluation.json, evaluation-test.json of
+that split, evaluation-x.json of --input x.npy.
 """
 
 from absl import flags
@@ -25,7 +28,12 @@ def main() -> None:
 
 if __name__ == "__main__":
     flags.DEFINE_string("workdir", None, "Folder of the run.")
-    flags.DEFINE_string("checkpoint", "latest", "latest, best or a position.")
+    flags.DEFINE_string(
+        "checkpoint",
+        "latest",
+        "latest; best, of least objective, among those saved after an epoch of clustering and its "
+        "warm-up; or a position, which is a number of steps.",
+    )
     flags.DEFINE_string(
         "input",
         "",

@@ -85,7 +85,12 @@ if __name__ == "__main__":
         "(digits 0 to 16, MNIST 0 to 255), not scaled.",
     )
     flags.DEFINE_string("output", None, "The .npz file to write, or a folder.")
-    flags.DEFINE_string("checkpoint", "latest", "latest, best or a position.")
+    flags.DEFINE_string(
+        "checkpoint",
+        "latest",
+        "latest; best, of least objective, among those saved after an epoch of clustering and its "
+        "warm-up; or a position, which is a number of steps.",
+    )
     flags.DEFINE_boolean("embeddings", False, "Whether to write embeddings too.")
     flags.DEFINE_integer("n_devices", 0, "Devices of the mesh; 0 for all.", lower_bound=0)
     flags.DEFINE_boolean("merge", False, "Whether to write all rows into one file a column too.")

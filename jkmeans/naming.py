@@ -1,9 +1,31 @@
 """Names in a config that stand for functions: one of ours, or the user's ``module:function``."""
 
+import hashlib
 import importlib
+import os
 from collections.abc import Callable, Mapping
 
+from pathlib import Path
+
 from jkmeans.errors import UserError
+
+
+def is_users(name: str) -> bool:
+    """Whether a name is the user's ``module:function``, and not one of ours."""
+    return ":" in name
+
+
+def source_digest(name: str) -> str:
+    """Tells sources of the module of a ``module:function`` apart.
+
+    Where there is no file, as in a session, it is another one in each process.
+    """
+    path = getattr(importlib.import_module(name.partition(":")[0]), "__file__", None)
+    source = Path(path).read_bytes() if path else _SESSION
+    return hashlib.blake2b(source, digest_size=16).hexdigest()
+
+
+_SESSION = os.urandom(16)
 
 
 def resolve(name: str, known: Mapping[str, Callable], field: str) -> Callable:

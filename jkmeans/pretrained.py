@@ -3,8 +3,9 @@
 Methods that differ only in their clustering begin with the same network. Where a config names
 ``training.pretrained_folder``, the first run with some seed, data, network and pretraining leaves
 the network there, and the next one takes it up where its own pretraining would have ended: with the
-same bits, because everything that these depend on is part of the name. The exception is the number
-of devices: as with a run that is resumed on others, sums then differ in rounding.
+same bits, because everything that these depend on is part of the name: of a user's own code, the
+source of its module (what that imports is not looked at). The exception is the number of devices:
+as with a run that is resumed on others, and of seeds side by side, sums then differ in rounding.
 """
 
 import hashlib
@@ -13,9 +14,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from jkmeans import telling
 from jkmeans.augmentation import VIEWS
 from jkmeans.methods import METHODS, method_spec
+from jkmeans.naming import is_users, source_digest
 from jkmeans.networks import PRETRAINED_AS, Blueprint
 from jkmeans.whole_files import UNREADABLE, read_arrays, write_arrays
 
@@ -75,7 +79,7 @@ def description(config, data_record: dict[str, Any]) -> dict[str, Any]:
     network["name"] = PRETRAINED_AS.get(network["name"], network["name"])
     if network["precision"] == "float32":
         del network["precision"]  # Networks of before there was a choice are found again.
-    return {
+    found = {
         "data": data_record,
         "n_shards": config.data.n_shards,
         "seed": config.seed,
@@ -84,6 +88,13 @@ def description(config, data_record: dict[str, Any]) -> dict[str, Any]:
         "training": {field: config.training[field] for field in _TRAINING},
         "objective": method_spec(name).pretraining(config.objective) if name in METHODS else name,
     }
+    sources = [source_digest(name) for name in (network["name"], name) if is_users(name)]
+    return found | ({"sources": sources} if sources else {})
+
+
+def is_there(config, data_record: dict[str, Any]) -> bool:
+    """Whether `load` would find a network."""
+    return _read(_path(config, data_record), quiet=True) is not None
 
 
 def load(config, data_record: dict[str, Any]) -> Pretrained | None:
@@ -91,33 +102,43 @@ def load(config, data_record: dict[str, Any]) -> Pretrained | None:
 
     A file that cannot be read counts as none; it is written over.
     """
-    path = _path(config, data_record)
+    return _read(_path(config, data_record))
+
+
+def _read(path: Path | None, quiet: bool = False) -> Pretrained | None:
     if path is None or not path.exists():
         return None
     try:
         values: dict[str, Any] = read_arrays(path)
         seconds, variance = float(values.pop(_SECONDS)), float(values.pop(_VARIANCE))
     except UNREADABLE as error:
-        telling.warn(f"{path} cannot be read ({error}); pretraining anew", of_this_process=True)
+        if not quiet:
+            telling.warn(f"{path} cannot be read ({error}); pretraining anew", of_this_process=True)
         return None
     return Pretrained(values, variance, seconds)
 
 
 def save(config, data_record: dict[str, Any], found: Pretrained) -> None:
-    """Leaves a network for other runs; nothing where the config names no folder.
+    """Leaves a network for other runs; nothing where it is, or the config names no folder.
 
     A folder that cannot be written is worth a warning, but not the run that has just pretrained.
     """
     path = _path(config, data_record)
     if path is None:
         return
+    there = _read(path, quiet=True)
+    if there is not None and _shapes(there) == _shapes(found):
+        return  # Seeds side by side pretrain all where one is missing, to other rounding.
     try:
-        # Over what is there: a whole file would have been taken up, so this one is damaged.
         path.parent.mkdir(parents=True, exist_ok=True)
         about = {_SECONDS: found.seconds, _VARIANCE: found.reference_variance}
         write_arrays(path, {**found.parameters, **about})
     except OSError as error:
         telling.warn(f"the pretrained network is not kept for other runs ({error})")
+
+
+def _shapes(found: Pretrained) -> dict[str, tuple[int, ...]]:
+    return {name: np.shape(value) for name, value in found.parameters.items()}
 
 
 def _path(config, data_record: dict[str, Any]) -> Path | None:

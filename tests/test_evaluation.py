@@ -1,6 +1,7 @@
 """A trained run used from its folder alone."""
 
 import json
+import os
 import shutil
 
 import numpy as np
@@ -106,6 +107,8 @@ def test_predict_file(run, tmp_path):
 
 def test_other_examples_and_labels(run, tmp_path):
     _, workdir, examples, labels, _ = run
+    evaluation.evaluate(workdir)
+    own = (workdir / "evaluation.json").read_bytes()
     np.save(tmp_path / "new.npy", examples[:50])
     np.save(tmp_path / "new_labels.npy", labels[:50])
     results = evaluation.evaluate(
@@ -116,9 +119,37 @@ def test_other_examples_and_labels(run, tmp_path):
     assert results["n_examples"] == 50
     assert 0 <= results["acc"] <= 1
     assert results["data"] == str(tmp_path / "new.npy")
+    assert json.loads((workdir / "evaluation-new.json").read_text()) == results
+    assert (workdir / "evaluation.json").read_bytes() == own
     assert "acc" not in evaluation.evaluate(workdir, input_path=str(tmp_path / "new.npy"))
     with pytest.raises(UserError, match=r"--split is 'val'; accepted: 'all', 'train', 'test'"):
         evaluation.evaluate(workdir, split="val")
+
+
+@pytest.mark.parametrize("wanted", ["latest", "best"])
+def test_a_checkpoint_that_a_run_removes_meanwhile_is_not_damaged(
+    wanted, run, tmp_path, monkeypatch, capsys
+):
+    _, workdir, _, _, _ = run
+    copy = tmp_path / "work"
+    shutil.copytree(workdir, copy)
+    position = evaluation.load_model(copy, wanted).position
+    chosen = copy / "checkpoints" / str(position)
+    os.rename(chosen, tmp_path / "newer")
+    chosen.mkdir()  # As if it was being removed.
+    listed, times = Checkpoints.positions, []
+    monkeypatch.setattr(Checkpoints, "best", lambda self: listed(self)[-1])
+
+    def positions(self):
+        times.append(len(times))
+        if times[-1] == 2:
+            chosen.rmdir()
+            os.rename(tmp_path / "newer", copy / "checkpoints" / str(position + 1))
+        return listed(self)
+
+    monkeypatch.setattr(Checkpoints, "positions", positions)
+    assert evaluation.load_model(copy, wanted).position == position + 1
+    assert "going back" not in "".join(capsys.readouterr())
 
 
 def test_best_and_numbered_checkpoints(run):

@@ -13,6 +13,7 @@ from jkmeans.methods import with_method
 from jkmeans.pretrained import Pretrained
 from jkmeans.training import checkpointing
 from jkmeans.training.folder import describe_data
+from jkmeans.training.seeds import train_side_by_side
 from jkmeans.workdir import CHECKPOINT_FOLDER
 from tests import tiny
 
@@ -137,6 +138,32 @@ def test_an_objective_of_the_user_shares_with_itself_alone(tmp_path):
     assert pretrained.load(config_of("joint", tmp_path), DATA) is None
 
 
+def test_another_source_of_a_users_network_has_another_one(tmp_path, monkeypatch):
+    source = "def make(size, key):\n    return None\n"
+    (tmp_path / "my_network.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    config = tiny.config(
+        training__pretrained_folder=str(tmp_path / "networks"), network__name="my_network:make"
+    )
+    pretrained.save(config, DATA, FOUND)
+    assert pretrained.load(config, DATA) is not None
+    (tmp_path / "my_network.py").write_text(source + "\n")
+    assert pretrained.load(config, DATA) is None
+
+
+def test_what_is_there_stays_unless_it_is_of_other_layers(tmp_path):
+    config = config_of("dec", tmp_path)
+    pretrained.save(config, DATA, FOUND)
+    pretrained.save(config, DATA, FOUND._replace(reference_variance=3.0))
+    found = pretrained.load(config, DATA)
+    assert found is not None
+    assert found.reference_variance == 2.5
+    pretrained.save(config, DATA, FOUND._replace(parameters={"encoder/0/bias": np.zeros(3)}))
+    found = pretrained.load(config, DATA)
+    assert found is not None
+    assert [*found.parameters] == ["encoder/0/bias"]
+
+
 def damaged(how, whole: bytes) -> bytes:
     if how == "cut":
         return whole[: len(whole) // 2]
@@ -250,6 +277,22 @@ def test_a_run_that_takes_its_network_equals_one_that_pretrains(first, second, f
     assert results == expected
     assert bits == expected_bits
     assert len(list(networks.iterdir())) == 1
+
+
+@pytest.mark.slow
+def test_seeds_side_by_side_leave_the_networks_of_others(folder, capsys):
+    networks = folder / "networks-of-seeds"
+    run_in(folder / "giver-of-seeds", "dec", networks)
+    (path,) = networks.iterdir()
+    before = path.read_bytes()
+    capsys.readouterr()
+    config = config_of("dec", networks, n_seeds=2)
+    train_side_by_side(config, blobs(), folder / "two-seeds")
+    assert "pretrained by another run" not in capsys.readouterr().out
+    assert path.read_bytes() == before
+    assert len(list(networks.iterdir())) == 2
+    train_side_by_side(config, blobs(), folder / "two-seeds-again")
+    assert capsys.readouterr().out.count("pretrained by another run") == 2
 
 
 @pytest.mark.parametrize("how", ["missing", "other shape"])

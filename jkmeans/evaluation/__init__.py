@@ -4,12 +4,11 @@
 examples (`prediction`), and `evaluate` and `predict_file` are what the launchers call (`commands`).
 """
 
-from jkmeans.evaluation.commands import EVALUATION_FILE, evaluate, predict_file
+from jkmeans.evaluation.commands import evaluate, predict_file
 from jkmeans.evaluation.model import TrainedModel, load_model
 from jkmeans.evaluation.prediction import Prediction, compute_in_blocks, embed, predict
 
 __all__ = [
-    "EVALUATION_FILE",
     "Prediction",
     "TrainedModel",
     "compute_in_blocks",

@@ -23,7 +23,6 @@ from jkmeans.evaluation.prediction import predict
 from jkmeans.recorder import results_table
 from jkmeans.whole_files import write_arrays, write_json
 
-EVALUATION_FILE = "evaluation.json"
 _FAR = 10.0  # Times the mean squared distance in training: other units, or other things.
 
 
@@ -47,9 +46,10 @@ def evaluate(
       n_devices: of the mesh; 0 for all.
 
     Returns:
-      What is written to ``evaluation.json``: ``inertia`` (sum of squared distances of embeddings
-      to their centroids), ``empty_clusters`` and, where labels exist, ``acc``, ``nmi``, ``ari`` and
-      ``purity``.
+      What is written into the folder, as ``evaluation.json``, of another part of the data set as
+      ``evaluation-<split>.json``, of other examples as ``evaluation-<name of their file>.json``:
+      ``inertia`` (sum of squared distances of embeddings to their centroids), ``empty_clusters``
+      and, where labels exist, ``acc``, ``nmi``, ``ari`` and ``purity``.
 
     Raises:
       UserError: the checkpoint or the data cannot be used.
@@ -92,12 +92,17 @@ def evaluate(
     if dataset.labels is not None:
         results |= metrics.summarize(dataset.labels, found.labels)
     results_table(results, f"Evaluation of {workdir}")
+    # Those of the run's own data are not lost for those of others.
+    of_what = Path(input_path).stem if input_path else split
+    path = Path(workdir) / f"evaluation{f'-{of_what}' if of_what else ''}.json"
     try:
         if processes.is_first():
-            write_json(Path(workdir) / EVALUATION_FILE, results)
+            write_json(path, results)
     except OSError as error:
         # The folder may be somebody else's; the numbers are on the screen.
-        telling.warn(f"{EVALUATION_FILE} was not written: {error.strerror}")
+        telling.warn(f"{path.name} was not written: {error.strerror}")
+    else:
+        telling.tell(f"written to {path}")
     return results
 
 

@@ -61,6 +61,10 @@ class TrainedModel(NamedTuple):
     mean_distance: float | None
 
 
+# Of the checkpoints of a run that saves and removes them meanwhile.
+_MOST_LISTINGS = 10
+
+
 def _accepted(workdir: Path) -> str:
     """What to give in place of a folder that is not that of one run."""
     seeds = folders_of_seeds(workdir)
@@ -81,7 +85,9 @@ def load_model(
 
     Args:
       workdir: of the run.
-      checkpoint: ``latest``, ``best`` (least unsupervised objective) or a position.
+      checkpoint: ``latest``; ``best``, the one of the least objective, which is known of those that
+        were saved between epochs of clustering and after ``objective.warmup_epochs`` of them; or a
+        position, the number of steps before it.
       n_devices: of the mesh, which need not be the one it was trained on; 0 for all.
 
     Raises:
@@ -90,13 +96,19 @@ def load_model(
     folder = Path(workdir).absolute() / CHECKPOINT_FOLDER
     mesh = make_mesh(n_devices)
     with Checkpoints(folder) as checkpoints:
-        for position in _candidates(checkpoints, checkpoint):
-            try:
-                return _restore(checkpoints, position, mesh)
-            except DamagedError as error:
-                if checkpoint != "latest":
-                    raise UserError(f"{error}; accepted: another --checkpoint") from error
-                telling.warn(f"{error}; going back to the one before")
+        for _ in range(_MOST_LISTINGS):
+            listed = checkpoints.positions()
+            for position in _candidates(checkpoints, checkpoint):
+                try:
+                    return _restore(checkpoints, position, mesh)
+                except DamagedError as error:
+                    if checkpoints.positions() != listed:
+                        break  # A run that goes on has removed it, and left newer ones.
+                    if checkpoint != "latest":
+                        raise UserError(f"{error}; accepted: another --checkpoint") from error
+                    telling.warn(f"{error}; going back to the one before")
+            else:
+                break
     raise UserError(
         f"no checkpoint in {folder} can be read; accepted: a folder of experiments.train"
     )
@@ -115,8 +127,9 @@ def _candidates(checkpoints: Checkpoints, wanted: str) -> list[int]:
         best = checkpoints.best()
         if best is None:
             raise UserError(
-                f"--checkpoint is 'best', but no checkpoint in {checkpoints.folder} has been "
-                "measured; accepted: 'latest'"
+                f"--checkpoint is 'best', but of no checkpoint in {checkpoints.folder} is the "
+                "objective known, as it is of those saved after an epoch of clustering and its "
+                "warm-up; accepted: 'latest'"
             )
         return [best]
     if not wanted.isdecimal() or int(wanted) not in positions:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -43,6 +43,12 @@ def create_pretrained(run: Run) -> tuple[TrainState, float]:
         epoch=everywhere(np.asarray(run.config.training.n_pretrain_epochs, np.int32)),
     )
     return state, found.seconds
+
+
+def all_pretrained(runs: Sequence[Run]) -> bool:
+    """Whether `create_pretrained` would find the networks of all of them."""
+    found = all(pretrained.is_there(run.config, run.data_record) for run in runs)
+    return not processes.any_of(not found)
 
 
 def restore(

@@ -120,6 +120,8 @@ class SideBySide:
         if states:
             seconds = [member.record["seconds"] for member in self.members if member.record]
             return states, sum(seconds), True
+        if not checkpointing.all_pretrained(self.runs):
+            return [run.create() for run in self.runs], 0.0, False
         begun = [checkpointing.create_pretrained(run) for run in self.runs]
         if len({int(state.epoch) for state, _ in begun}) > 1:
             return [run.create() for run in self.runs], 0.0, False
