@@ -153,7 +153,8 @@ def _run(
         fail(str(error), error.exit_status)
     except Exception as error:
         full = isinstance(error, OSError) and error.errno in (
-            errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM,
+            errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM, errno.EISDIR,
+            errno.ENOTDIR,
         )  # fmt: skip
         if full and isinstance(error, OSError):
             where = error.filename or "a file of the run"

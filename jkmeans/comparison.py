@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 from jkmeans import configuration, training
 from jkmeans.comparison_tables import Row, headline, write_tables
 from jkmeans.configuration import Config, shown
+from jkmeans.datasets import Dataset
 from jkmeans.errors import CollapseError, UserError
 from jkmeans.fields import accepted_of, integer
 from jkmeans.interruption import Interruption
@@ -61,8 +62,10 @@ def compare(
     refuse_other_kinds(workdir, TABLE_FILE)
     runs = _runs_of(configs, n_seeds, workdir)
     chosen = [run for run in runs if not only or run.name in only]
+    # Now, and not after hours of other runs.
     for run in chosen:
         run.check_folder()
+    _check_data(chosen)
     for number, run in enumerate(chosen, start=1):
         if run.has_ended():
             continue
@@ -95,7 +98,7 @@ class _Run(NamedTuple):
     folder: Path
 
     def check_folder(self) -> None:
-        """Refuses a folder with another config now, not after hours of other runs."""
+        """Refuses a folder with another config."""
         if (self.folder / CONFIG_FILE).exists():
             claim_workdir(self.folder, self.config)
 
@@ -151,6 +154,20 @@ def _runs_of(configs: Mapping[str, Config], n_seeds: int, workdir: Path) -> list
                 one.training.pretrained_folder = str(workdir / PRETRAINED_FOLDER)
             runs.append(_Run(name, seed, one, run_folder(workdir, name, seed)))
     return runs
+
+
+def _check_data(runs: Sequence[_Run]) -> None:
+    """Refuses data that a row cannot be of, of the rows that are not done."""
+    left = {run.name: run.config for run in runs if not run.has_ended()}
+    loaded: dict[str, Dataset] = {}
+    for name, config in left.items():
+        data = str(config.data)
+        try:
+            if data not in loaded:
+                loaded[data] = training.load_data(config)
+            training.check_data(config, loaded[data])
+        except UserError as error:
+            raise UserError(f"config.runs[{name!r}]: {error}") from error
 
 
 def _rows(runs: Sequence[_Run]) -> list[Row]:

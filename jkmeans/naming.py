@@ -4,7 +4,6 @@ import hashlib
 import importlib
 import os
 from collections.abc import Callable, Mapping
-
 from pathlib import Path
 
 from jkmeans.errors import UserError

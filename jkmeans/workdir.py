@@ -143,7 +143,7 @@ def only_process_in(workdir: Path, called: str = "--workdir") -> Iterator[None]:
       called: what the user calls it.
 
     Raises:
-      UserError: another run has it.
+      UserError: another run has it, or it cannot be written.
     """
     import fcntl
 
@@ -152,7 +152,8 @@ def only_process_in(workdir: Path, called: str = "--workdir") -> Iterator[None]:
         def lock() -> None:
             if not processes.is_first():
                 return
-            file = stack.enter_context(open(workdir / LOCK_FILE, "w"))
+            with usable(workdir, called):
+                file = stack.enter_context(open(workdir / LOCK_FILE, "w"))
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:

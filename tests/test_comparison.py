@@ -275,6 +275,19 @@ def test_a_changed_config_is_refused_before_anything_is_trained(data, tmp_path, 
 
 
 @pytest.mark.slow
+def test_data_that_a_row_cannot_be_of_are_refused_before_anything_is_trained(tmp_path, trainings):
+    for name, array in zip("xy", tiny.blobs(), strict=True):
+        np.save(tmp_path / f"{name}.npy", array)
+    config = table_config(tmp_path, n_seeds=1, names=("autoencoder", "vade"))
+    with pytest.raises(
+        UserError, match=r"config\.runs\['vade'\]: config\.objective\.likelihood is"
+    ):
+        compare(config, tmp_path / "table")
+    assert trainings == []
+    compare(config, tmp_path / "table", only=("autoencoder",))
+    assert trainings == ["autoencoder/seed_0"]
+
+
 def test_changed_data_go_through_the_check_of_the_run(tmp_path):
     examples, labels = tiny.blobs()
     np.save(tmp_path / "x.npy", examples)

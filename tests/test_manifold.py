@@ -305,6 +305,13 @@ def test_umap_is_not_imported_with_the_module():
     subprocess.run([sys.executable, "-c", program], check=True)
 
 
+def test_embeddings_in_one_place_have_a_layout():
+    ones = np.ones((60, 4), np.float32)
+    labels, layout = manifold_clusters(ones, 3, seed=0, layout="t-sne", clusterer="k-means")
+    assert np.isfinite(layout).all()
+    assert set(labels) <= {0, 1, 2}
+
+
 @pytest.mark.parametrize("p", [2, 40])
 def test_new_rows_get_the_cluster_of_the_nearest(p):
     rng = np.random.default_rng(2)

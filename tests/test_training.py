@@ -305,6 +305,13 @@ def test_data_of_older_versions_is_known_again():
     assert not is_same_data(here, changed)
 
 
+def test_a_folder_in_the_place_of_the_lock(finished, files):
+    (finished / ".lock").unlink()
+    (finished / ".lock").mkdir()
+    with pytest.raises(UserError, match=r"cannot write to --workdir .*: Is a directory"):
+        training.train_and_evaluate(tiny.config(**files), finished)
+
+
 def test_foreign_checkpoints_in_the_workdir(tmp_path, files):
     (tmp_path / "run" / "checkpoints" / "7").mkdir(parents=True)
     with pytest.raises(UserError, match=r"no config.json"):

@@ -106,7 +106,9 @@ def _t_sne(embeddings, seed, perplexity, n_components, metric) -> np.ndarray:
     from sklearn.manifold import TSNE
     from threadpoolctl import threadpool_limits
 
-    start = "pca" if n_components <= embeddings.shape[1] else "random"
+    # Principal components of what is all in one place are scaled by one over zero.
+    differ = np.ptp(embeddings, axis=0).any()
+    start = "pca" if differ and n_components <= embeddings.shape[1] else "random"
     with threadpool_limits(limits=1):  # Sums of several threads differ in their last bits.
         t_sne = TSNE(
             n_components,

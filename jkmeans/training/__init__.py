@@ -47,7 +47,16 @@ def train_and_evaluate(config: Config, workdir: str | os.PathLike) -> dict[str, 
     """
     config = configuration.validate(config)
     processes.agree("the config", configuration.flat(config))
-    dataset = processes.together(
+    return train(config, load_data(config), workdir)
+
+
+def load_data(config: Config) -> datasets.Dataset:
+    """The data that a validated config names.
+
+    Raises:
+      UserError: they cannot be used.
+    """
+    return processes.together(
         lambda: datasets.load(
             config.data.name,
             split=config.data.split,
@@ -57,7 +66,18 @@ def train_and_evaluate(config: Config, workdir: str | os.PathLike) -> dict[str, 
             part=(processes.number(), processes.count()),
         )
     )
-    return train(config, dataset, workdir)
+
+
+def check_data(config: Config, dataset: datasets.Dataset) -> None:
+    """Refuses data that a validated config, or its method, cannot be of.
+
+    Raises:
+      UserError: they are such.
+    """
+    configuration.check_data(config, dataset.n_examples, dataset.example_shape)
+    part = processes.number(), processes.count()
+    check = method_spec(config.objective.name).check_data
+    processes.together(lambda: check(config, dataset, part))
 
 
 def train(config: Config, dataset: datasets.Dataset, workdir: str | os.PathLike) -> dict[str, Any]:
@@ -71,11 +91,8 @@ def train(config: Config, dataset: datasets.Dataset, workdir: str | os.PathLike)
     """
     config = configuration.validate(config)
     workdir = Path(workdir).absolute()
-    configuration.check_data(config, dataset.n_examples, dataset.example_shape)
     if not processes.on_first((workdir / CONFIG_FILE).exists):  # A run there has been checked.
-        part = processes.number(), processes.count()
-        check = method_spec(config.objective.name).check_data
-        processes.together(lambda: check(config, dataset, part))
+        check_data(config, dataset)
     if config.n_seeds > 1:
         from jkmeans.training.seeds import train_side_by_side
 
