@@ -20,7 +20,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 
 from jkmeans import clustering, evaluation, training
 from jkmeans.blocks import MOST_ROWS
-from jkmeans.dispatch import engine, inputs, output, predict_files, read_predictions
+from jkmeans.dispatch import engine, inputs, models, output, predict_files, read_predictions
 from jkmeans.dispatch.master import MOST_DEATHS, Lease, Master, Part, Process, Shard
 from jkmeans.errors import UserError
 from jkmeans.interruption import Interrupted
@@ -734,6 +734,29 @@ def test_the_centroids_of_k_means_predict_too(tmp_path, dtype):
         predict_files(tmp_path / "c", str(tmp_path / "x.npy"), str(out), embeddings=True)
     with pytest.raises(UserError, match=r"--checkpoint is 'best', but .* accepted: 'latest'"):
         predict_files(tmp_path / "c", str(tmp_path / "x.npy"), str(out), checkpoint="best")
+
+
+def test_a_job_on_some_columns_predicts_from_the_same(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    x = tiny.blobs(n=300)[0]
+    folder = tmp_path / "c"
+    folder.mkdir()
+    np.save(folder / "centroids.npy", x[:3, [4, 1]])
+    (folder / "summary.json").write_text("{}")
+    (folder / "config.json").write_text(json.dumps({"columns": ["c4", "c1"]}))
+    columns = models.load_predictor(folder).input_columns
+    assert columns == ("c4", "c1")
+    pq.write_table(pa.table({f"c{i}": x[:, i] for i in range(12)}), tmp_path / "all.parquet")
+    pq.write_table(pa.table({"c4": x[:, 4], "b": x[:, 1]}), tmp_path / "two.parquet")
+    for name in ("all.parquet", "two.parquet"):
+        file = inputs.inspect(tmp_path / name, (2,), columns)
+        rows = inputs.Reader([file], (2,), columns).read(Shard(name, 10, 20))
+        np.testing.assert_array_equal(rows, x[10:20][:, [4, 1]])
+    pq.write_table(pa.table({"c4": x[:, 4], "b": x[:, 1], "a": x[:, 0]}), tmp_path / "no.parquet")
+    with pytest.raises(UserError, match="c1"):
+        inputs.inspect(tmp_path / "no.parquet", (2,), columns)
 
 
 def test_what_cannot_be_used_is_refused_and_leaves_no_trace(run, many, tmp_path, monkeypatch):

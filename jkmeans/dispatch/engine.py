@@ -179,7 +179,7 @@ class WorkerActor:
                 f"worker {name} on {socket.gethostname()} finds another model in {job.workdir}; "
                 "accepted: a --workdir that is shared by all hosts"
             )
-        reader = Reader(list(job.files), predictor.example_shape)
+        reader = Reader(list(job.files), predictor.example_shape, predictor.input_columns)
         renew_seconds = job.lease_seconds / 4
         work_on(name, port, predictor, reader, job.folder, renew_seconds=renew_seconds)
 

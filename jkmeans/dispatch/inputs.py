@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,7 +16,8 @@ from jkmeans.errors import UserError
 from jkmeans.sources import Source, natural_order, open_source
 from jkmeans.sources.npy import open_npy
 
-SUFFIXES = (".npy", ".parquet", ".pq", ".zarr")
+_PARQUET = (".parquet", ".pq")
+SUFFIXES = (".npy", *_PARQUET, ".zarr")
 
 
 class InputFile(NamedTuple):
@@ -56,18 +58,21 @@ def find_files(path: str | os.PathLike[str]) -> list[Path]:
     return sorted(files, key=natural_order)
 
 
-def inspect(path: Path, example_shape: tuple[int, ...]) -> InputFile:
+def inspect(
+    path: Path, example_shape: tuple[int, ...], columns: Sequence[str] | None = None
+) -> InputFile:
     """Opens a file to see that it holds examples; its rows are not read.
 
     Args:
       path: see `find_files`.
       example_shape: of the model. A Parquet file, which has no shapes, holds such an example in as
         many numbers.
+      columns: of a Parquet file, where they are not all; a file without them may have just as many.
 
     Raises:
       UserError: it cannot be read, or holds something else.
     """
-    source, shape = _open(path, example_shape)
+    source, shape = _open(path, example_shape, columns)
     if shape != example_shape:
         raise UserError(
             f"{path.name} is of shape {_shown(source.n_rows, shape)}; accepted: "
@@ -98,11 +103,18 @@ class Reader:
     Args:
       files: that may be asked for.
       example_shape: of their rows.
+      columns: see `inspect`.
     """
 
-    def __init__(self, files: list[InputFile], example_shape: tuple[int, ...]):
+    def __init__(
+        self,
+        files: list[InputFile],
+        example_shape: tuple[int, ...],
+        columns: Sequence[str] | None = None,
+    ):
         self._files = {file.name: file for file in files}
         self._shape = example_shape
+        self._columns = columns
         self._open: tuple[str, Source] | None = None
 
     def read(self, shard: Shard) -> np.ndarray:
@@ -113,7 +125,7 @@ class Reader:
         """
         file = self._files[shard.file]
         if self._open is None or self._open[0] != file.name:
-            source, _ = _open(file.path, self._shape)
+            source, _ = _open(file.path, self._shape, self._columns)
             changed = identity(file.path, source) != file.identity
             if changed or source.n_rows != file.n_rows:
                 raise UserError(f"{file.name} was changed after the run began")
@@ -129,16 +141,25 @@ class Reader:
         return datasets.check_examples(rows, name=str(shard))
 
 
-def _open(path: Path, example_shape: tuple[int, ...]) -> tuple[Source, tuple[int, ...]]:
+def _open(
+    path: Path, example_shape: tuple[int, ...], columns: Sequence[str] | None
+) -> tuple[Source, tuple[int, ...]]:
     """A file as a matrix, and the shape that its rows have."""
     if path.suffix == ".npy":
         source = open_npy(path, flatten=True)
         return source, source.example_shape
-    source = open_source(path)
+    if path.suffix not in _PARQUET:
+        source = open_source(path)
+        return source, (source.n_features,)
+    n_features = math.prod(example_shape)
+    try:
+        source = open_source(path, columns)
+    except UserError:
+        source = open_source(path)
+        if columns is None or source.n_features != n_features:
+            raise
     shape = (source.n_features,)
-    if path.suffix in (".parquet", ".pq") and shape == (math.prod(example_shape),):
-        shape = example_shape
-    return source, shape
+    return source, example_shape if shape == (n_features,) else shape
 
 
 def _shown(n_rows: int | str, shape: tuple[int, ...]) -> str:

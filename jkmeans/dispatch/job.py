@@ -174,7 +174,7 @@ def _inspect(
             interruption.leave()
         try:
             output.refuse_long_name(path.name)
-            files.append(inspect(path, predictor.example_shape))
+            files.append(inspect(path, predictor.example_shape, predictor.input_columns))
         except UserError as error:
             unreadable[path.name] = str(error)
             remark(f"{path.name} cannot be used: {error}")
@@ -203,7 +203,7 @@ def _failed(failed: list[dict[str, str]], n_files: int, merge: bool) -> UserErro
 def _run_here(job: engine.Job, predictor: Predictor, watch) -> Status:
     """This process is the only worker."""
     master, store = engine.make_master(job)
-    reader = Reader(list(job.files), predictor.example_shape)
+    reader = Reader(list(job.files), predictor.example_shape, predictor.input_columns)
     told = set(job.unreadable)
     with Interruption() as interruption:
 

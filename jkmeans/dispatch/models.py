@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,7 @@ from jkmeans import evaluation, kmeans, sharded
 from jkmeans.clustering import SUMMARY_FILE
 from jkmeans.errors import UserError
 from jkmeans.sharding import REPLICATED, SHARDED, data_parallel, make_mesh, read_to_devices
-from jkmeans.workdir import CENTROIDS_FILE
+from jkmeans.workdir import CENTROIDS_FILE, CONFIG_FILE
 
 
 class Predictor(NamedTuple):
@@ -28,6 +29,7 @@ class Predictor(NamedTuple):
       columns: what it gives of each row, by name.
       centroids: [k, p].
       checkpoint: as `load_predictor` takes it, to load the same one again.
+      input_columns: which columns of a Parquet file its examples are; None for all.
       compute: (examples [n, *example_shape] as `jkmeans.blocks.blocks` wants them, function that
         is told the rows done) -> columns [n, ...] by name.
     """
@@ -38,6 +40,7 @@ class Predictor(NamedTuple):
     columns: tuple[str, ...]
     centroids: np.ndarray
     checkpoint: str
+    input_columns: tuple[str, ...] | None
     compute: Callable[[np.ndarray, Callable[[int], object]], dict[str, np.ndarray]]
 
 
@@ -86,6 +89,7 @@ def load_predictor(
         columns=columns,
         centroids=model.centroids,
         checkpoint=str(model.position),
+        input_columns=None,
         compute=compute,
     )
 
@@ -131,5 +135,15 @@ def _centroids(folder: Path, n_devices: int) -> Predictor:
         columns=("labels", "distances"),
         centroids=centroids,
         checkpoint="latest",
+        input_columns=_columns_of(folder),
         compute=compute,
     )
+
+
+def _columns_of(folder: Path) -> tuple[str, ...] | None:
+    """The columns that a job of experiments.cluster was asked to take, if it was."""
+    try:
+        columns = json.loads((folder / CONFIG_FILE).read_text())["columns"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None  # Centroids alone predict, too.
+    return tuple(columns) or None
