@@ -86,13 +86,20 @@ def sentence(argv: Sequence[str], error: Exception, fields: str) -> str:
     return one_line(error)
 
 
-def help_of_fields(argv: Sequence[str], fields: str) -> str:
-    """A line for each field of the config: its value in the file, and what is known about it."""
+def help_of_fields(argv: Sequence[str], fields: str, config: Any) -> str:
+    """A line for each field of the config: its value, and what is known about it.
+
+    Args:
+      argv: with a ``--config`` or without.
+      fields: as of `experiments.launcher.launch`.
+      config: what the command line gives; None for what is in the file.
+    """
     file = _last(argv, "config")
     if file is None:
         return "With --config FILE --help: the fields of that config, and what they accept."
     try:
-        config = load(file[1])
+        of_file = load(file[1])
+        config = of_file if config is None else config
     except Exception as error:
         return sentence(argv, error, fields)
     known = _fields_of(fields, config)

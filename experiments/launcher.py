@@ -97,7 +97,8 @@ def _parse(
         _define_process_flags()
     try:
         argv = FLAGS.read_flags_from_files(argv, force_gnu=False)
-        argv = config_flag.of_method(config_flag.last_of_each(argv)) if with_config else argv
+        if with_config:
+            argv = config_flag.of_method(config_flag.last_of_each(_help_last(argv)))
         rest = FLAGS(argv, known_only=False)
         missing = [
             f"--{name}" for name in required if not FLAGS[name].present or FLAGS[name].value == ""
@@ -111,7 +112,7 @@ def _parse(
     except SystemExit:  # Help was asked for and printed.
         try:
             if with_config and fields:
-                print(config_flag.help_of_fields(argv, fields))
+                print(config_flag.help_of_fields(argv, fields, FLAGS["config"].value))
             sys.stdout.flush()
         except BrokenPipeError:
             _nobody_reads()
@@ -122,6 +123,14 @@ def _parse(
     except Exception as error:  # Config files are the user's programs: they may raise anything.
         fail(config_flag.sentence(argv, error, fields) if with_config else one_line(error), 2)
     return rest
+
+
+def _help_last(argv: Sequence[str]) -> list[str]:
+    """Help ends the parsing where it stands; what stands after it counts too."""
+    asking = {"help", "h", "?", "helpshort", "helpfull", "helpxml"}
+    return sorted(
+        argv, key=lambda argument: argument.startswith("-") and argument.lstrip("-") in asking
+    )
 
 
 def _run(

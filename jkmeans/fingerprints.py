@@ -37,7 +37,7 @@ def fingerprint_of_rows(rows: np.ndarray) -> int:
     total = 0
     for i in range(first, last):
         chunk = np.ascontiguousarray(rows[i * step : (i + 1) * step])
-        total += (2 * _MULTIPLIER * i + 1) * zlib.crc32(chunk.reshape(-1).view(np.uint8))
+        total += (2 * _MULTIPLIER * i + 1) * zlib.crc32(chunk.reshape(-1).view(np.uint8).data)
     return sum(processes.gather(total % _WORD)) % _WORD
 
 

@@ -237,10 +237,12 @@ def test_bad_command_lines(case, tmp_path):
 
 def test_help_tells_of_the_fields_of_a_config(tmp_path):
     config = f"--config={ROOT}/configs/digits.py"
-    done = run("train", config, "--config.objective.name=idec", "--help", cwd=tmp_path)
+    changes = ("--config.objective.name=idec", "--help", "--config.seed=7")
+    done = run("train", config, *changes, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert f"fields of {ROOT}/configs/digits.py (" in done.stdout
     assert "objective.cluster_weight = 0.1" in done.stdout
+    assert "seed = 7\n" in done.stdout  # What the command line says, wherever it says so.
     assert "γ, of the divergence; a number of at least 0" in done.stdout
 
 
