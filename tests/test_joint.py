@@ -1,6 +1,8 @@
 """The joint objective: its formula in NumPy, on one device and on eight; the user's own."""
 
 import functools
+import re
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -370,6 +372,28 @@ def test_a_users_objective_has_its_own_settings():
         "assignment": "nearest",
         "decoder": True,
     }
+
+
+@pytest.mark.parametrize("shape", [(D,), (2, 3)])
+def test_the_example_of_the_docs_takes_examples_of_any_shape(shape):
+    page = Path(__file__).parents[1] / "docs" / "deep_clustering.md"
+    (code,) = re.findall(r"^```python\n(# mine\.py.*?)^```", page.read_text(), re.M | re.S)
+    mine = {}
+    exec(code, mine)
+
+    class Reshaping(Linear):
+        def encode(self, x):
+            return super().encode(x.reshape(len(x), -1))
+
+        def decode(self, z):
+            return super().decode(z).reshape(len(z), *shape)
+
+    clusters = Clusters(jnp.asarray(CENTROIDS))
+    z, terms = mine["objective"](Reshaping(W), clusters, batch_of(X.reshape(B, *shape)))
+    expected_z, expected = numpy_terms(X, WEIGHTS, 1.0, reconstruction_weight=1.0)
+    np.testing.assert_allclose(z, expected_z, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(terms["reconstruction"], expected["reconstruction"], rtol=1e-4)
+    assert terms["centroid"].shape == (B,)
 
 
 @pytest.mark.parametrize(
