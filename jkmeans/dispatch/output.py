@@ -425,7 +425,8 @@ def read_predictions(
       folder: of the output, with a manifest.
 
     Yields:
-      Name of the file, number of the first row in it, and columns [rows, ...] by name.
+      Name of the file; start, the first row of the part within its file (``first_row`` of the
+      manifest is that of a file among all); and columns [rows, ...] by name.
 
     Raises:
       UserError: there is no manifest, or a part is not what was written.
