@@ -183,29 +183,36 @@ ACCEPTED_GPUS = "0, a number from 0.0001 to 1, or a whole number"
 """What can be dealt to a worker."""
 
 
-RAY_FIELDS: dict[str, Field] = {
-    "ray.address": text(
-        "'local' for a cluster on this machine that begins and ends with the run; 'auto', or "
-        "host:port, for one that is there and has this machine in it"
-    ),
-    "ray.checkpoint_exchanges": integer(
-        2, "displacements that the death of the server may cost, at most; they are computed anew"
-    ),
-    "ray.max_restarts": integer(-1, "times that a process may come back; -1 for any number"),
-    "ray.ahead": integer(
-        0,
-        "how many times tau samples a worker computes while an exchange is under way, at most; "
-        "0: none",
-    ),
-    "ray.evaluate_seconds": number("between two evaluations of the shared version", positive=True),
-    "ray.patience_seconds": number("how long the end of a run waits for a worker that hangs"),
-    "ray.gpus_per_worker": Field(
-        gpus_of_worker,
-        ACCEPTED_GPUS,
-        "GPUs of a worker; below 1 they are shared, 0 for the CPU",
-    ),
-}
-"""The group ``ray`` of a config: how `jkmeans.asynchronous` runs what is to be computed."""
+def ray_fields(sent: str, ahead: str) -> dict[str, Field]:
+    """The group ``ray`` of a config: how `jkmeans.asynchronous` runs what is to be computed.
+
+    Args:
+      sent: what workers send to the server, in the plural.
+      ahead: what a worker computes while that is under way, in the plural.
+    """
+    return {
+        "ray.address": text(
+            "'local' for a cluster on this machine that begins and ends with the run; 'auto', or "
+            "host:port, for one that is there and has this machine in it"
+        ),
+        "ray.checkpoint_exchanges": integer(
+            2, f"{sent} that the death of the server may cost, at most; they are computed anew"
+        ),
+        "ray.max_restarts": integer(-1, "times that a process may come back; -1 for any number"),
+        "ray.ahead": integer(
+            0,
+            f"how many {ahead} a worker computes while an exchange is under way, at most; 0: none",
+        ),
+        "ray.evaluate_seconds": number(
+            "between two evaluations of the shared version", positive=True
+        ),
+        "ray.patience_seconds": number("how long the end of a run waits for a worker that hangs"),
+        "ray.gpus_per_worker": Field(
+            gpus_of_worker,
+            ACCEPTED_GPUS,
+            "GPUs of a worker; below 1 they are shared, 0 for the CPU",
+        ),
+    }
 
 
 def room_for_workers(ray: Any, n_gpus: float) -> int:

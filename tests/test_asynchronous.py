@@ -42,7 +42,7 @@ from jkmeans.asynchronous.worker import work_on
 from jkmeans.errors import CollapseError, UserError
 from jkmeans.experiment_folder import claim_settings
 from jkmeans.interruption import Interrupted, Interruption
-from jkmeans.vq import make_steps
+from jkmeans.vq import experiment, make_steps
 
 ONE = np.ones((2, 3), np.float32)
 
@@ -395,6 +395,16 @@ def test_what_cannot_be_trained_is_refused(tmp_path, changes, message):
     with pytest.raises(UserError, match=message):
         gradients.run_sgd(config, tmp_path / "w")
     assert not (tmp_path / "w").exists()  # So that the corrected command can have it.
+
+
+def test_what_ray_fields_mean_is_said_in_the_words_of_each_experiment():
+    of_sgd, of_vq = gradients.FIELDS, experiment.FIELDS
+    assert "batches a worker computes" in of_sgd["ray.ahead"].meaning
+    assert of_sgd["ray.checkpoint_exchanges"].meaning.startswith("gradients that")
+    assert "times tau samples a worker computes" in of_vq["ray.ahead"].meaning
+    assert of_vq["ray.checkpoint_exchanges"].meaning.startswith("displacements that")
+    # No experiment speaks of a field that is another's.
+    assert not any("tau" in field.meaning.split() for field in of_sgd.values())
 
 
 # With Ray.

@@ -98,7 +98,7 @@ def run(
     Args:
       job: what is computed.
       folder: of the journal and the checkpoints, on this machine.
-      options: the group ``ray`` of a config; see `jkmeans.ray_session.RAY_FIELDS`.
+      options: the group ``ray`` of a config; see `jkmeans.ray_session.ray_fields`.
       evaluate: called with the shared version, the status and the seconds since the first
         displacement, every ``evaluate_seconds`` and at the end; whether to go on.
       watch: called with the status several times a second.

@@ -31,7 +31,7 @@ from jkmeans.errors import UserError
 from jkmeans.experiment_folder import claim_settings
 from jkmeans.fields import Field, choice, integer, integers, number
 from jkmeans.problems import OPTIMIZERS, PROBLEMS, Problem, make_problem
-from jkmeans.ray_session import RAY_FIELDS
+from jkmeans.ray_session import ray_fields
 from jkmeans.recorder import results_table
 from jkmeans.whole_files import write_json
 from jkmeans.workdir import RESULTS_FILE, only_process_in
@@ -51,7 +51,7 @@ FIELDS: dict[str, Field] = {
     "optimizer": choice(tuple(OPTIMIZERS), "of the server; momentum is .9"),
     "asynchronous.learning_rate": number("of a step with one gradient", positive=True),
     "synchronous.learning_rate": number("of a step with the mean of M gradients", positive=True),
-    **RAY_FIELDS,
+    **ray_fields("gradients", "batches"),
 }
 
 

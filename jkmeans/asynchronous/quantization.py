@@ -131,7 +131,7 @@ def quantize_in_parallel(
       job: what is computed.
       folder: receives ``prototypes.npy`` [k, d], ``results.json``, ``curve.jsonl``,
         ``distortion.png``, ``staleness.png``, the journal and the checkpoints.
-      ray: the group ``ray`` of a config, see `jkmeans.ray_session.RAY_FIELDS`.
+      ray: the group ``ray`` of a config, see `jkmeans.ray_session.ray_fields`.
       settings: all that decides the result, as JSON can hold it: a folder with others is refused.
       data: [N, d], what ``job.load`` returns: the distortion is that of all of it.
 

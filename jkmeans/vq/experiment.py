@@ -20,7 +20,7 @@ from jkmeans.configuration import Config, Field, choice, convert_fields, integer
 from jkmeans.errors import CollapseError, UserError
 from jkmeans.fields import number, text
 from jkmeans.interruption import Interruption
-from jkmeans.ray_session import RAY_FIELDS
+from jkmeans.ray_session import ray_fields
 from jkmeans.recorder import format_duration
 from jkmeans.sharding import make_mesh
 from jkmeans.sources.base import ArraySource
@@ -100,7 +100,7 @@ FIELDS: dict[str, Field] = {
     "figures.delays": integers("M of scheme C"),
     "figures.scaling": integers("M of scheme C, up to many"),
     "workers": integer(1, "M of engine 'ray'"),
-    **RAY_FIELDS,
+    **ray_fields("displacements", "times tau samples"),
 }
 
 _RUNTIME = ("n_seeds", "n_devices", "data.input", "threshold", "figures.", "workers", "ray.")
