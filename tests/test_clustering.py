@@ -655,6 +655,12 @@ def test_bad_values(name, value, tmp_path):
     assert not (tmp_path / "w").exists()
 
 
+def test_a_misspelt_data_set_is_answered_with_their_names(tmp_path):
+    with pytest.raises(UserError, match="mnst does not exist; accepted: digits, mnist, fashion-"):
+        cluster(make_config(input="mnst"), tmp_path / "w")
+    assert not (tmp_path / "w").exists()
+
+
 @pytest.mark.parametrize("ks", [(), (1, 2), (2, 3000), ("2",), 5, (2.5,)])
 def test_bad_sweeps(ks, tmp_path):
     config = make_config(n_clusters="auto", sweep__n_clusters=ks)

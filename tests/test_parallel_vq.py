@@ -191,6 +191,9 @@ def test_real_data_and_files(tmp_path):
     np.save(tmp_path / "x.npy", np.arange(12).reshape(6, 2))
     config.data.input, config.data.patch, config.data.n_samples = str(tmp_path / "x.npy"), 0, 0
     np.testing.assert_array_equal(load_samples(validate(config)), np.arange(12).reshape(6, 2))
+    config.data.input = "mnst"
+    with pytest.raises(UserError, match=r"mnst does not exist; accepted: mixture, digits, mnist, "):
+        load_samples(validate(config))
 
 
 def test_a_file_is_read_in_chunks(tmp_path, monkeypatch):

@@ -232,8 +232,11 @@ def test_what_is_no_matrix_of_numbers(array, message, tmp_path):
 
 
 def test_unreadable_files(tmp_path, rows):
-    with pytest.raises(UserError, match="does not exist"):
+    with pytest.raises(UserError, match=r"does not exist; accepted: a \.npy file") as caught:
         open_source(tmp_path / "nothing.npy")
+    assert "array, or" not in str(caught.value)  # Who gives a path may have nothing but paths.
+    with pytest.raises(UserError, match=r"exist; accepted: digits, mnist, a \.npy file"):
+        open_source(tmp_path / "mnst", named=("digits", "mnist"))
     with pytest.raises(UserError, match=r"no \.npy or \.parquet files"):
         open_source(tmp_path)
     (tmp_path / "x.npy").write_bytes(b"not numpy")

@@ -42,9 +42,8 @@ def open_data(config: Config) -> Data:
       UserError: it cannot be read.
     """
     if config.input not in datasets.NAMED:
-        return Data(
-            Path(config.input).name, open_source(config.input, config.columns or None), None, None
-        )
+        source = open_source(config.input, config.columns or None, datasets.NAMED)
+        return Data(Path(config.input).name, source, None, None)
     dataset = datasets.load(config.input)
     rows = dataset.examples.reshape(dataset.n_examples, -1) * np.float32(dataset.scale)
     source = open_source(rows)

@@ -21,7 +21,6 @@ from jkmeans.configuration import (
 from jkmeans.errors import UserError
 from jkmeans.fields import TooLargeError, texts
 
-"""Data sets that an input can name; other inputs are paths."""
 AUTO = "auto"
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from jkmeans.errors import UserError
-from jkmeans.sources.base import ACCEPTED, ArraySource, Concatenated, Source, check_matrix
+from jkmeans.sources.base import ACCEPTED_PATHS, ArraySource, Concatenated, Source, check_matrix
 from jkmeans.sources.npy import RawFile, open_npy
 from jkmeans.sources.parquet import ParquetSource
 from jkmeans.sources.zarr_array import ZarrSource, open_zarr
@@ -26,7 +26,9 @@ from jkmeans.sources.zarr_array import ZarrSource, open_zarr
 __all__ = ["Source", "natural_order", "open_source", "open_weights"]
 
 
-def open_source(what: Any, columns: Sequence[str] | None = None) -> Source:
+def open_source(
+    what: Any, columns: Sequence[str] | None = None, named: Sequence[str] = ()
+) -> Source:
     """Opens anything that holds a matrix of numbers, without reading it.
 
     Args:
@@ -37,6 +39,7 @@ def open_source(what: Any, columns: Sequence[str] | None = None) -> Source:
         type.
       columns: of Parquet only: numeric columns, or one column of vectors; None for all but what
         pandas has written as the index of a data frame.
+      named: data sets that could have been named instead of a path, for the error.
 
     Returns:
       The source.
@@ -49,7 +52,7 @@ def open_source(what: Any, columns: Sequence[str] | None = None) -> Source:
     if isinstance(what, list | tuple) and not _is_array(what):
         return Concatenated([open_source(part, columns) for part in what])
     if isinstance(what, str | os.PathLike):
-        return _open_path(Path(what).expanduser(), columns)
+        return _open_path(Path(what).expanduser(), columns, named)
     if columns is not None:
         raise UserError(
             f"columns={list(columns)} was given for {type(what).__name__}: only "
@@ -108,9 +111,10 @@ def _is_array(what: Any) -> bool:
     return not isinstance(what, Source | str | os.PathLike)
 
 
-def _open_path(path: Path, columns: Sequence[str] | None) -> Source:
+def _open_path(path: Path, columns: Sequence[str] | None, named: Sequence[str]) -> Source:
     if not path.exists():
-        raise UserError(f"{path} does not exist; accepted: {ACCEPTED}.")
+        accepted = ", ".join([*named, ACCEPTED_PATHS])
+        raise UserError(f"{path} does not exist; accepted: {accepted}.")
     if path.suffix in (".parquet", ".pq"):
         return _open_parquet(path, columns)
     is_zarr = path.suffix == ".zarr" or (
@@ -121,7 +125,9 @@ def _open_path(path: Path, columns: Sequence[str] | None) -> Source:
             return _open_parquet(path, columns)
         files = sorted(path.glob("*.npy"), key=natural_order)
         if not files:
-            raise UserError(f"folder {path} has no .npy or .parquet files; accepted: {ACCEPTED}.")
+            raise UserError(
+                f"folder {path} has no .npy or .parquet files; accepted: {ACCEPTED_PATHS}."
+            )
     else:
         files = [path]
     if columns is not None:
@@ -143,6 +149,6 @@ def natural_order(path: Path) -> list[tuple[int, str]]:
 def _open_parquet(path: Path, columns: Sequence[str] | None) -> Source:
     files = sorted(path.glob("*.parquet"), key=natural_order) if path.is_dir() else [path]
     if not files:
-        raise UserError(f"folder {path} has no .parquet files; accepted: {ACCEPTED}.")
+        raise UserError(f"folder {path} has no .parquet files; accepted: {ACCEPTED_PATHS}.")
     parts = [ParquetSource(file, columns) for file in files]
     return parts[0] if len(parts) == 1 else Concatenated(parts, str(path))

@@ -15,10 +15,8 @@ import numpy as np
 
 from jkmeans.errors import UserError
 
-ACCEPTED = (
-    "a matrix of numbers as an array, a .npy file, a folder of .npy files, a .zarr array, a "
-    "Parquet file or folder, or a list of those"
-)
+ACCEPTED_PATHS = "a .npy file, a folder of .npy files, a .zarr array, a Parquet file or folder"
+ACCEPTED = f"a matrix of numbers as an array, {ACCEPTED_PATHS}, or a list of those"
 
 # A fingerprint is of all rows up to this many bytes, and of a few blocks, evenly spread, of more.
 _WHOLE_BYTES = 2**30
@@ -199,5 +197,5 @@ def readable(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise UserError(
-            f"cannot read {path} ({error.strerror or error}); accepted: {ACCEPTED}."
+            f"cannot read {path} ({error.strerror or error}); accepted: {ACCEPTED_PATHS}."
         ) from error

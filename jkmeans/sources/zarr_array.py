@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from jkmeans.errors import UserError
-from jkmeans.sources.base import ACCEPTED, Source, check_matrix
+from jkmeans.sources.base import ACCEPTED_PATHS, Source, check_matrix
 
 
 class ZarrSource(Source):
@@ -60,5 +60,7 @@ def open_zarr(path: Path) -> ZarrSource:
     try:
         array = zarr.open(str(path), mode="r")
     except Exception as error:
-        raise UserError(f"{path} is no Zarr array ({error}); accepted: {ACCEPTED}.") from error
+        raise UserError(
+            f"{path} is no Zarr array ({error}); accepted: {ACCEPTED_PATHS}."
+        ) from error
     return ZarrSource(array, str(path))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from jkmeans import datasets
@@ -34,10 +36,17 @@ def load_samples(config: Config) -> np.ndarray:
         return spline_mixture(
             config.seed, n_samples, mixture.n_components, mixture.n_features, mixture.n_knots
         )
-    return load_rows(name, n_samples, patch=config.data.patch, seed=config.seed)
+    return load_rows(name, n_samples, patch=config.data.patch, seed=config.seed, named=NAMED)
 
 
-def load_rows(name: str, n_samples: int, *, patch: int = 0, seed: int) -> np.ndarray:
+def load_rows(
+    name: str,
+    n_samples: int,
+    *,
+    patch: int = 0,
+    seed: int,
+    named: Sequence[str] = datasets.NAMED,
+) -> np.ndarray:
     """Images of a named set, their pixels or patches of them, or rows of a file, in their order.
 
     Args:
@@ -45,6 +54,7 @@ def load_rows(name: str, n_samples: int, *, patch: int = 0, seed: int) -> np.nda
       n_samples: drawn from them; 0 for all.
       patch: side of the patches; 0 for whole images.
       seed: of the draw.
+      named: what could have been named instead of a file, for the error.
 
     Returns:
       [N, d] float32.
@@ -59,7 +69,7 @@ def load_rows(name: str, n_samples: int, *, patch: int = 0, seed: int) -> np.nda
             images = cut_patches(images, patch)
         rows = images.reshape(len(images), -1)
         return rows[_drawn(name, len(rows), n_samples, seed)]
-    source = open_source(name)
+    source = open_source(name, named=named)
     return _read_rows(source, _drawn(name, source.n_rows, n_samples, seed))
 
 
