@@ -421,10 +421,10 @@ def test_names():
 @pytest.mark.parametrize(
     ("source", "said"),
     [
-        (None, "but importing {module} failed: No module named '{module}'"),
-        ("import no_such_dependency\n", "failed: No module named 'no_such_dependency'"),
-        ("from math import no_such_name\n", "failed: cannot import name 'no_such_name'"),
-        ("def f(:\n", "failed: invalid syntax ({module}.py, line 1)"),
+        (None, "but importing {module} failed (No module named '{module}')"),
+        ("import no_such_dependency\n", "failed (No module named 'no_such_dependency')"),
+        ("from math import no_such_name\n", "failed (cannot import name 'no_such_name'"),
+        ("def f(:\n", "failed (invalid syntax ({module}.py, line 1))"),
     ],
 )
 def test_a_module_that_cannot_be_imported(tmp_path, monkeypatch, source, said):

@@ -129,7 +129,9 @@ def joint(config, axis_name: AxisName) -> Method:
     Raises:
       UserError: ``objective.name`` is neither ``joint`` nor an importable ``module:function``.
     """
-    chosen = resolve(config.objective.name, OBJECTIVES, "objective.name")
+    from jkmeans.methods import METHODS  # Which imports this module.
+
+    chosen = resolve(config.objective.name, OBJECTIVES, "objective.name", METHODS)
     if chosen is objective:
         chosen = functools.partial(
             objective,
