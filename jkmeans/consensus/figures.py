@@ -269,7 +269,9 @@ def draw_networks(
     from matplotlib.cm import ScalarMappable
     from matplotlib.collections import LineCollection
     from matplotlib.colors import LogNorm
+    from matplotlib.patheffects import withStroke
 
+    halo = withStroke(linewidth=2, foreground="white")  # Edges end where a text begins.
     n_columns = max(len(row.titles) for row in rows)
     side = 2.8
     figure = new_figure(side * n_columns + 0.8, 0.9 + (side + 0.05) * len(rows))
@@ -310,12 +312,13 @@ def draw_networks(
                     ax.annotate(
                         f"{estimate[0]:.2f}, {estimate[1]:.2f}",
                         place,
-                        xytext=(20 * away[0], 11 * away[1]),
+                        xytext=(22 * away[0], 11 * away[1]),
                         textcoords="offset points",
                         ha="center",
                         va="center",
                         fontsize=5.5,
                         color=INK,
+                        path_effects=[halo],
                         zorder=4,
                     )
             ax.set_aspect("equal")
@@ -326,7 +329,7 @@ def draw_networks(
     )
     # Wrapped, for a single row of networks is no higher than half the words.
     bar.set_label(textwrap.fill(value, 20 + 20 * len(rows)), fontsize=8.5, color=INK)
-    bar.ax.tick_params(labelsize=8)
+    bar.ax.tick_params(labelsize=8, which="both")
     bar.outline.set_visible(False)  # pyright: ignore
     head_figure(figure, title, subtitle)
     save(figure, path)

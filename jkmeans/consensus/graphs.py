@@ -216,7 +216,10 @@ def torus(n_nodes: int) -> Graph:
     row, column = node // columns, node % columns
     right = row * columns + (column + 1) % columns
     below = (row + 1) % rows * columns + column
-    places = np.column_stack([column / (columns - 1), 1 - row / (rows - 1)]) * 2 - 1
+    x, y = 2 * column / (columns - 1) - 1, 1 - 2 * row / (rows - 1)
+    # Bent by nearly half a step, so that the edges which close the grid are seen beside the others.
+    bent_x, bent_y = x + 0.9 / (columns - 1) * (1 - y**2), y + 0.9 / (rows - 1) * (1 - x**2)
+    places = np.column_stack([bent_x, bent_y])
     return make_graph(
         "torus",
         n_nodes,
@@ -235,11 +238,11 @@ def hypercube(n_nodes: int) -> Graph:
     node = np.arange(n_nodes)
     bits = n_nodes.bit_length() - 1
     edges = np.concatenate([_pairs(node, node ^ (1 << b)) for b in range(bits)])
-    # Each dimension has a direction of its own, half a turn in all.
-    angles = np.pi * (np.arange(bits) + 0.5) / bits
-    corners = (node[:, None] >> np.arange(bits)[None, :] & 1) - 0.5
-    lengths = 1.0 - 0.5 * (np.arange(bits) % 2)
-    places = corners @ (np.column_stack([np.cos(angles), np.sin(angles)]) * lengths[:, None])
+    # The number of a node is its height, and read from its other end how far right it is: no two
+    # are level, and none is near another (the points of Hammersley).
+    powers = 2.0 ** np.arange(bits)
+    corners = node[:, None] >> np.arange(bits)[None, :] & 1
+    places = corners @ np.column_stack([powers[::-1], powers]) * 2 / (n_nodes - 1) - 1
     return make_graph("hypercube", n_nodes, edges, positions=places)
 
 
