@@ -202,7 +202,7 @@ def _assign(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def spread(values: Sequence[float]) -> dict[str, Any]:
-    """Mean and sample standard deviation of a number over seeds; that of one seed is 0.
+    """Mean and sample standard deviation of a number over seeds; that of equal numbers is 0.
 
     Args:
       values: of each seed; at least one.
@@ -210,5 +210,7 @@ def spread(values: Sequence[float]) -> dict[str, Any]:
     Returns:
       ``mean``, ``sd`` and the ``values``.
     """
-    sd = float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+    if len(values) == 1 or min(values) == max(values):  # NumPy's mean of equals may be rounded.
+        return {"mean": float(values[0]), "sd": 0.0, "values": list(values)}
+    sd = float(np.std(values, ddof=1))
     return {"mean": float(np.mean(values)), "sd": sd, "values": list(values)}

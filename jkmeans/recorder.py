@@ -345,7 +345,7 @@ def results_table(rows: Mapping[str, str | float | int], title: str) -> None:
     """
     if _silent.get() or not processes.is_first():
         return
-    cells = {name: _cell(value) for name, value in rows.items()}
+    cells = {name: _cell(name, value) for name, value in rows.items()}
     if _is_terminal(sys.stdout):
         table = Table(title=Text(title), show_header=False)
         table.add_column(style="bold")
@@ -405,7 +405,7 @@ def _headline(values: Mapping[str, int | float | None]) -> list[str]:
     return parts
 
 
-def _cell(value: str | float | int) -> str:
+def _cell(name: str, value: str | float | int) -> str:
     if isinstance(value, str):
         return value
     number = np.asarray(value).item()
@@ -413,6 +413,8 @@ def _cell(value: str | float | int) -> str:
         return "yes" if number else "no"
     if isinstance(number, int):
         return f"{number:,}"
+    if name.endswith("seconds"):
+        return f"{number:,.1f}" if number >= 1 else f"{number:.3g}"
     return f"{number:.4f}" if 1e-3 <= abs(number) < 1e4 or number == 0 else f"{number:.4g}"
 
 

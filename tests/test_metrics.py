@@ -202,3 +202,14 @@ def test_unsigned_and_mixed_integer_types():
 def test_bad_input(function, truth, labels, message):
     with pytest.raises(UserError, match=message):
         function(truth, labels)
+
+
+@pytest.mark.parametrize("values", [[12.2], [12.2] * 3, [0.1] * 10, [7, 7]])
+def test_equal_numbers_do_not_spread(values):
+    """NumPy's deviation of three times 12.2 is 2e-15."""
+    assert metrics.spread(values) == {"mean": values[0], "sd": 0.0, "values": values}
+
+
+def test_numbers_that_spread():
+    found = metrics.spread([1.0, 2.0, 6.0])
+    assert (found["mean"], found["sd"]) == pytest.approx((3, 7**0.5))

@@ -345,6 +345,13 @@ def test_results_table_plain(capsys):
     )
 
 
+def test_times_in_a_results_table(capsys):
+    """To a tenth, as they are measured; shorter ones with as many digits as there are."""
+    results_table({"train_seconds": 27.2, "seconds": 0.7, "fit_seconds": 0.012}, "digits")
+    cells = [line.split()[-1] for line in capsys.readouterr().out.splitlines()[1:]]
+    assert cells == ["27.2", "0.7", "0.012"]
+
+
 def test_results_table_on_a_terminal(monkeypatch):
     stream = fake_terminal(monkeypatch, "stdout")
     results_table(ROWS, "digits [k=10]")
