@@ -83,7 +83,7 @@ FIELDS: dict[str, Field] = {
     "reset.kept": number("α, part of each weight that a soft reset keeps"),
     "checkpoint.every": integer(1, "epochs from one checkpoint to the next"),
     "checkpoint.keep": integer(1, "newest checkpoints that are kept, besides the best"),
-    "report.pictures": boolean("whether to draw them at the end"),
+    "report.pictures": boolean("whether a run ends with report/*.png and report.html"),
 }
 """The fields of every config; `fields_of` adds those of its method."""
 

@@ -244,6 +244,7 @@ def test_help_tells_of_the_fields_of_a_config(tmp_path):
     assert "objective.cluster_weight = 0.1" in done.stdout
     assert "seed = 7\n" in done.stdout  # What the command line says, wherever it says so.
     assert "γ, of the divergence; a number of at least 0" in done.stdout
+    assert "whether a run ends with report/*.png and report.html; True or False" in done.stdout
 
 
 def test_ctrl_c_while_the_config_is_loaded(tmp_path):

@@ -58,7 +58,7 @@ FIELDS: dict[str, Field] = {
     "sweep.n_init": integer(1, "restarts of every fit of the sweep"),
     "sweep.n_refits": integer(2, "fits to bootstrap samples, for the stability"),
     "sweep.sample_size": integer(0, "rows that the sweep looks at; 0 for all"),
-    "report.pictures": boolean("whether to draw them at the end"),
+    "report.pictures": boolean("whether a job ends with report/*.png"),
     "report.sample_size": integer(2, "rows for silhouettes and the map", most=20_000),
 }
 

@@ -65,7 +65,7 @@ BASE: dict[str, Any] = {
     "reset.kept": 0.8,  # Part of each weight that a soft reset keeps.
     "checkpoint.every": 5,  # Epochs from one checkpoint to the next.
     "checkpoint.keep": 2,  # Newest ones that are kept, besides the best.
-    "report.pictures": False,  # Whether to draw them in the folder of the run.
+    "report.pictures": False,  # Whether there are any, and a page, in the folder of the run.
 }
 """The config of an estimator by full names, but for the fields of its method."""
 

@@ -30,9 +30,10 @@ def train_and_evaluate(config: Config, workdir: str | os.PathLike) -> dict[str, 
     Args:
       config: complete, as the files in ``configs/``; see `jkmeans.configuration.FIELDS`.
       workdir: folder of the run. It receives ``config.json``, ``checkpoints/``,
-        ``metrics.jsonl``, ``tensorboard/``, ``results.json``, ``report/`` and ``report.html``.
-        Where it holds an unfinished run of the same config, that run goes on; a finished one is
-        reported again, with scores by the labels that the data has now.
+        ``metrics.jsonl``, ``tensorboard/``, ``results.json`` and, with
+        ``config.report.pictures``, ``report/`` and ``report.html``. Where it holds an unfinished
+        run of the same config, that run goes on; a finished one is reported again, with scores by
+        the labels that the data has now.
 
     Returns:
       The results that are in ``results.json``: ``n_examples``, ``n_clusters``, ``inertia``,
