@@ -214,7 +214,8 @@ def _sweep(sweep: Mapping[str, Any], title: str) -> Figure:
     panels = (
         ("inertia", "Inertia: the elbow", BLUE),
         ("silhouette", "Silhouette: higher is better", ORANGE),
-        ("stability", "Stability: ARI of refits", GREEN),
+        # Within the panel a curve or the dashed line might run through these words.
+        ("stability", f"Stability: ARI of refits, stable from {STABLE:g} on", GREEN),
     )
     for ax, (name, heading, colour) in zip(axes, panels, strict=True):
         ax.plot(ks, sweep[name], marker="o", markersize=3.5, color=colour)
@@ -228,17 +229,6 @@ def _sweep(sweep: Mapping[str, Any], title: str) -> Figure:
         panel_title(ax, heading)
     axes[2].set_ylim(min(0.0, min(sweep["stability"])), 1.05)
     axes[2].axhline(STABLE, color=FAINT, linewidth=1, linestyle=":")
-    axes[2].annotate(
-        f"stable from {STABLE:g} on",
-        (1, STABLE),
-        xycoords=axes[2].get_yaxis_transform(),
-        xytext=(-2, -3),
-        textcoords="offset points",
-        ha="right",
-        va="top",
-        fontsize=7.5,
-        color=FAINT,
-    )
     head_figure(
         figure, title, f"{sweep['n_rows']:,} rows; dashed: K = {sweep['suggestion']}, suggested"
     )
