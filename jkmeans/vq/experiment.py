@@ -131,9 +131,10 @@ def validate(config: Config) -> Config:
         raise UserError(f"config.threshold is {values['threshold']}; accepted: 0 to below 1")
     longest = max((values["tau"], *values["figures.tau"]))
     if values["duration"] < longest:
+        which = "tau is" if longest == values["tau"] else "figures.tau goes up to"
         raise UserError(
-            f"config.duration is {values['duration']:,}, but tau goes up to {longest:,}; accepted: "
-            f"at least {longest:,}"
+            f"config.duration is {values['duration']:,}, but {which} {longest:,}; accepted: at "
+            f"least {longest:,}"
         )
     if source not in NAMED:
         values["data.input"] = str(Path(source).expanduser().absolute())
