@@ -566,6 +566,11 @@ def test_no_method_of_this_name():
             {"augmentation__shift": 0.0, "augmentation__rotation": 0.0},
             "config.augmentation.shift, rotation and zoom are all 0",
         ),
+        (
+            "swav",
+            {"augmentation__invariance": True},
+            "config.augmentation.invariance is True, but swav compares two views",
+        ),
         ("vade", {"network__name": "fully_connected"}, "is 'fully_connected', but vade needs"),
         ("vade", {"network__normalize": True}, "config.network.normalize is True, but"),
         (

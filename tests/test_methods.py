@@ -1175,6 +1175,18 @@ def test_deepcluster_equals_numpy():
     np.testing.assert_allclose(terms["classification"], expected, rtol=1e-4)
 
 
+@pytest.mark.parametrize("empty", ["farthest", "keep"])
+def test_deepcluster_does_with_empty_clusters_as_it_is_told(empty):
+    method = make_method(config_of("deepcluster_v2", centroids__empty=empty), None)
+    # The last prototype is opposite to all examples.
+    bank = np.abs(bank_of("deepcluster_v2"))
+    prototypes = np.concatenate([bank[: K - 1], -bank[:1]])
+    arguments = Clusters(jnp.asarray(prototypes)), bank, BANK_WEIGHTS, BANK_INDEX
+    found, _ = jax.jit(method.update)(jax.random.key(0), *arguments, 3)
+    stayed = np.allclose(found.centroids[-1], prototypes[-1], atol=1e-6)
+    assert stayed == (empty == "keep")
+
+
 # N2D.
 
 

@@ -10,7 +10,7 @@ from jkmeans.kmeans.assignment import nearest, squared_distances
 from jkmeans.kmeans.collectives import AxisName, vary_like
 from jkmeans.kmeans.fit import best_of
 from jkmeans.kmeans.initialization import INITIALIZATIONS
-from jkmeans.kmeans.lloyd import KMeansResult
+from jkmeans.kmeans.lloyd import EMPTY_POLICIES, KMeansResult
 from jkmeans.kmeans.relocation import relocate
 from jkmeans.kmeans.statistics import cluster_statistics
 
@@ -44,6 +44,7 @@ def spherical(
     n_init: int = 1,
     max_iter: int | jax.Array = 300,
     tol: float | jax.Array = 0.0,
+    empty: str = "farthest",
     weights: jax.Array | None = None,
     index: jax.Array | None = None,
     axis_name: AxisName = None,
@@ -52,7 +53,7 @@ def spherical(
 
     Lloyd's algorithm on x_i / ‖x_i‖, whose centroids are the directions of the clusters' sums,
     Σ_i w_i x_i / ‖x_i‖. Empty clusters move to the rows of largest cosine distance, as in
-    ``lloyd``; a cluster whose rows cancel out keeps its centroid.
+    ``lloyd``, or keep their centroids; a cluster whose rows cancel out keeps its centroid.
 
     Args:
       key: a JAX random key, the same on all devices.
@@ -64,6 +65,7 @@ def spherical(
       n_init: restarts; the one of lowest inertia is returned.
       max_iter: [] int, iterations of a restart at most.
       tol: [] float, bound on the squared shift of the centroids that ends a restart.
+      empty: one of EMPTY_POLICIES.
       weights: [n] float, at least 0; None for ones.
       index: [n] int32, see ``sample``.
       axis_name: the mesh axis that rows are sharded over, or None.
@@ -72,16 +74,19 @@ def spherical(
       KMeansResult, of which centroids have norm 1, and distances and inertia are 1 − cos.
 
     Raises:
-      ValueError: an unknown ``init``, centroids of another shape than [k, d], or fewer than k rows.
+      ValueError: an unknown ``init`` or ``empty``, centroids of another shape than [k, d], or fewer
+        than k rows.
 
     Source: Dhillon and Modha, Concept decompositions for large sparse text data using clustering,
     Machine Learning 42 (2001).
     """
+    if empty not in EMPTY_POLICIES:
+        raise ValueError(f"empty={empty!r}: expected one of {', '.join(EMPTY_POLICIES)}")
     x = unit_rows(x)
     if not isinstance(init, str):
         if init.shape != (n_clusters, x.shape[1]):
             raise ValueError(f"init has shape {init.shape}: expected {(n_clusters, x.shape[1])}")
-        return _iterate(x, unit_rows(init), weights, max_iter, tol, axis_name)
+        return _iterate(x, unit_rows(init), weights, max_iter, tol, empty, axis_name)
     if init not in INITIALIZATIONS:
         raise ValueError(f"init={init!r}: expected an array or one of {', '.join(INITIALIZATIONS)}")
 
@@ -94,12 +99,12 @@ def spherical(
             index=index,
             axis_name=axis_name,
         )
-        return _iterate(x, first, weights, max_iter, tol, axis_name)
+        return _iterate(x, first, weights, max_iter, tol, empty, axis_name)
 
     return best_of(restart, n_init)
 
 
-def _iterate(x, centroids, weights, max_iter, tol, axis_name) -> KMeansResult:
+def _iterate(x, centroids, weights, max_iter, tol, empty, axis_name) -> KMeansResult:
     """Lloyd's algorithm on unit rows, with unit centroids."""
     k = centroids.shape[0]
 
@@ -110,11 +115,13 @@ def _iterate(x, centroids, weights, max_iter, tol, axis_name) -> KMeansResult:
         centroids, _, n_iter, n_relocated = carry
         labels = nearest(x, centroids)
         found = cluster_statistics(x, labels, k, weights=weights, axis_name=axis_name)
-        sums, moved = lax.cond(
-            jnp.any(found.counts == 0),
-            lambda: _relocate(x, weights, centroids, labels, found, axis_name),
-            lambda: (found.sums, jnp.zeros_like(n_relocated)),
-        )
+        sums, moved = found.sums, jnp.zeros_like(n_relocated)
+        if empty == "farthest":
+            sums, moved = lax.cond(
+                jnp.any(found.counts == 0),
+                lambda: _relocate(x, weights, centroids, labels, found, axis_name),
+                lambda: (sums, moved),
+            )
         directions = unit_rows(sums)
         cancelled = ~jnp.any(directions != 0, axis=1, keepdims=True)
         directions = jnp.where(cancelled, centroids, directions).astype(centroids.dtype)

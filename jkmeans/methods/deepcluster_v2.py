@@ -6,15 +6,16 @@ Embeddings and centroids have length one. The objective is the mean over the exa
 
 where zᵢ is the embedding of a view of example i, and s(i) its cluster at the last re-computation.
 Centroids are constants of the step; after each epoch they are those of spherical k-means on the
-bank (``centroids.n_iterations`` iterations), an empty one moving to a far example. Labels and
-prototypes change together, so that no classifier has to be learned anew.
+bank (``centroids.n_iterations`` iterations), an empty one moving to a far example or staying where
+it is (``centroids.empty``). Labels and prototypes change together, so that no classifier has to be
+learned anew.
 
 Source: Caron et al. 2020, "Unsupervised learning of visual features by contrasting cluster
 assignments", section 4 and appendix ("DeepCluster-v2"), after Caron et al. 2018. Deviations: one
 set of prototypes, not three; spherical k-means begins with the current centroids, not anew; empty
-clusters do not keep their centroid; the bank is of the examples themselves, where it is refreshed;
-no multi-crop. With a decoder the network is pretrained as an autoencoder, which a paper on ImageNet
-does not do.
+clusters keep their centroid only if asked to; the bank is of the examples themselves, where it is
+refreshed; no multi-crop. With a decoder the network is pretrained as an autoencoder, which a paper
+on ImageNet does not do.
 """
 
 import functools
@@ -82,6 +83,7 @@ def spherical_start(config, axis_name: AxisName):
             init=options.init,
             n_init=options.n_init,
             max_iter=options.init_max_iter,
+            empty=options.empty,
             weights=weights,
             index=index,
             axis_name=axis_name,
@@ -110,6 +112,7 @@ def deepcluster_v2(config, axis_name: AxisName) -> Method:
             config.n_clusters,
             init=clusters.centroids,
             max_iter=n_iterations,
+            empty=config.centroids.empty,
             weights=weights,
             index=index,
             axis_name=axis_name,

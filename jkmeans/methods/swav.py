@@ -138,6 +138,11 @@ def _check(values: Mapping[str, Any]) -> None:
             "config.augmentation.shift, rotation and zoom are all 0, but swav learns from two "
             "different views; accepted: at least one above 0"
         )
+    if values["augmentation.invariance"]:
+        raise UserError(
+            "config.augmentation.invariance is True, but swav compares two views of an example and "
+            "does not see the example itself; accepted: False"
+        )
 
 
 SPEC = MethodSpec(

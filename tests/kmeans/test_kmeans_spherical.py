@@ -9,7 +9,7 @@ from jkmeans.kmeans.spherical import cosine_distances, spherical, unit_rows
 ROWS, SAME = PartitionSpec("data"), PartitionSpec()
 RESULT_SPECS = KMeansResult(SAME, ROWS, ROWS, SAME, SAME, SAME, SAME, SAME)
 KEY = jax.random.key(0)
-run = jax.jit(spherical, static_argnames=("n_clusters", "n_init"))
+run = jax.jit(spherical, static_argnames=("n_clusters", "n_init", "empty"))
 
 
 def by_hand(x, start, weights):
@@ -64,6 +64,10 @@ def test_zeros_opposites_and_empty_clusters():
     np.testing.assert_array_equal(np.asarray(result.labels)[[0, 1, 2, 4]], [0, 0, 1, 2])
     assert result.n_relocated == 1
     np.testing.assert_allclose(result.inertia, 1, atol=1e-6)  # the row of zeros
+    start = np.array([[1, 0.1], [0, 1], [0, -1]], np.float32)
+    result = run(KEY, x, 3, init=start, empty="keep")
+    assert (result.n_relocated, result.n_empty) == (0, 1)
+    np.testing.assert_allclose(result.centroids[2], start[2])
     # Opposite rows cancel out: the centroid stays where it was.
     pair = np.array([[1, 0], [-1, 0]], np.float32)
     result = run(KEY, pair, 1, init=np.array([[0, 1]], np.float32))
@@ -97,3 +101,5 @@ def test_errors(blobs):
         spherical(KEY, blobs, 6, init=blobs[:5])
     with pytest.raises(ValueError, match="init='best': expected an array or one of"):
         spherical(KEY, blobs, 6, init="best")
+    with pytest.raises(ValueError, match="empty='drop': expected one of farthest, keep"):
+        spherical(KEY, blobs, 6, empty="drop")
