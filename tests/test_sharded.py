@@ -117,6 +117,9 @@ def test_assignment_and_distances(blobs, any_mesh):
 def test_distances_are_right_far_from_the_origin():
     x = np.array([[1e4, 1.0], [1e4, 2.0]], np.float32)
     np.testing.assert_allclose(sharded.distances(x, x), [[0, 1], [1, 0]], atol=1e-6)
+    rows = np.random.default_rng(0).integers(-9, 9, (4, 5)) + 1e9
+    expected = np.sqrt(((rows[:, None] - rows[None]) ** 2).sum(axis=2))
+    np.testing.assert_allclose(sharded.distances(rows, rows), expected, rtol=1e-12)
 
 
 def test_a_sharded_array_stays_where_it_is(blobs, mesh):

@@ -656,6 +656,17 @@ def test_predict_transform_and_score_are_those_of_sklearn(path, x, weights, n_de
     )
 
 
+def test_distances_keep_their_digits_near_a_centroid(tmp_path):
+    x = np.random.default_rng(0).normal(scale=0.01, size=(90, D)).astype(np.float32)
+    centroids = np.full((3, D), [[0], [1000], [-1000]], np.float32)
+    x += centroids[np.arange(90) % 3]
+    transform_stream(x, centroids, tmp_path / "all.npy")
+    found = np.load(tmp_path / "all.npy")
+    assert found.dtype == np.float32
+    differences = x[:, None].astype(np.float64) - centroids[None]
+    np.testing.assert_allclose(found, np.sqrt(np.sum(differences**2, axis=2)), rtol=1e-4)
+
+
 def test_outputs_appear_when_they_are_complete(path, x, tmp_path):
     output = tmp_path / "labels.npy"
     output.write_bytes(b"old")

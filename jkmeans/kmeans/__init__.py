@@ -4,6 +4,7 @@ from jkmeans.kmeans.assignment import (
     PRECISIONS,
     Assignment,
     assign,
+    distances_to_all,
     nearest,
     squared_distances,
 )
@@ -45,6 +46,7 @@ __all__ = [
     "certified_nearest",
     "cluster_statistics",
     "column_moments",
+    "distances_to_all",
     "far_origin",
     "fit",
     "kmeans_parallel",

@@ -1,4 +1,4 @@
-"""Nearest centroid: exact, tiled over rows, never an N×K matrix in memory."""
+"""Nearest centroid: exact, tiled over rows; an N×K matrix only where it is what is asked for."""
 
 from __future__ import annotations
 
@@ -246,6 +246,38 @@ def squared_distances(
     n_blocks, rest = divmod(n, rows)
     blocks = lax.map(of_rows, jnp.arange(n_blocks) * rows).reshape(-1)
     return jnp.concatenate([blocks, of_rows(n - rows)[rows - rest :]]) if rest else blocks
+
+
+def distances_to_all(x: jax.Array, centroids: jax.Array, dtype: Any = None) -> jax.Array:
+    """The Euclidean distance of each row to every centroid, by ‖x‖² − 2x·c + ‖c‖².
+
+    Rows and centroids are first shifted by a centroid in their middle. What the formula loses near
+    a centroid is half of the digits, in relation to how far the farthest centroid is: whoever wants
+    the digits of float32 gives centroids in float64.
+
+    Args:
+      x: [n, d], any real dtype; computed in float32 (float64 if x or centroids are).
+      centroids: [k, d].
+      dtype: of the result; None for that of the computation.
+
+    Returns:
+      [n, k] float. A row that holds NaN has distances of NaN.
+    """
+    computed = accumulation_dtype(x, centroids)
+    centroids = jnp.asarray(centroids, computed)
+    middle = middle_centroid(centroids)
+    shifted_kd = centroids - middle
+    norms_k = jnp.sum(shifted_kd**2, axis=1)
+
+    def of_rows(x_bd: jax.Array) -> jax.Array:
+        x_bd = x_bd.astype(computed) - middle
+        products_bk = jnp.matmul(x_bd, shifted_kd.T, precision=lax.Precision.HIGHEST)
+        norms_b = jnp.sum(x_bd**2, axis=1)
+        squares_bk = norms_b[:, None] - 2 * products_bk + norms_k[None, :]
+        # Not maximum(…, 0) alone, which would make 0 of NaN on some devices.
+        return jnp.sqrt(jnp.where(squares_bk < 0, 0, squares_bk)).astype(dtype or computed)
+
+    return map_rows(of_rows, jnp.asarray(x), None)
 
 
 def assign(

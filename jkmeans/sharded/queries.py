@@ -7,7 +7,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jax.sharding import Mesh
 
 from jkmeans import kmeans, sharding
@@ -122,12 +121,4 @@ def _evaluate(x, weights, centroids, *, axis_name):
 
 def _distances(x, weights, centroids, *, axis_name, dtype):
     del weights, axis_name
-    centroids = jnp.asarray(centroids, jnp.float64)
-    norms = jnp.sum(centroids**2, axis=1)
-
-    def of_row(row):
-        row = row.astype(jnp.float64)
-        products = jnp.matmul(centroids, row, precision=lax.Precision.HIGHEST)
-        return jnp.sqrt(jnp.maximum(jnp.sum(row**2) - 2 * products + norms, 0)).astype(dtype)
-
-    return lax.map(of_row, x, batch_size=min(1024, x.shape[0]))
+    return kmeans.distances_to_all(x, jnp.asarray(centroids, jnp.float64), dtype)

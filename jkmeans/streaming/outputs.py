@@ -13,12 +13,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jax.sharding import Mesh
 
 from jkmeans import kmeans, processes
 from jkmeans.errors import UserError
-from jkmeans.kmeans.assignment import map_rows
 from jkmeans.sharding import (
     DATA_AXIS,
     REPLICATED,
@@ -74,7 +72,8 @@ def predict_stream(
       source: anything that `jkmeans.sources.open_source` takes, [n, d].
       centroids: [k, d].
       output_path: labels, [n] int32. The file appears under its name when it is complete.
-      distances_path: squared distances to the nearest centroid, [n] float32; None for none.
+      distances_path: squared distances to the nearest centroid, [n] float32, or float64 where
+        JAX has it enabled and rows or centroids need it (see `precision`); None for none.
       mesh: devices to use; None for all of them.
       memory_budget: see `fit_stream`.
       chunk_rows: see `fit_stream`.
@@ -121,10 +120,13 @@ def transform_stream(
 ) -> None:
     """Writes the Euclidean distance of each row to every centroid to a .npy file.
 
+    Computed in float64, as by `jkmeans.sharded.distances`, which says why.
+
     Args:
       source: anything that `jkmeans.sources.open_source` takes, [n, d].
       centroids: [k, d].
-      output_path: [n, k] float32. The file appears under its name when it is complete.
+      output_path: [n, k] float32, or float64 as in `predict_stream`. The file appears under its
+        name when it is complete.
       mesh: devices to use; None for all of them.
       memory_budget: see `fit_stream`.
       chunk_rows: see `fit_stream`.
@@ -137,8 +139,11 @@ def transform_stream(
     _refuse_outputs(source, {"output_path": output_path})
     feeder, centroids = _prepare(source, centroids, mesh, memory_budget, chunk_rows, extra)
     shape = (feeder.source.n_rows, len(centroids))
-    with npy_file(output_path, shape, centroids.dtype) as write:
-        for chunk, (distances,) in _map(feeder, _distances, centroids, "distances", progress):
+    dtype = centroids.dtype
+    function = _distances_in(dtype)
+    centroids = centroids.astype(np.float64)
+    with npy_file(output_path, shape, dtype) as write, jax.enable_x64(True):
+        for chunk, (distances,) in _map(feeder, function, centroids, "distances", progress):
             if not np.isfinite(distances).all():
                 _refuse(chunk, feeder)
             write(distances)
@@ -285,21 +290,14 @@ def _assign(x: jax.Array, centroids: jax.Array) -> tuple[jax.Array, ...]:
     return found.labels, found.distances
 
 
-def _distances(x: jax.Array, centroids: jax.Array) -> tuple[jax.Array, ...]:
-    """[n, k], from ‖x‖² − 2x·c + ‖c‖² around the centroids' mean."""
-    mean = jnp.mean(centroids, axis=0, keepdims=True)
-    shifted_kd = centroids - mean
-    norms_k = jnp.sum(shifted_kd**2, axis=1)
+@functools.cache
+def _distances_in(dtype: np.dtype) -> Callable:
+    """A function of rows and centroids, one and the same for a dtype lest it be compiled anew."""
 
-    def of_rows(x_bd: jax.Array) -> jax.Array:
-        x_bd = x_bd.astype(centroids.dtype) - mean
-        products_bk = jnp.matmul(x_bd, shifted_kd.T, precision=lax.Precision.HIGHEST)
-        norms_b = jnp.sum(x_bd**2, axis=1)
-        squares_bk = norms_b[:, None] - 2 * products_bk + norms_k[None, :]
-        # Not maximum(…, 0) alone, which would make 0 of NaN on some devices.
-        return jnp.sqrt(jnp.where(squares_bk < 0, 0, squares_bk))
+    def distances(x: jax.Array, centroids: jax.Array) -> tuple[jax.Array, ...]:
+        return (kmeans.distances_to_all(x, centroids, dtype),)
 
-    return (map_rows(of_rows, x, None),)
+    return distances
 
 
 @contextlib.contextmanager
