@@ -213,6 +213,17 @@ def device_dtype(dtype: np.dtype) -> np.dtype:
     return np.dtype(dtype) if small else np.dtype(np.float32)
 
 
+def clustered_dtype(dtype: np.dtype) -> np.dtype:
+    """The type that rows have which k-means clusters as they are.
+
+    That of `device_dtype`, but float64 where float32 would not tell all values apart: for float64
+    and for integers of more than two bytes.
+    """
+    dtype = np.dtype(dtype)
+    wide = dtype == np.float64 or (dtype.kind in "iu" and dtype.itemsize > 2)
+    return np.dtype(np.float64) if wide else device_dtype(dtype)
+
+
 def place_rows(
     examples: np.ndarray, layout: Layout, mesh: Mesh, spec: PartitionSpec = SHARDED
 ) -> jax.Array:

@@ -17,11 +17,14 @@ from sklearn.metrics import adjusted_rand_score, silhouette_score
 
 from jkmeans import selection, whole_files
 from jkmeans.clustering import FIELDS, cluster, folder, memory, stream, validate
+from jkmeans.clustering.data import read_all
 from jkmeans.clustering.folder import read_sweep
 from jkmeans.clustering.session import Session
 from jkmeans.configuration import convert_fields, from_json, to_json
 from jkmeans.errors import UserError
 from jkmeans.interruption import Interrupted
+from jkmeans.sharding import make_mesh
+from jkmeans.sources import open_source
 from jkmeans.streaming import plan
 from jkmeans.whole_files import write_json
 from tests.test_launchers import ROOT, run
@@ -264,6 +267,26 @@ def test_streamed_data(large, tmp_path, capfd):
     }
     # A finished job is only reported.
     assert cluster(config, tmp_path / "w") == summary
+
+
+@pytest.mark.parametrize(
+    "memory",
+    [pytest.param(1, id="streamed"), pytest.param(0, id="whole", marks=pytest.mark.slow)],
+)
+def test_integers_that_float32_cannot_tell_apart(memory, tmp_path):
+    truth = np.arange(20_000) % 3
+    x = np.random.default_rng(0).integers(-2, 3, (20_000, 2)) + 20 * truth[:, None] + 1_700_000_000
+    np.save(tmp_path / "x.npy", x)
+    config = make_config(
+        input=str(tmp_path / "x.npy"), n_clusters="3", memory_mebibytes=memory, n_devices=1,
+        report__sample_size=500,
+    )  # fmt: skip
+    assert read_all(open_source(x[:9]), make_mesh(1), 1).dtype == np.float64
+    summary = cluster(config, tmp_path / "w")
+    found = outputs(tmp_path / "w")
+    assert adjusted_rand_score(truth, found["labels"]) == 1
+    assert found["centroids"].dtype == found["distances"].dtype == np.float64
+    assert summary["silhouette"] > 0.8
 
 
 @pytest.mark.parametrize("memory", [pytest.param(1, id="streamed"), pytest.param(0, id="whole")])

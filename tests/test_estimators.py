@@ -267,6 +267,31 @@ def test_kmeans_of_files(blobs, tmp_path, name):
     np.testing.assert_allclose(model.score(path), theirs.score(blobs), rtol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", ["int32", pytest.param("int64", marks=pytest.mark.slow)])
+def test_files_of_integers_that_float32_cannot_tell_apart(dtype, tmp_path):
+    path, truth = tmp_path / "x.npy", np.arange(300) % 3
+    x = np.random.default_rng(0).integers(-2, 3, (300, 2)) + 20 * truth[:, None] + 1_700_000_000
+    np.save(path, x.astype(dtype))
+    theirs = sklearn.cluster.KMeans(3, init=x[:3].astype(float)).fit(x.astype(float))
+    model = KMeans(3, init=x[:3]).fit(path)
+    check_equal(model, theirs, rtol=1e-12)
+    np.testing.assert_array_equal(model.labels_, truth)
+    assert model.score(path) == pytest.approx(-theirs.inertia_)
+    own = np.sqrt(np.sum((x - theirs.cluster_centers_[truth]) ** 2, axis=1))
+    np.testing.assert_allclose(model.transform(path).min(axis=1), own, rtol=1e-6)
+
+
+def test_centroids_that_float32_cannot_tell_apart_and_files_of_float32(tmp_path):
+    x = np.full((1, 1), 1_700_000_000, np.float32)
+    np.save(tmp_path / "x.npy", x)
+    model = KMeans(2)
+    model.cluster_centers_, model.n_features_in_ = x + np.array([[-50.0], [40.0]]), 1
+    for rows in (x, tmp_path / "x.npy"):
+        assert model.predict(rows) == [1]
+        np.testing.assert_array_equal(model.transform(rows), [[50, 40]])
+        assert model.score(rows) == -1600
+
+
 def test_bad_files(blobs, tmp_path):
     with pytest.raises(ValueError, match=r"none\.npy does not exist; accepted:"):
         KMeans(6).fit(tmp_path / "none.npy")

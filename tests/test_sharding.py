@@ -82,6 +82,14 @@ def test_device_dtype(given, kept):
     assert sharding.device_dtype(np.dtype(bool)) == np.uint8
 
 
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [("int16", "int16"), ("uint32", "float64"), ("int64", "float64"), ("float64", "float64")],
+)
+def test_clustered_dtype(given, kept):
+    assert sharding.clustered_dtype(np.dtype(given)) == np.dtype(kept)
+
+
 def test_more_devices_than_exist():
     with pytest.raises(UserError, match=r"n_devices is -1; accepted: 0 \(all of them\) to 8"):
         sharding.make_mesh(-1)

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from jkmeans import datasets, processes
 from jkmeans.configuration import Config
 from jkmeans.device_memory import device_room
-from jkmeans.sharding import device_dtype
+from jkmeans.sharding import clustered_dtype
 from jkmeans.sources import Source, open_source
 from jkmeans.streaming.pipeline import refuse_not_finite
 
@@ -59,8 +59,9 @@ def fits_into_memory(source: Source, mesh: Mesh, memory_mebibytes: int) -> bool:
       mesh: of the devices.
       memory_mebibytes: what all of it may take; 0 for the room that the devices have.
     """
-    # float32 on the devices, and labels, distances and the like of every row.
-    row_bytes = source.n_features * max(4, source.dtype.itemsize) + 64
+    # At least float32 on the devices, and labels, distances and the like of every row.
+    value_bytes = max(4, source.dtype.itemsize, clustered_dtype(source.dtype).itemsize)
+    row_bytes = source.n_features * value_bytes + 64
     needed = source.n_rows * row_bytes + source.overhead_bytes
     if memory_mebibytes:
         return needed <= memory_mebibytes * 2**20
@@ -140,8 +141,7 @@ class OwnRows:
 
 def _checked(rows: np.ndarray, name: str) -> np.ndarray:
     """Rows in the type for the devices; none of them NaN or infinite."""
-    if rows.dtype != np.float64:
-        rows = rows.astype(device_dtype(rows.dtype), copy=False)
+    rows = rows.astype(clustered_dtype(rows.dtype), copy=False)
     return datasets.check_examples(rows, name=name) if len(rows) else rows
 
 

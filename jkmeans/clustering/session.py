@@ -19,6 +19,7 @@ from jkmeans.clustering.progress import Progress
 from jkmeans.configuration import Config
 from jkmeans.errors import UserError
 from jkmeans.interruption import Interruption
+from jkmeans.sharding import clustered_dtype
 from jkmeans.workdir import has_checkpoints, usable
 
 
@@ -114,8 +115,8 @@ class Session:
         else:
             self.progress.say(f"reading {len(numbers):,} rows of {source.name}")
             rows = self.compute(lambda: pick_rows(source, numbers))
-        if rows.dtype != np.float64:
-            rows = rows.astype(np.float32, copy=False)
+        wide = clustered_dtype(rows.dtype) == np.float64
+        rows = rows.astype(np.float64 if wide else np.float32, copy=False)
         return numbers, datasets.check_examples(rows, name=f"a sample of {source.name}")
 
     def compute(self, call: Callable[[], Any]) -> Any:

@@ -10,7 +10,14 @@ from jkmeans.clustering.found import Found
 from jkmeans.clustering.session import Session
 from jkmeans.errors import refuse_overflow
 from jkmeans.recorder import format_duration
-from jkmeans.streaming import StreamProgress, fit_stream, predict_stream
+from jkmeans.streaming import (
+    StreamPrediction,
+    StreamProgress,
+    StreamResult,
+    fit_stream,
+    precision,
+    predict_stream,
+)
 from jkmeans.workdir import CHECKPOINT_FOLDER
 
 
@@ -25,14 +32,30 @@ def fit_streamed(session: Session, k: int) -> Found:
       UserError: a row is not finite, the data changed meanwhile, or the inertia overflows.
       Interrupted: the job was asked to stop; what it found is saved.
     """
-    config, source = session.config, session.data.source
+    config = session.config
     if processes.on_first((session.workdir / STATE_FILE).exists):
         session.progress.say(
             "the rows have no room in memory now: they are streamed from the first restart on, and "
             "what was found in memory stays for when they have"
         )
-    budget = config.memory_mebibytes * 2**20 or None
     started = time.monotonic()
+    with precision(session.data.source):
+        result, predicted = _fit_and_predict(session, k)
+    refuse_overflow(predicted.inertia, result.centroids.dtype)
+    return Found(
+        centroids=result.centroids,
+        sizes=predicted.counts,
+        inertia=predicted.inertia,
+        n_iter=result.n_iter,
+        converged=result.n_iter < config.max_iter,
+        history=[],
+        seconds=time.monotonic() - started,
+    )
+
+
+def _fit_and_predict(session: Session, k: int) -> tuple[StreamResult, StreamPrediction]:
+    config, source = session.config, session.data.source
+    budget = config.memory_mebibytes * 2**20 or None
 
     def tell(now: StreamProgress) -> None:
         session.progress.update(_line(now, config.max_iter), often=True)
@@ -64,16 +87,7 @@ def fit_streamed(session: Session, k: int) -> Found:
         memory_budget=budget,
         progress=tell_and_listen,
     )
-    refuse_overflow(predicted.inertia, result.centroids.dtype)
-    return Found(
-        centroids=result.centroids,
-        sizes=predicted.counts,
-        inertia=predicted.inertia,
-        n_iter=result.n_iter,
-        converged=result.n_iter < config.max_iter,
-        history=[],
-        seconds=time.monotonic() - started,
-    )
+    return result, predicted
 
 
 def _line(now: StreamProgress, max_iter: int) -> str:

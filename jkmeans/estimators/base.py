@@ -122,7 +122,7 @@ class CentroidEstimator(
 
     def _transform(self, X: Any) -> np.ndarray:
         if is_source(X):
-            with opened(X, self.n_features_in_) as (streaming, source):
+            with opened(X, self.cluster_centers_) as (streaming, source):
                 return written(
                     lambda path: streaming.transform_stream(
                         source, self.cluster_centers_, path, mesh=self._stream_mesh
@@ -141,7 +141,7 @@ class CentroidEstimator(
         """
         check_is_fitted(self)
         if is_source(X):
-            with opened(X, self.n_features_in_) as (streaming, source):
+            with opened(X, self.cluster_centers_) as (streaming, source):
                 return streaming.score_stream(
                     source, self.cluster_centers_, weights=sample_weight, mesh=self._stream_mesh
                 )
@@ -151,7 +151,7 @@ class CentroidEstimator(
         return -float(sharded.inertia(X, centers, weights=weights, mesh=self.mesh))
 
     def _predict_source(self, X: Any) -> np.ndarray:
-        with opened(X, self.n_features_in_) as (streaming, source):
+        with opened(X, self.cluster_centers_) as (streaming, source):
             return written(
                 lambda path: streaming.predict_stream(
                     source, self.cluster_centers_, path, mesh=self._stream_mesh

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 
-from jkmeans import sharded
 from jkmeans.errors import UserError
 
 
@@ -26,12 +25,12 @@ def is_source(X: Any) -> bool:
 
 
 @contextlib.contextmanager
-def opened(X: Any, n_features: int | None = None) -> Iterator[tuple[Any, Any]]:
-    """The streaming module and the source of X, in a context of the source's precision.
+def opened(X: Any, centroids: Any = None) -> Iterator[tuple[Any, Any]]:
+    """The streaming module and the source of X, in a context of the precision they need.
 
     Args:
       X: a path or a source.
-      n_features: what it must have; None for any.
+      centroids: [k, d], of the features that X must have; None in a fit.
 
     Raises:
       ValueError: what is a UserError in the commands is a ValueError here.
@@ -40,12 +39,12 @@ def opened(X: Any, n_features: int | None = None) -> Iterator[tuple[Any, Any]]:
 
     try:
         source = sources.open_source(X)
-        if n_features not in (None, source.n_features):
+        if centroids is not None and centroids.shape[1] != source.n_features:
             raise UserError(
-                f"{source.name} has {source.n_features} features, but {n_features} are expected; "
-                "accepted: what the estimator was fitted on."
+                f"{source.name} has {source.n_features} features, but {centroids.shape[1]} are "
+                "expected; accepted: what the estimator was fitted on."
             )
-        with sharded.precision(source):
+        with streaming.precision(source, centroids):
             yield streaming, source
     except UserError as error:
         raise ValueError(str(error)) from error

@@ -7,6 +7,7 @@ from jkmeans.streaming.outputs import (
     score_stream,
     transform_stream,
 )
+from jkmeans.streaming.pipeline import precision
 from jkmeans.streaming.progress import StreamProgress
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "StreamProgress",
     "StreamResult",
     "fit_stream",
+    "precision",
     "predict_stream",
     "score_stream",
     "transform_stream",

@@ -40,7 +40,8 @@ class StreamResult(NamedTuple):
     """Where a fit over a stream stopped. Counts and inertia fit the centroids.
 
     Attributes:
-      centroids: [k, d] float32 (float64 if that is what the rows are and JAX has it enabled).
+      centroids: [k, d] float32; float64 if the rows are float64, or integers of more than two
+        bytes, and JAX has it enabled.
       counts: [k] float64, the weight of each cluster.
       inertia: the weighted sum of the squared distances.
       n_iter: the iterations run.

@@ -231,7 +231,7 @@ def _prepare(
         )
     if not np.isfinite(centroids).all():
         raise UserError("the centroids have NaN or infinity in them; accepted: finite ones.")
-    return feeder, centroids.astype(computed_dtype(source))
+    return feeder, centroids.astype(computed_dtype(source, centroids))
 
 
 def _refuse(chunk: Chunk, feeder: Feeder) -> None:

@@ -31,7 +31,7 @@ from jkmeans.sharding import (
 )
 from jkmeans.streaming import picking
 from jkmeans.streaming.picking import Picked
-from jkmeans.streaming.pipeline import Chunk, Feeder, computed_dtype, refuse_not_finite
+from jkmeans.streaming.pipeline import Chunk, Feeder, refuse_not_finite
 from jkmeans.streaming.programs import Program, Rows
 
 # Chunks with the devices at a time: one computes while the next one is on its way.
@@ -278,7 +278,7 @@ def _nothing_done(feeder: Feeder, program: Program, parameters: tuple[jax.Array,
     )
     n_numbers = jax.eval_shape(program, one_row, *parameters).numbers.size
     n_devices = feeder.mesh.shape[DATA_AXIS]
-    zeros = np.zeros((n_devices, n_numbers), computed_dtype(feeder.source))
+    zeros = np.zeros((n_devices, n_numbers), parameters[0].dtype)
     return Partial(0, zeros, zeros, picking.nothing(d, feeder.dtype))
 
 

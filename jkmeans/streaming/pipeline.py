@@ -16,7 +16,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from jkmeans.errors import UserError
-from jkmeans.sharding import DATA_AXIS, SHARDED, device_dtype
+from jkmeans.sharding import DATA_AXIS, SHARDED, clustered_dtype, device_dtype
 from jkmeans.sources import Source
 
 # One is being read, one waits, two are with the devices.
@@ -65,16 +65,34 @@ def default_budget() -> int:
     return min(_DEFAULT_BUDGET, memory // 4)
 
 
+def precision(source: Source, centroids: Any = None) -> contextlib.AbstractContextManager:
+    """A context in which JAX computes in float64 where rows, or centroids, need it.
+
+    Args:
+      source: of the rows; they need it if they are float64 or integers of more than two bytes.
+      centroids: [k, d] or None; they need it if they are float64.
+    """
+    dtypes = (clustered_dtype(source.dtype), getattr(centroids, "dtype", None))
+    return jax.enable_x64(True) if np.float64 in dtypes else contextlib.nullcontext()
+
+
 def streamed_dtype(source: Source) -> np.dtype:
-    """The type that rows have on the devices; float64 stays what it is where JAX allows it."""
-    if source.dtype == np.float64 and jax.config.jax_enable_x64:  # type: ignore[attr-defined]
-        return source.dtype
+    """The type that rows have on the devices: `clustered_dtype`, where JAX has 64 bits enabled."""
+    if jax.config.jax_enable_x64:  # type: ignore[attr-defined]
+        return clustered_dtype(source.dtype)
     return device_dtype(source.dtype)
 
 
-def computed_dtype(source: Source) -> np.dtype:
-    """The type that sums and centroids have: float32, or float64 if the rows have it."""
-    return np.dtype(np.float64 if streamed_dtype(source) == np.float64 else np.float32)
+def computed_dtype(source: Source, centroids: Any = None) -> np.dtype:
+    """The type that sums and centroids have: float32, or float64 if the rows or centroids have it.
+
+    Args:
+      source: of the rows.
+      centroids: [k, d] where they are there already.
+    """
+    dtypes = (streamed_dtype(source), getattr(centroids, "dtype", None))
+    wide = np.float64 in dtypes and jax.config.jax_enable_x64  # type: ignore[attr-defined]
+    return np.dtype(np.float64 if wide else np.float32)
 
 
 def checked_sizes(memory_budget: Any, chunk_rows: Any) -> tuple[int | None, int | None]:
