@@ -258,7 +258,10 @@ def test_kmeans_of_files(blobs, tmp_path, name):
     else:
         np.save(path, blobs)
     theirs = sklearn.cluster.KMeans(6, init=blobs[:6]).fit(blobs)
-    model = KMeans(6, init=blobs[:6]).fit(str(path))
+    model = KMeans(6, init=blobs[:6])
+    model.feature_names_in_ = np.array(list("abcde"), object)  # Of an earlier fit.
+    model.fit(str(path))
+    assert not hasattr(model, "feature_names_in_")
     check_equal(model, theirs)
     assert model.n_iter_ == theirs.n_iter_
     assert model.n_features_in_ == 5

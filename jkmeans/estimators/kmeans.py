@@ -187,6 +187,8 @@ class KMeans(CentroidEstimator):
                 progress=bool(self.verbose),
             )
             self.n_features_in_ = source.n_features
+            # Of an earlier fit to a data frame.
+            vars(self).pop("feature_names_in_", None)
             self.cluster_centers_ = np.array(result.centroids)
             self.inertia_, self.n_iter_ = float(result.inertia), int(result.n_iter)
             self.labels_ = self._predict_source(source)
