@@ -21,6 +21,7 @@ from jkmeans.streaming import (
     passes,
     picking,
     pipeline,
+    plan,
     predict_stream,
     programs,
     score_stream,
@@ -341,14 +342,22 @@ def test_not_finite_rows_are_named(x, tmp_path, bad, in_memory):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["y.npy"]
 
 
-def test_rows_of_weight_zero_may_hold_anything(x, weights):
+@pytest.mark.parametrize("anything", [np.nan, 1e8])
+def test_rows_of_weight_zero_may_hold_anything(x, weights, anything):
     y = x.copy()
-    y[weights == 0] = np.nan
+    y[weights == 0] = anything
     kept = weights > 0
     for chunk_rows in (None, CHUNK):
         found = fit_stream(KEY, y, K, init=x[:K], weights=weights, tol=1e-3, chunk_rows=chunk_rows)
         expected = in_sklearn(x[kept], x[:K], weights[kept], tol=1e-3)
         assert found.inertia == pytest.approx(expected.inertia_, rel=1e-5)
+
+
+def test_the_first_row_that_counts_may_come_late():
+    weights = np.zeros((2 * plan._WEIGHTS_READ, 1))
+    assert plan.first_weight(open_source(weights)) == 0
+    weights[plan._WEIGHTS_READ + 5 :] = 2
+    assert plan.first_weight(open_source(weights)) == plan._WEIGHTS_READ + 5
 
 
 def test_weights_that_are_none(path, weights):

@@ -10,7 +10,14 @@ import numpy as np
 from jax import lax
 
 from jkmeans.kmeans.assignment import accumulation_dtype
-from jkmeans.kmeans.collectives import AxisName, all_sum, axis_index, per_block, vary_like
+from jkmeans.kmeans.collectives import (
+    AxisName,
+    all_sum,
+    axis_index,
+    per_block,
+    stack_devices,
+    vary_like,
+)
 from jkmeans.kmeans.sorted_sums import sorted_sums
 
 # Rows, and numbers, summed at a time on a CPU: a block, weighted or converted, stays in the cache.
@@ -129,10 +136,8 @@ def column_moments(
     """
     dtype = accumulation_dtype(x)
     n, d = x.shape
-    # Around some row, lest squares far from the origin leave no digits for their difference.
-    row = x[:1].astype(dtype)
-    row = jnp.where((axis_index(axis_name) == 0) & jnp.isfinite(row), row, 0)
-    shift = all_sum(row, axis_name)
+    # Lest squares far from the origin leave no digits for their difference.
+    shift = _first_counted(x, counted, axis_name)
 
     def moments_of(x, counted, shift) -> tuple[jax.Array, jax.Array]:
         # In the cache of a core; elsewhere so many that the device has something to do.
@@ -159,6 +164,20 @@ def column_moments(
     n_rows = vary_like(n_rows, total[0])
     sums, squares, n_rows = all_sum((*total, n_rows), axis_name)
     return shift[0] + sums / n_rows, jnp.maximum(squares / n_rows - (sums / n_rows) ** 2, 0)
+
+
+def _first_counted(x: jax.Array, counted: jax.Array | None, axis_name: AxisName) -> jax.Array:
+    """The first of the rows that count, [1, d], the same on all devices; 0 where not finite."""
+    first, device = 0, 0
+    if counted is not None:
+        # A minimum: XLA's argmax is scalar code on a CPU.
+        n = x.shape[0]
+        first = jnp.min(jnp.where(counted, jnp.arange(n, dtype=jnp.int32), n))
+        device = jnp.argmin(stack_devices(first, axis_name) == n)
+    # The last row where none counts: a slice reaches back rather than past the end.
+    row = lax.dynamic_slice_in_dim(x, first, 1).astype(accumulation_dtype(x))
+    row = jnp.where((axis_index(axis_name) == device) & jnp.isfinite(row), row, 0)
+    return all_sum(row, axis_name)
 
 
 def inertia_of(distances: jax.Array, weights: jax.Array | None = None) -> jax.Array:

@@ -155,6 +155,7 @@ def fit_stream(
         oversampling_factor=oversampling_factor,
         n_rounds=n_rounds,
         dtype=computed_dtype(source),
+        weights=weight_source,
     )
     if plan.init_name == "k-means||" and 1 + n_rounds * plan.per_round < n_clusters:
         raise ValueError(

@@ -22,6 +22,8 @@ from jkmeans.sources import Source, open_source
 from jkmeans.streaming import passes, programs
 from jkmeans.streaming.picking import Picked
 
+_WEIGHTS_READ = 2**16
+
 Init = str | np.ndarray | jax.Array | Callable[[jax.Array, Source, int], Any]
 
 
@@ -60,6 +62,7 @@ class Plan:
     oversampling_factor: float
     n_rounds: int
     dtype: np.dtype
+    weights: Source | None
 
     def options(self) -> dict[str, Any]:
         """What a checkpoint must agree with, as JSON can hold it."""
@@ -227,8 +230,9 @@ class Plan:
 
     @functools.cached_property
     def _first_row(self) -> np.ndarray:
-        """What the first pass makes its sums around, [d]."""
-        row = self.source.read(0, 1)[0].astype(self.dtype)
+        """What the first pass makes its sums around, [d]: the first row that counts."""
+        first = 0 if self.weights is None else first_weight(self.weights)
+        row = self.source.read(first, first + 1)[0].astype(self.dtype)
         return np.where(np.isfinite(row), row, 0)
 
     def _shift(self, state: State) -> np.ndarray:
@@ -298,6 +302,19 @@ def refuse_no_weight(total: float) -> None:
     """
     if not total > 0:
         raise UserError("all weights are 0; accepted: at least one weight above 0.")
+
+
+def first_weight(weights: Source) -> int:
+    """The first row whose weight is not 0; 0 if there is none.
+
+    Args:
+      weights: [n, 1], of which no more is read than that takes, in pieces.
+    """
+    for start in range(0, weights.n_rows, _WEIGHTS_READ):
+        piece = weights.read(start, min(start + _WEIGHTS_READ, weights.n_rows))
+        if piece.any():
+            return start + int((piece[:, 0] != 0).argmax())
+    return 0
 
 
 def _relocate(
