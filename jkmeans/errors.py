@@ -51,6 +51,27 @@ def refuse_overflow(inertia: float, dtype: object, error: type[Exception] = User
         )
 
 
+def weight_bounds(dtype: object) -> tuple[float, float]:
+    """The least that the largest weight of rows may be, and the most that weights may add up to.
+
+    Only their ratios matter; so small or large, sums and products in this dtype lose them.
+    """
+    return (2.0**-900, 2.0**900) if dtype == np.float64 else (2.0**-100, 2.0**110)
+
+
+def refuse_mask(name: str, array: object, error: type[Exception] = UserError) -> None:
+    """Refuses a masked array, whose mask nothing here would look at.
+
+    Raises:
+      UserError: it is one; or ``error``.
+    """
+    if isinstance(array, np.ma.MaskedArray):
+        raise error(
+            f"{name} is a masked array; accepted: an array without a mask (what is masked can have "
+            "a sample_weight of 0, or be left out)."
+        )
+
+
 def underflow_sentence(centroids: np.ndarray) -> str:
     """What to say of rows so small that their squares vanish; empty if they are not.
 

@@ -227,12 +227,16 @@ def test_only_ratios_of_weights_matter(blobs, kind, scale):
 
 @pytest.mark.parametrize("scale", [1e-38, 1e-45, 1e35])
 @pytest.mark.parametrize("kind", [KMeans, BisectingKMeans, MiniBatchKMeans, SphericalKMeans])
-def test_weights_that_float32_loses_are_refused(blobs, kind, scale):
+def test_weights_that_float32_loses_are_refused(blobs, kind, scale, tmp_path):
     # At 1e-38 there was one cluster, because products below the least number are taken for 0.
+    weights = np.full(301, scale, np.float32)
     with pytest.raises(ValueError, match=r"sample_weight is .*accepted"):
-        kind(4).fit(blobs, sample_weight=np.full(301, scale, np.float32))
+        kind(4).fit(blobs, sample_weight=weights)
     if kind is not KMeans:
         return
+    np.save(tmp_path / "x.npy", blobs)
+    with pytest.raises(ValueError, match=r"the weights .* in float32; accepted: a sum of"):
+        kind(4).fit(tmp_path / "x.npy", sample_weight=weights)
     doubles = blobs.astype(np.float64)
     assert np.unique(kind(4).fit(doubles, sample_weight=np.full(301, scale)).labels_).size == 4
 
@@ -293,6 +297,16 @@ def test_centroids_that_float32_cannot_tell_apart_and_files_of_float32(tmp_path)
         assert model.predict(rows) == [1]
         np.testing.assert_array_equal(model.transform(rows), [[50, 40]])
         assert model.score(rows) == -1600
+
+
+def test_files_of_float64_are_judged_in_float64(blobs, tmp_path):
+    path, x = tmp_path / "x.npy", blobs.astype(np.float64) * 1e60
+    np.save(path, x)
+    theirs = sklearn.cluster.KMeans(6, init=x[:6]).fit(x)
+    for scale in (1e-60, 1e60):
+        model = KMeans(6, init=x[:6]).fit(path, sample_weight=np.full(301, scale))
+        np.testing.assert_array_equal(model.labels_, theirs.labels_)
+        assert model.inertia_ == pytest.approx(scale * theirs.inertia_)
 
 
 def test_bad_files(blobs, tmp_path):
@@ -762,12 +776,15 @@ def test_more_iterations_than_int32_counts(blobs, kind):
     np.testing.assert_array_equal(model.labels_, expected.labels_)
 
 
-def test_a_mask_is_refused(blobs):
+def test_a_mask_is_refused(blobs, tmp_path):
     masked = np.ma.masked_array(blobs, mask=blobs > 5)
     with pytest.raises(ValueError, match="X is a masked array; accepted: an array without a mask"):
         KMeans(3).fit(masked)
     with pytest.raises(ValueError, match="sample_weight is a masked array; accepted"):
         KMeans(3).fit(blobs, sample_weight=masked[:, 0])
+    np.save(tmp_path / "x.npy", blobs)
+    with pytest.raises(ValueError, match="weights is a masked array; accepted"):
+        KMeans(3).fit(tmp_path / "x.npy", sample_weight=masked[:, 0])
     with pytest.raises(ValueError, match="X is a masked array; accepted"):
         KMeans(3).fit(blobs).predict(masked)
 

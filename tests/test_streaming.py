@@ -360,14 +360,25 @@ def test_the_first_row_that_counts_may_come_late():
     assert plan.first_weight(open_source(weights)) == plan._WEIGHTS_READ + 5
 
 
+@pytest.mark.parametrize(("dtype", "most"), [("float32", "1e18"), ("float64", "1e153")])
+def test_squares_that_overflow_are_of_the_type_that_is_computed_in(dtype, most):
+    with pytest.raises(UserError, match=f"overflow {dtype}; .* below {most}"):
+        pipeline.refuse_not_finite(np.full((2, 2), 1e30, dtype), None, 0, "x")
+
+
 def test_weights_that_are_none(path, weights):
     for chunk_rows in (None, CHUNK):
         bad = weights.copy()
         bad[300] = -1
         with pytest.raises(UserError, match=r"weight 300 .* is -1"):
             fit_stream(KEY, path, K, init="sample", weights=bad, chunk_rows=chunk_rows)
-        with pytest.raises(UserError, match="all weights are 0"):
+        with pytest.raises(UserError, match="weights are all 0"):
             fit_stream(KEY, path, K, init="sample", weights=0 * weights, chunk_rows=chunk_rows)
+        for scale in (1e-35, 1e35):
+            with pytest.raises(UserError, match=r"weights add up to .* in float32; accepted: a s"):
+                fit_stream(
+                    KEY, path, K, init="sample", weights=scale * weights, chunk_rows=chunk_rows
+                )
 
 
 def test_a_file_that_changes_between_passes(path, x):

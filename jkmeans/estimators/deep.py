@@ -27,10 +27,10 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 
 from jkmeans import configuration, datasets, evaluation, sharded, training
 from jkmeans.configuration import Config
-from jkmeans.errors import CollapseError, UserError
+from jkmeans.errors import CollapseError, UserError, refuse_mask
 from jkmeans.estimators.base import at_least
 from jkmeans.estimators.deep_config import parameters_of, values_of
-from jkmeans.estimators.inputs import keeps_features, refuse_mask
+from jkmeans.estimators.inputs import keeps_features
 from jkmeans.estimators.run_folder import RunFolder
 from jkmeans.interruption import Interrupted
 from jkmeans.recorder import read_metrics, silence
@@ -390,7 +390,7 @@ class DeepClustering(
                 f"X is the path {os.fspath(X)!r}; accepted: an array, which numpy.load(path) gives "
                 "(experiments.train takes the path of an .npy file)"
             )
-        refuse_mask("X", X)
+        refuse_mask("X", X, ValueError)
         if not issparse(X) and hasattr(X, "__array__") and not hasattr(X, "columns"):
             X = X if isinstance(X, np.ndarray) else np.asarray(X)
         checks: Any = {"dtype": _DTYPES, "ensure_all_finite": False}

@@ -14,6 +14,7 @@ import numpy as np
 from sklearn.utils import check_array, check_random_state
 from sklearn.utils.validation import validate_data
 
+from jkmeans.errors import refuse_mask, weight_bounds
 from jkmeans.estimators.files import is_source
 from jkmeans.sharding import automatic
 
@@ -54,7 +55,7 @@ def read_rows(estimator: Any, X: Any, *, reset: bool) -> np.ndarray | jax.Array:
             f"X is a file or a folder ({X}), which {type(estimator).__name__} does not read here; "
             "accepted: an array; KMeans fits files."
         )
-    refuse_mask("X", X)
+    refuse_mask("X", X, ValueError)
     X = _exchanged(X)
     if isinstance(X, jax.Array):
         X = automatic(X)
@@ -93,7 +94,7 @@ def read_weights(sample_weight: Any, X: np.ndarray | jax.Array) -> np.ndarray | 
     """
     if sample_weight is None:
         return None
-    refuse_mask("sample_weight", sample_weight)
+    refuse_mask("sample_weight", sample_weight, ValueError)
     dtype: Any = np.float64 if X.dtype == np.float64 else np.float32
     if isinstance(sample_weight, Real):
         sample_weight = np.full(X.shape[0], sample_weight)
@@ -113,8 +114,7 @@ def read_weights(sample_weight: Any, X: np.ndarray | jax.Array) -> np.ndarray | 
         )
     if not np.any(weights):
         raise ValueError("sample_weight is zero for all samples; accepted: at least one above 0.")
-    # Only their ratios matter; so small or large, sums and products lose them.
-    least, most = (2.0**-900, 2.0**900) if dtype == np.float64 else (2.0**-100, 2.0**110)
+    least, most = weight_bounds(dtype)
     largest, total = float(weights.max()), float(weights.sum(dtype=np.float64))
     if largest < least or total > most:
         raise ValueError(
@@ -149,19 +149,6 @@ def read_centroids(centers: Any, n_clusters: int, X: np.ndarray | jax.Array) -> 
 def random_key(random_state: Any) -> jax.Array:
     """A JAX key drawn from a seed, a RandomState (which moves on) or NumPy's global one (None)."""
     return jax.random.key(check_random_state(random_state).randint(np.iinfo(np.int32).max))
-
-
-def refuse_mask(name: str, array: Any) -> None:
-    """Refuses a masked array, whose mask nothing here would look at.
-
-    Raises:
-      ValueError: it is one.
-    """
-    if isinstance(array, np.ma.MaskedArray):
-        raise ValueError(
-            f"{name} is a masked array; accepted: an array without a mask (what is masked can have "
-            "a sample_weight of 0, or be left out)."
-        )
 
 
 def keeps_features(fit: F) -> F:

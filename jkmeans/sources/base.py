@@ -13,7 +13,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from jkmeans.errors import UserError
+from jkmeans.errors import UserError, refuse_mask
 
 ACCEPTED_PATHS = "a .npy file, a folder of .npy files, a .zarr array, a Parquet file or folder"
 ACCEPTED = f"a matrix of numbers as an array, {ACCEPTED_PATHS}, or a list of those"
@@ -134,6 +134,7 @@ class ArraySource(Source):
 
     def __init__(self, array: Any, name: str = "the array"):
         self.name = name
+        refuse_mask(name, array)
         if not hasattr(array, "shape") or not hasattr(array, "dtype"):
             try:
                 array = np.asarray(array)

@@ -32,7 +32,7 @@ from jkmeans.streaming.pipeline import (
     rows_per_chunk,
     streamed_dtype,
 )
-from jkmeans.streaming.plan import Init, Plan, State, key_data, refuse_no_weight
+from jkmeans.streaming.plan import Init, Plan, State, key_data
 from jkmeans.streaming.progress import Reporter, StreamProgress
 
 
@@ -306,7 +306,6 @@ def _fit_in_memory(plan: Plan, feeder: Feeder) -> StreamResult:
         if best is None or result.inertia < best.inertia:
             best = result
     assert best is not None
-    refuse_no_weight(float(np.sum(best.counts)))
     return StreamResult(
         centroids=np.asarray(best.centroids),
         counts=np.asarray(best.counts, np.float64),

@@ -31,6 +31,7 @@ from jkmeans.streaming import passes, programs
 from jkmeans.streaming.pipeline import (
     Chunk,
     Feeder,
+    as_float,
     checked_sizes,
     computed_dtype,
     default_budget,
@@ -242,7 +243,7 @@ def _refuse(chunk: Chunk, feeder: Feeder) -> None:
 
     def look_at_own() -> None:
         with np.errstate(over="ignore", invalid="ignore"):
-            total = np.sum(chunk.rows.astype(np.float32, copy=False) ** 2, dtype=np.float64)
+            total = np.sum(as_float(chunk.rows) ** 2, dtype=np.float64)
         if not np.isfinite(total):
             look()
 

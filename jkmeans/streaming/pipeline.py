@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from jkmeans.errors import UserError
+from jkmeans.errors import UserError, weight_bounds
 from jkmeans.sharding import DATA_AXIS, SHARDED, clustered_dtype, device_dtype
 from jkmeans.sources import Source
 
@@ -44,8 +44,8 @@ class Chunk(NamedTuple):
       first: the number, within the chunk, of the first row that this process has read.
       rows: [m, d] on the host, m of the rows that count; valid until the chunk is released.
       x: [c, d], sharded over the data axis; padded with zeros.
-      host_weights: [m] float32 or None.
-      weights: [c] float32, sharded, 0 for padding; None if all rows weigh the same.
+      host_weights: [m] float32 (float64 where rows are computed in it) or None.
+      weights: [c], the same type, sharded, 0 for padding; None if all rows weigh the same.
       buffer: which buffer it occupies.
     """
 
@@ -168,6 +168,7 @@ class Feeder:
         self.mesh = mesh
         self.chunk_rows = chunk_rows
         self.dtype = streamed_dtype(source)
+        self.weight_dtype = computed_dtype(source)
         self._sharding = NamedSharding(mesh, SHARDED)
         self.local = _own_rows(self._sharding, chunk_rows)
 
@@ -225,7 +226,7 @@ class _Pass:
         # New ones for every pass: what the devices may still read is never written to.
         self._buffers = [_page_aligned(shape, feeder.dtype) for _ in range(n_buffers)]
         self._weights = [
-            _page_aligned(shape[:1], np.dtype(np.float32)) if feeder.weights else None
+            _page_aligned(shape[:1], feeder.weight_dtype) if feeder.weights else None
             for _ in range(n_buffers)
         ]
         self._free: queue.SimpleQueue[int | None] = queue.SimpleQueue()
@@ -268,7 +269,7 @@ class _Pass:
 
     def _read(self, first_row: int) -> None:
         feeder = self._feeder
-        n_rows = feeder.source.n_rows
+        n_rows, total_weight = feeder.source.n_rows, 0.0
         try:
             for start in range(first_row, n_rows, feeder.chunk_rows):
                 i = self._free.get()
@@ -285,7 +286,10 @@ class _Pass:
                     if own:
                         feeder.weights.read_into(start + first, weights[:own, None])
                     weights[own:] = 0
-                    check_weights(weights, start + first, feeder.weights.name)
+                    total_weight += sum_of_weights(weights, start + first, feeder.weights.name)
+                    # That they are too small is seen in the sums of all rows.
+                    if total_weight > weight_bounds(weights.dtype)[1]:
+                        refuse_total_weight(total_weight, weights.dtype)
                 self._ready.put((i, start, count, own))
             self._ready.put(None)
         except BaseException as error:
@@ -297,14 +301,44 @@ def _page_aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     return np.frombuffer(mmap.mmap(-1, n * dtype.itemsize), dtype, n).reshape(shape)
 
 
-def check_weights(weights: np.ndarray, start: int, name: str) -> None:
-    """Raises a UserError unless weights [n], the first of row ``start``, are weights."""
+def sum_of_weights(weights: np.ndarray, start: int, name: str) -> float:
+    """The sum of weights that are such.
+
+    Args:
+      weights: [n] float.
+      start: the global number of their first row.
+      name: of their source.
+
+    Raises:
+      UserError: one is not finite, or negative.
+    """
     good = np.isfinite(weights) & (weights >= 0)
     if not good.all():
         row = int(good.argmin())
         raise UserError(
-            f"weight {start + row:,} of {name} is {weights[row]}; accepted: finite numbers of "
-            "at least 0."
+            f"weight {start + row:,} of {name} is {weights[row]} in {weights.dtype}; accepted: "
+            "finite numbers of at least 0."
+        )
+    with np.errstate(over="ignore"):
+        return float(np.sum(weights, dtype=np.float64))
+
+
+def refuse_total_weight(total: float, dtype: Any) -> None:
+    """Refuses weights that there is nothing to compute with.
+
+    Args:
+      total: their sum, or the number of rows that have one.
+      dtype: that they are computed in.
+
+    Raises:
+      UserError: it is 0, or too small or large for the dtype.
+    """
+    least, most = weight_bounds(dtype)
+    if not least <= total <= most:
+        found = f"add up to {total:g}" if total else "are all 0"
+        raise UserError(
+            f"the weights {found} in {dtype}; accepted: a sum of {least:.1g} to {most:.1g} (only "
+            "ratios of weights matter, so they can be scaled)."
         )
 
 
@@ -327,7 +361,7 @@ def refuse_not_finite(
     """
     if only_if_any and rows.dtype.kind in "biu":
         return
-    bad = ~np.isfinite(rows.astype(np.float32, copy=False)).all(axis=1)
+    bad = ~np.isfinite(as_float(rows)).all(axis=1)
     if weights is not None:
         bad &= weights > 0
     last = start + len(rows) - 1
@@ -338,7 +372,13 @@ def refuse_not_finite(
             f"{start + int(bad.argmax()):,} (counted from 0); accepted: finite values."
         )
     if not only_if_any:
+        dtype, most = ("float64", "1e153") if rows.dtype == np.float64 else ("float32", "1e18")
         raise UserError(
             f"{name} has values in the rows {start:,} to {last:,} whose squared distances overflow "
-            "float32; accepted: values of magnitude below 1e18; scale the data."
+            f"{dtype}; accepted: values of magnitude below {most}; scale the data."
         )
+
+
+def as_float(rows: np.ndarray) -> np.ndarray:
+    """Rows in a type that NumPy can judge them in, which loses none of them: float32 or float64."""
+    return rows if rows.dtype == np.float64 else rows.astype(np.float32, copy=False)

@@ -17,10 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from jkmeans import kmeans
-from jkmeans.errors import UserError
 from jkmeans.sources import Source, open_source
 from jkmeans.streaming import passes, programs
 from jkmeans.streaming.picking import Picked
+from jkmeans.streaming.pipeline import refuse_total_weight
 
 _WEIGHTS_READ = 2**16
 
@@ -169,7 +169,7 @@ class Plan:
 
     def _after_first(self, state: State, numbers: np.ndarray, picked: Picked) -> State:
         n, sums, squares = numbers[0], *np.split(numbers[1:], 2)
-        refuse_no_weight(n)
+        refuse_total_weight(n, self.dtype)
         variance = np.maximum(squares / n - (sums / n) ** 2, 0)
         state.numbers["tolerance"] = self.tol * float(np.mean(variance))
         mean = self._first_row.astype(np.float64) + sums / n
@@ -243,7 +243,7 @@ class Plan:
     def _after_lloyd(self, state: State, numbers: np.ndarray, picked: Picked) -> State:
         centroids = state.arrays["centroids"]
         sums, counts, inertia = _unpack(numbers, centroids.shape)
-        refuse_no_weight(counts.sum())
+        refuse_total_weight(counts.sum(), self.dtype)
         shift = self._shift(state).astype(np.float64)
         sums, counts, n_moved = _relocate(sums, counts.copy(), picked, shift)
         means = shift + sums / np.where(counts > 0, counts, 1)[:, None]
@@ -261,7 +261,7 @@ class Plan:
 
     def _after_final(self, state: State, numbers: np.ndarray, picked: Picked) -> State:
         _, counts, inertia = _unpack(numbers, state.arrays["centroids"].shape)
-        refuse_no_weight(counts.sum())
+        refuse_total_weight(counts.sum(), self.dtype)
         return self._end_of_restart(state, counts, inertia)
 
     def _end_of_restart(self, state: State, counts: np.ndarray, inertia: float) -> State:
@@ -277,7 +277,7 @@ class Plan:
 
     def _in_turn(self, picked: Picked, k: int) -> np.ndarray:
         """K of the rows picked; if there are fewer, they are repeated in turn."""
-        refuse_no_weight(len(picked.rows))
+        refuse_total_weight(len(picked.rows), self.dtype)
         return picked.rows[np.arange(k) % len(picked.rows)].astype(self.dtype)
 
 
@@ -289,19 +289,6 @@ def _choose_among(key, candidates, counts, *, n_clusters):
 def _unpack(numbers: np.ndarray, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray, float]:
     size = shape[0] * shape[1]
     return numbers[:size].reshape(shape), numbers[size:-1], float(numbers[-1])
-
-
-def refuse_no_weight(total: float) -> None:
-    """Refuses rows without weight.
-
-    Args:
-      total: of the weights, or the number of rows that have one.
-
-    Raises:
-      UserError: there is none.
-    """
-    if not total > 0:
-        raise UserError("all weights are 0; accepted: at least one weight above 0.")
 
 
 def first_weight(weights: Source) -> int:

@@ -13,7 +13,13 @@ from jax.sharding import Mesh
 from jkmeans import kmeans, processes
 from jkmeans.sharding import DATA_AXIS, REPLICATED, SHARDED, data_parallel, place, read_to_devices
 from jkmeans.sources import Source
-from jkmeans.streaming.pipeline import Feeder, check_weights, refuse_not_finite, streamed_dtype
+from jkmeans.streaming.pipeline import (
+    Feeder,
+    refuse_not_finite,
+    refuse_total_weight,
+    streamed_dtype,
+    sum_of_weights,
+)
 
 # Labels, distances and the like that Lloyd's algorithm has in memory for a row.
 _ROW_OVERHEAD_BYTES = 64
@@ -31,7 +37,7 @@ def load(feeder: Feeder) -> Resident:
     """Reads all rows and puts them on the devices.
 
     Raises:
-      UserError: the source cannot be read, or holds NaN or infinity.
+      UserError: the source cannot be read, or holds NaN or infinity, or the weights are none.
     """
     source, mesh = feeder.source, feeder.mesh
     n_devices = mesh.shape[DATA_AXIS]
@@ -39,11 +45,12 @@ def load(feeder: Feeder) -> Resident:
     source.check_unchanged()
     weights = None
     if feeder.weights is not None or n_padded > source.n_rows:
-        weights = np.ones(n_padded, np.float32)
+        weights = np.ones(n_padded, feeder.weight_dtype)
         weights[source.n_rows :] = 0
         if feeder.weights is not None:
             feeder.weights.read_into(0, weights[: source.n_rows, None])
-            check_weights(weights, 0, feeder.weights.name)
+            total = sum_of_weights(weights, 0, feeder.weights.name)
+            refuse_total_weight(total, weights.dtype)
 
     def read(start: int, stop: int) -> np.ndarray:
         rows = np.zeros((stop - start, source.n_features), feeder.dtype)
