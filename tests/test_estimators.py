@@ -447,6 +447,17 @@ def test_without_resampling_the_first_level_is_kmeans(blobs):
     np.testing.assert_allclose(model.inertia_, lloyd.inertia_, rtol=1e-3)
 
 
+def test_rows_of_weight_0_do_not_take_over_the_hierarchy(blobs):
+    # Many of them, nearer to the centroid than any row that counts.
+    crowd = np.tile(blobs.mean(axis=0), (3 * len(blobs), 1))
+    weights = np.repeat([1, 0], [len(blobs), len(crowd)])
+    model, alone = (HierarchicalKMeans(1, n_resampling=1, random_state=0) for _ in range(2))
+    alone.fit(blobs)
+    model.fit(np.concatenate([blobs, crowd]), sample_weight=weights)
+    assert model.inertia_ == pytest.approx(alone.inertia_, rel=1e-5)
+    np.testing.assert_allclose(model.cluster_centers_, alone.cluster_centers_, rtol=1e-4)
+
+
 # All estimators
 
 

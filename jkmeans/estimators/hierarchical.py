@@ -40,7 +40,7 @@ class HierarchicalKMeans(CentroidEstimator):
       tol: as in ``KMeans``.
       n_resampling: how often each level is resampled; 0 is plain hierarchical k-means.
       resample_size: points nearest to each centroid that are taken; by default half of the mean
-        size of the level's clusters, at least 1.
+        size of the level's clusters, at least 1. Rows of weight 0 are left out of both.
       random_state: a seed, a RandomState, or None for NumPy's global one.
       verbose: whether to print what was reached.
       mesh: the devices to spread rows over, see ``KMeans``.
@@ -103,7 +103,8 @@ class HierarchicalKMeans(CentroidEstimator):
           X: [n, d], see ``KMeans``.
           y: ignored.
           sample_weight: [n], at least 0; None for ones. Centroids of the finest level are weighted
-            means of rows; in levels above, each centroid counts once.
+            means of rows; in levels above, each centroid counts once. Rows of weight 0 get labels,
+            but are not resampled.
 
         Returns:
           The estimator.
@@ -146,6 +147,7 @@ class HierarchicalKMeans(CentroidEstimator):
                 assign,
                 X,
                 sizes,
+                weights=weights,
                 n_resampling=self.n_resampling,
                 resample_size=self.resample_size,
             )

@@ -158,6 +158,7 @@ def hierarchy(
     x: np.ndarray | jax.Array,
     sizes: Sequence[int],
     *,
+    weights: np.ndarray | None = None,
     n_resampling: int = 10,
     resample_size: int | None = None,
 ) -> list[Level]:
@@ -176,8 +177,11 @@ def hierarchy(
       assign: ``assign(points, centroids, level) -> (labels, squared distances, inertia)``.
       x: [n, d].
       sizes: k of each level, the finest first.
+      weights: [n] float, at least 0, of the rows; None for ones. Rows of weight 0 are labelled, but
+        no step resamples them.
       n_resampling: how often each level is resampled; 0 is plain hierarchical k-means.
-      resample_size: r; by default half of the mean size of the level's clusters, at least 1.
+      resample_size: r; by default half of the mean size of the level's clusters, at least 1. Points
+        of weight 0 do not count.
 
     Returns:
       The levels, the finest first.
@@ -187,35 +191,42 @@ def hierarchy(
     """
     levels: list[Level] = []
     points = x
+    counted = None if weights is None else np.flatnonzero(weights > 0)
     for level, k in enumerate(sizes):
         n_points = points.shape[0]
         centroids, n_iter = cluster(points, k, level, 0, n_points, None)
         labels, distances, inertia = assign(points, centroids, level)
-        size = max(1, n_points // (2 * k)) if resample_size is None else resample_size
-        n_padded = min(k * size, n_points)
+        n_counted = n_points if counted is None else len(counted)
+        size = max(1, n_counted // (2 * k)) if resample_size is None else resample_size
+        n_padded = min(k * size, n_counted)
         for step in range(1, n_resampling + 1):
-            chosen = closest_rows(labels, distances, size)
+            chosen = closest_rows(labels, distances, size, counted)
             # Fewer points than clusters are left where clusters are empty.
             if len(chosen) < k:
                 break
             centroids, n_iter = cluster(points[chosen], k, level, step, n_padded, chosen)
             labels, distances, inertia = assign(points, centroids, level)
         levels.append(Level(centroids, labels, inertia, n_iter))
-        points = centroids
+        points, counted = centroids, None
     return levels
 
 
-def closest_rows(labels: np.ndarray, distances: np.ndarray, size: int) -> np.ndarray:
+def closest_rows(
+    labels: np.ndarray, distances: np.ndarray, size: int, rows: np.ndarray | None = None
+) -> np.ndarray:
     """The ``size`` rows nearest to the centroid of each cluster, or all of a smaller one.
 
     Args:
       labels: [n] int, at least 0.
       distances: [n], to the own centroid.
       size: at least 1.
+      rows: [r] int, ascending, the rows to choose from; None for all.
 
     Returns:
       Row numbers, ascending.
     """
+    if rows is not None:
+        return rows[closest_rows(labels[rows], distances[rows], size)]
     order = np.lexsort((distances, labels))
     ordered = labels[order]
     first = np.searchsorted(ordered, ordered, side="left")

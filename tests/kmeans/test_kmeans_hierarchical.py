@@ -76,6 +76,17 @@ def test_closest_rows():
     distances = np.array([3.0, 1, 1, 2, 2, 9])
     np.testing.assert_array_equal(closest_rows(labels, distances, 2), [1, 2, 3, 4, 5])
     np.testing.assert_array_equal(closest_rows(labels, distances, 1), [1, 2, 5])
+    rows = np.array([0, 1, 3, 4])
+    np.testing.assert_array_equal(closest_rows(labels, distances, 1, rows), [1, 4])
+
+
+def assign_on_the_line(points, centroids, level):
+    squared = (points - centroids.T) ** 2
+    return squared.argmin(axis=1), squared.min(axis=1), float(squared.min(axis=1).sum())
+
+
+def ends(points, k):
+    return np.array([points[:, 0].min(), points[:, 0].max()])[:k, None]
 
 
 def test_hierarchy_resamples_what_is_closest():
@@ -84,15 +95,9 @@ def test_hierarchy_resamples_what_is_closest():
 
     def cluster(points, k, level, step, n_padded, chosen):
         seen.append((level, step, points[:, 0].tolist(), n_padded))
-        ends = np.array([points[:, 0].min(), points[:, 0].max()])[:k]
-        return ends[:, None], step + 1
+        return ends(points, k), step + 1
 
-    def assign(points, centroids, level):
-        squared = (points - centroids.T) ** 2
-        labels = squared.argmin(axis=1)
-        return labels, squared.min(axis=1), float(squared.min(axis=1).sum())
-
-    levels = hierarchy(cluster, assign, x, [2, 1], n_resampling=1, resample_size=2)
+    levels = hierarchy(cluster, assign_on_the_line, x, [2, 1], n_resampling=1, resample_size=2)
     assert seen == [
         (0, 0, [0, 1, 2, 9, 10, 11, 12], 7),
         (0, 1, [0, 1, 11, 12], 4),
@@ -103,6 +108,24 @@ def test_hierarchy_resamples_what_is_closest():
     np.testing.assert_array_equal(levels[1].labels, [0, 0])
     assert levels[0].inertia == 0 + 1 + 4 + 9 + 4 + 1 + 0
     assert levels[0].n_iter == 2
+
+
+def test_hierarchy_resamples_no_row_of_weight_0():
+    x = np.array([[0.0], [1], [2], [3], [9], [10], [11], [12]])
+    weights = np.array([0, 0, 1, 2, 1, 0, 3, 0])
+    seen = []
+
+    def cluster(points, k, level, step, n_padded, chosen):
+        seen.append((level, step, points[:, 0].tolist(), n_padded))
+        return ends(points, k), 0
+
+    hierarchy(cluster, assign_on_the_line, x, [2, 2], weights=weights, n_resampling=1)
+    assert seen == [
+        (0, 0, x[:, 0].tolist(), 8),
+        (0, 1, [2, 11], 2),  # Of four rows that count, half of the mean size is one.
+        (1, 0, [2, 11], 2),
+        (1, 1, [2, 11], 2),  # Centroids all count.
+    ]
 
 
 @given(st.lists(st.integers(0, 9), min_size=1, max_size=8), st.data())
