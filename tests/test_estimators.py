@@ -624,10 +624,18 @@ def test_rows_that_are_not_finite_are_named(make, blobs, as_jax):
 
 
 @pytest.mark.parametrize("make", [KMeans, MiniBatchKMeans, BisectingKMeans])
-def test_values_whose_squares_overflow(make, blobs):
-    x = np.asarray(blobs, np.float32) * 1e30
-    with pytest.raises(ValueError, match=r"inertia is (nan|inf): squares .* overflow float32"):
-        make(3, random_state=0).fit(x)
+def test_values_whose_squares_overflow_leave_the_model_of_the_fit_before(make, blobs):
+    model = make(3, random_state=0)
+    attempts = [model.fit, model.partial_fit] if make is MiniBatchKMeans else [model.fit]
+    for attempt in attempts:
+        for learn in (None, *attempts):
+            if learn:
+                learn(blobs)
+            before = vars(model).copy()
+            with pytest.raises(ValueError, match=r"inertia is (nan|inf): squares .* overflow fl"):
+                attempt(np.float32(1e30) * blobs)
+            assert vars(model).keys() == before.keys()
+            assert all(vars(model)[name] is before[name] for name in before)
 
 
 @pytest.mark.parametrize("kind", [KMeans, pytest.param(BisectingKMeans, marks=pytest.mark.slow)])

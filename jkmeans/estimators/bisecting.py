@@ -22,7 +22,7 @@ from jkmeans.estimators.base import (
 )
 from jkmeans.estimators.inputs import (
     at_most_int32,
-    keeps_features,
+    keeps_model,
     random_key,
     read_centroids,
     read_rows,
@@ -104,7 +104,7 @@ class BisectingKMeans(CentroidEstimator):
         self.bisecting_strategy = bisecting_strategy
         self.mesh = mesh
 
-    @keeps_features
+    @keeps_model
     def fit(self, X: Any, y: Any = None, sample_weight: Any = None) -> BisectingKMeans:
         """Computes bisecting k-means.
 

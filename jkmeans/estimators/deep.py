@@ -30,7 +30,7 @@ from jkmeans.configuration import Config
 from jkmeans.errors import CollapseError, UserError, refuse_mask
 from jkmeans.estimators.base import at_least
 from jkmeans.estimators.deep_config import parameters_of, values_of
-from jkmeans.estimators.inputs import keeps_features
+from jkmeans.estimators.inputs import keeps_model
 from jkmeans.estimators.run_folder import RunFolder
 from jkmeans.interruption import Interrupted
 from jkmeans.recorder import read_metrics, silence
@@ -178,7 +178,7 @@ class DeepClustering(
         self.workdir = workdir
         self.verbose = verbose
 
-    @keeps_features
+    @keeps_model
     def fit(self, X: Any, y: Any = None) -> DeepClustering:
         """Trains the network and its centroids, or goes on with the run that workdir holds.
 

@@ -15,7 +15,7 @@ from jkmeans import sharded
 from jkmeans.estimators.base import COMMON_CONSTRAINTS, CentroidEstimator, at_least, to_numpy
 from jkmeans.estimators.inputs import (
     at_most_int32,
-    keeps_features,
+    keeps_model,
     random_key,
     read_rows,
     read_weights,
@@ -95,7 +95,7 @@ class HierarchicalKMeans(CentroidEstimator):
         self.verbose = verbose
         self.mesh = mesh
 
-    @keeps_features
+    @keeps_model
     def fit(self, X: Any, y: Any = None, sample_weight: Any = None) -> HierarchicalKMeans:
         """Computes all levels.
 

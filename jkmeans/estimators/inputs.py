@@ -151,21 +151,19 @@ def random_key(random_state: Any) -> jax.Array:
     return jax.random.key(check_random_state(random_state).randint(np.iinfo(np.int32).max))
 
 
-def keeps_features(fit: F) -> F:
-    """A fit that leaves the features of an estimator as they were where it fails.
+def keeps_model(fit: F) -> F:
+    """A fit that leaves an estimator as it was where it fails.
 
     The model of the fit before then goes on as if there had been no other.
     """
 
     @functools.wraps(fit)
     def fit_or_restore(estimator: Any, *arguments: Any, **options: Any) -> Any:
-        names = ("n_features_in_", "feature_names_in_")
-        before = {name: vars(estimator)[name] for name in names if name in vars(estimator)}
+        before = vars(estimator).copy()
         try:
             return fit(estimator, *arguments, **options)
         except BaseException:
-            for name in names:
-                vars(estimator).pop(name, None)
+            vars(estimator).clear()
             vars(estimator).update(before)
             raise
 

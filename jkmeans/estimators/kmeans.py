@@ -18,7 +18,7 @@ from jkmeans.estimators.base import COMMON_CONSTRAINTS, CentroidEstimator, to_nu
 from jkmeans.estimators.files import is_source, opened
 from jkmeans.estimators.inputs import (
     at_most_int32,
-    keeps_features,
+    keeps_model,
     random_key,
     read_centroids,
     read_rows,
@@ -124,7 +124,7 @@ class KMeans(CentroidEstimator):
         self.deterministic = deterministic
         self.precision = precision
 
-    @keeps_features
+    @keeps_model
     def fit(self, X: Any, y: Any = None, sample_weight: Any = None) -> KMeans:
         """Computes k-means.
 
@@ -151,7 +151,6 @@ class KMeans(CentroidEstimator):
         with sharded.precision(X):
             rows = sharded.place(X, weights, mesh=self.mesh, multiple_of=self._multiple_of)
             result = self._best_of_restarts(X, rows)
-            refuse_overflow(float(result.inertia), result.centroids.dtype, ValueError)
             self.cluster_centers_ = to_numpy(result.centroids)
             self.labels_ = to_numpy(result.labels)
             self.inertia_ = float(result.inertia)

@@ -17,7 +17,7 @@ from jkmeans.errors import refuse_overflow
 from jkmeans.estimators.base import COMMON_CONSTRAINTS, CentroidEstimator, at_least, to_numpy
 from jkmeans.estimators.inputs import (
     at_most_int32,
-    keeps_features,
+    keeps_model,
     random_key,
     read_centroids,
     read_rows,
@@ -114,7 +114,7 @@ class MiniBatchKMeans(CentroidEstimator):
         self.reassignment_ratio = reassignment_ratio
         self.mesh = mesh
 
-    @keeps_features
+    @keeps_model
     def fit(self, X: Any, y: Any = None, sample_weight: Any = None) -> MiniBatchKMeans:
         """Computes mini-batch k-means from the beginning.
 
@@ -171,7 +171,7 @@ class MiniBatchKMeans(CentroidEstimator):
             print(f"{self.n_steps_} steps, inertia {self.inertia_}.")
         return self
 
-    @keeps_features
+    @keeps_model
     def partial_fit(self, X: Any, y: Any = None, sample_weight: Any = None) -> MiniBatchKMeans:
         """One step on X as a batch; the first call initialises.
 
