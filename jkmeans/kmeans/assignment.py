@@ -101,7 +101,8 @@ def nearest(
       [n] int32, among all centroids. Ties go to the lowest index; a row that holds NaN gets 0.
 
     Raises:
-      ValueError: ``precision`` is none of PRECISIONS, or not "full" with a ``centroid_axis``.
+      ValueError: ``precision`` is none of PRECISIONS, or not "full" with a ``centroid_axis``; or x
+        and centroids are of other shapes.
     """
     check_precision(precision, centroid_axis)
     if precision != "full":
@@ -111,6 +112,7 @@ def nearest(
         found = certified_nearest(x, centroids, precision=precision, block_size=block_size)
         return found.labels
     x, centroids = jnp.asarray(x), jnp.asarray(centroids)
+    check_shapes(x, centroids)
     k = centroids.shape[0]
     dtype = accumulation_dtype(x, centroids)
     x, centroids = lax.stop_gradient((x, centroids.astype(dtype)))
@@ -146,6 +148,16 @@ def check_precision(precision: str, centroid_axis: AxisName = None) -> None:
         raise ValueError(f"precision={precision!r}: expected one of {', '.join(PRECISIONS)}")
     if precision != "full" and centroid_axis is not None:
         raise ValueError(f"precision={precision!r}: expected 'full' where centroids are sharded")
+
+
+def check_shapes(x: jax.Array, centroids: jax.Array) -> None:
+    """Raises ValueError if these are not rows [n, d] and at least one centroid, [k, d]."""
+    rows, means = x.shape, centroids.shape
+    if len(rows) != 2 or len(means) != 2 or rows[1] != means[1] or means[0] == 0:
+        raise ValueError(
+            f"x has shape {rows} and centroids have {means}: expected [n, d] and [k, d], as many "
+            "columns in both and one centroid at least"
+        )
 
 
 def is_few(k: int, d: int) -> bool:
@@ -219,9 +231,13 @@ def squared_distances(
 
     Returns:
       [n] float; differentiable with respect to x and centroids.
+
+    Raises:
+      ValueError: x and centroids are of other shapes.
     """
     dtype = accumulation_dtype(x, centroids)
     x, centroids = jnp.asarray(x), jnp.asarray(centroids, dtype)
+    check_shapes(x, centroids)
     n, d = x.shape
     if centroid_axis is not None:
         k = centroids.shape[0]
@@ -300,6 +316,9 @@ def assign(
       Assignment(labels [n] int32, distances [n] float). Ties go to the lowest index. A row that
       holds NaN gets a valid label and the distance NaN. The distances are differentiable with
       respect to x and centroids, the labels held fixed: the gradient of k-means' inertia.
+
+    Raises:
+      ValueError: as `nearest`.
     """
     labels = nearest(x, centroids, block_size=block_size, precision=precision)
     return Assignment(labels, squared_distances(x, centroids, labels))

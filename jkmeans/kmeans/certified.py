@@ -78,6 +78,7 @@ from jkmeans.kmeans import bounds, hopper
 from jkmeans.kmeans.assignment import (
     PRECISIONS,
     accumulation_dtype,
+    check_shapes,
     is_few,
     lowest,
     map_rows,
@@ -155,11 +156,12 @@ def certified_nearest(
       numbers that one pass of full precision is fastest, or d exceeds 2²⁰, every row is recomputed.
 
     Raises:
-      ValueError: another ``precision``.
+      ValueError: another ``precision``, or x and centroids are of other shapes.
     """
     if precision not in _STORED_BITS:
         raise ValueError(f"precision={precision!r}: expected one of {', '.join(_STORED_BITS)}")
     x, centroids = lax.stop_gradient((jnp.asarray(x), jnp.asarray(centroids)))
+    check_shapes(x, centroids)
     d, k = x.shape[1], centroids.shape[0]
     if is_few(k, d) or d > _MOST_FEATURES:
         labels = nearest(x, centroids, block_size=block_size)

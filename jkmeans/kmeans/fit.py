@@ -61,8 +61,8 @@ def fit(
       for ``n_init=1`` also backward.
 
     Raises:
-      ValueError: an unknown ``init``, ``empty`` or ``precision``, centroids of another shape
-        than [k, d], ``n_init`` below 1, or fewer than k rows.
+      ValueError: an unknown ``init``, ``empty`` or ``precision``, rows or centroids of another
+        shape than [n, d] and [k, d], ``n_clusters`` or ``n_init`` below 1, or fewer than k rows.
     """
 
     def run(centroids: jax.Array) -> KMeansResult:

@@ -68,9 +68,9 @@ def sample(
       rows of weight above 0, rows are repeated.
 
     Raises:
-      ValueError: x has fewer than k rows.
+      ValueError: x has fewer than k rows or is no matrix, or k is below 1.
     """
-    x, weights, index = _prepare(x, weights, index, axis_name)
+    x, weights, index = _prepare(x, n_clusters, weights, index, axis_name)
     priority = draw_priorities(key, jnp.ones_like(weights), weights, index)
     if centroid_axis is None:
         return _choose(priority, x, n_clusters, axis_name)
@@ -113,12 +113,12 @@ def kmeans_plus_plus(
       as x has k different rows of weight above 0.
 
     Raises:
-      ValueError: x has fewer than k rows.
+      ValueError: x has fewer than k rows or is no matrix, or k is below 1.
 
     Source: Arthur and Vassilvitskii, k-means++: the advantages of careful seeding, SODA 2007,
     section 2.2; the greedy variant is that of its conclusion.
     """
-    x, weights, index = _prepare(x, weights, index, axis_name)
+    x, weights, index = _prepare(x, n_clusters, weights, index, axis_name)
     n_rows = x.shape[0] * n_devices(axis_name)
     if n_clusters > n_rows:
         raise ValueError(f"{n_clusters} rows are wanted, but x has only {n_rows}")
@@ -181,11 +181,12 @@ def kmeans_parallel(
       as the candidates hold k different rows.
 
     Raises:
-      ValueError: x has fewer than k rows, or there are fewer than k candidates.
+      ValueError: x has fewer than k rows or is no matrix, k is below 1, or there are fewer than k
+        candidates.
 
     Source: Bahmani et al., Scalable k-means++, VLDB 2012, algorithm 2.
     """
-    x, weights, index = _prepare(x, weights, index, axis_name)
+    x, weights, index = _prepare(x, n_clusters, weights, index, axis_name)
     n_rows = x.shape[0] * n_devices(axis_name)
     if n_clusters > n_rows:
         raise ValueError(f"{n_clusters} rows are wanted, but x has only {n_rows}")
@@ -361,9 +362,17 @@ def _gather(x: jax.Array, row: jax.Array, local: jax.Array, axis_name: AxisName)
     return all_sum(jnp.where(local[:, None], x[row], 0), axis_name)
 
 
-def _prepare(x, weights, index, axis_name) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Rows in the dtype to compute in, weights and global row numbers filled in."""
+def _prepare(x, n_clusters, weights, index, axis_name) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Rows in the dtype to compute in, weights and global row numbers filled in.
+
+    Raises:
+      ValueError: x is no matrix, or fewer than one cluster is wanted.
+    """
     x = jnp.asarray(x, accumulation_dtype(x))
+    if x.ndim != 2:
+        raise ValueError(f"x has shape {x.shape}: expected [n, d]")
+    if n_clusters < 1:
+        raise ValueError(f"n_clusters={n_clusters}: expected at least 1")
     n = x.shape[0]
     weights = jnp.ones(n, x.dtype) if weights is None else jnp.asarray(weights, x.dtype)
     if index is None:

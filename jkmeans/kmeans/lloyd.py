@@ -15,6 +15,7 @@ from jkmeans.kmeans import bounds, certified
 from jkmeans.kmeans.assignment import (
     accumulation_dtype,
     check_precision,
+    check_shapes,
     middle_centroid,
     nearest,
     squared_distances,
@@ -142,7 +143,7 @@ def lloyd(
     Raises:
       ValueError: ``empty`` is not one of EMPTY_POLICIES, ``algorithm`` none of ALGORITHMS,
         ``precision`` none of PRECISIONS; or "bounds" or another ``precision`` than "full" with a
-        ``centroid_axis``, or with each other.
+        ``centroid_axis``, or with each other; or x and centroids are of other shapes.
 
     The result is differentiable with respect to x and weights, forward and backward, at the cost of
     one pass over the rows whatever the number of iterations: by the implicit function theorem at
@@ -160,6 +161,7 @@ def lloyd(
     if algorithm == "bounds" and precision != "full":
         raise ValueError(f"precision={precision!r}: expected 'full' with algorithm='bounds'")
     x, centroids = jnp.asarray(x), jnp.asarray(centroids)
+    check_shapes(x, centroids)
     all_here = centroid_axis is None and precision == "full"
     pays_off = all_here and bounds.pay_off(x.shape[0], x.shape[1], centroids.shape[0])
     if algorithm == "auto":

@@ -1,3 +1,6 @@
+import re
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -6,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from jkmeans.kmeans import assign
+from jkmeans.kmeans import assign, certified_nearest, lloyd, nearest, squared_distances
 
 
 def brute_force(x, centroids):
@@ -119,6 +122,26 @@ def test_gradients_of_the_weighted_inertia():
     np.add.at(expected, labels, -residuals)
     np.testing.assert_allclose(by_x, residuals, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(by_centroids, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("jit", [lambda f: f, jax.jit])
+@pytest.mark.parametrize(
+    ("rows", "centroids"),
+    [((2, 3), (2, 2)), ((2, 3), (0, 3)), ((3,), (2, 3)), ((2, 3), (3,)), ((600, 90), (64, 91))],
+)
+def test_other_shapes_are_named(jit, rows, centroids):
+    message = re.escape(f"x has shape {rows} and centroids have {centroids}: expected [n, d] and")
+    labels = np.zeros(rows[:1], np.int32)
+    for function in (
+        nearest,
+        partial(nearest, precision="exact"),
+        certified_nearest,
+        assign,
+        lambda x, c: squared_distances(x, c, labels),
+        lloyd,
+    ):
+        with pytest.raises(ValueError, match=message):
+            jit(function)(jnp.zeros(rows), jnp.zeros(centroids))
 
 
 def test_vmap_over_sets_of_centroids():

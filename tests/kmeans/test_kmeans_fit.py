@@ -7,7 +7,7 @@ import pytest
 from jax.sharding import AxisType, PartitionSpec
 from sklearn.cluster import KMeans
 
-from jkmeans.kmeans import KMeansResult, fit
+from jkmeans.kmeans import INITIALIZATIONS, KMeansResult, fit
 
 ROWS, SAME = PartitionSpec("data"), PartitionSpec()
 RESULT_SPECS = KMeansResult(SAME, ROWS, ROWS, SAME, SAME, SAME, SAME, SAME)
@@ -114,3 +114,11 @@ def test_one_device_equals_eight_on_two_axes(blobs):
 def test_what_cannot_be_used_is_named(arguments, message):
     with pytest.raises(ValueError, match=message):
         fit(jax.random.key(0), jnp.zeros((8, 2)), 4, **arguments)
+
+
+@pytest.mark.parametrize("init", INITIALIZATIONS)
+def test_no_cluster_and_no_matrix(init):
+    with pytest.raises(ValueError, match="n_clusters=0: expected at least 1"):
+        fit(jax.random.key(0), jnp.zeros((8, 2)), 0, init=init)
+    with pytest.raises(ValueError, match=r"x has shape \(8,\): expected \[n, d\]"):
+        fit(jax.random.key(0), jnp.zeros(8), 4, init=init)
