@@ -104,7 +104,7 @@ def sweep(
       SweepResult.
 
     Raises:
-      ValueError: an argument is out of its range.
+      ValueError: an argument is out of its range, or a row of the sample is not finite.
 
     Sources: silhouette, Rousseeuw 1987. Stability, Ben-Hur, Elisseeff and Guyon, PSB 2002, and
     von Luxburg, Clustering stability: an overview, 2010, section 2: clusterings of bootstrap
@@ -186,6 +186,12 @@ class Sweep:
         for name, value, least in (("n_init", n_init, 1), ("n_refits", n_refits, 2)):
             if value < least:
                 raise ValueError(f"{name} is {value}; accepted: at least {least}")
+        n_bad = len(rows) - int(np.isfinite(rows).all(axis=1).sum())
+        if n_bad:
+            raise ValueError(
+                f"the sample has NaN or infinity in {n_bad:,} of its {len(rows):,} rows; accepted: "
+                "finite values"
+            )
         self.n_clusters = ks
         self._largest = ks[-1]
         # What float32 keeps of the rows must not be the offset; float64 may become float32 in JAX.
@@ -255,15 +261,24 @@ def suggest(
 
     Args:
       n_clusters: [m] int.
-      silhouette: [m] float.
+      silhouette: [m] float; NaN where all rows are in one cluster.
       stability: [m] float.
 
     Returns:
-      K, and a sentence. Where no K is stable, the most stable one.
+      K, and a sentence. Where no K is stable, the most stable one; where no silhouette is known,
+      the smallest.
     """
+    known = np.isfinite(silhouette)
+    if not known.any():
+        return int(n_clusters[0]), (
+            "all rows are in one cluster whatever K is: they do not differ, or by less than "
+            f"rounding; K = {n_clusters[0]} is the smallest of the sweep, and there is nothing to "
+            "choose by"
+        )
+    silhouette, stability = (np.where(known, each, -np.inf) for each in (silhouette, stability))
     stable = stability >= STABLE
     if stable.any():
-        best = int(np.argmax(np.where(stable & np.isfinite(silhouette), silhouette, -np.inf)))
+        best = int(np.argmax(np.where(stable, silhouette, -np.inf)))
         among = "all of them are" if stable.all() else f"{stable.sum()} of {len(stable)} are"
         reason = (
             f"K = {n_clusters[best]} has the highest silhouette ({silhouette[best]:.2f}) of the "

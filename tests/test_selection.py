@@ -179,6 +179,24 @@ def test_a_silhouette_that_is_not_known_is_not_the_highest():
     k, reason = suggest(np.array([2, 3]), np.array([np.nan, 0.5]), np.array([1.0, 1.0]))
     assert k == 3
     assert "nan" not in reason
+    k, reason = suggest(np.array([2, 3, 4]), np.array([0.6, 0.5, np.nan]), np.array([0.2, 0.1, 1]))
+    assert k == 2
+    assert "no K is stable" in reason
+
+
+def test_rows_that_do_not_differ_leave_no_choice():
+    k, reason = suggest(np.array([2, 3]), np.full(2, np.nan), np.ones(2))
+    assert k == 2
+    assert "all rows are in one cluster whatever K is: they do not differ" in reason
+    assert "nan" not in reason
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_rows_that_are_not_finite_are_refused(dtype):
+    x = np.ones((20, D), dtype)
+    x[3, 1], x[7] = np.inf, np.nan
+    with pytest.raises(ValueError, match="the sample has NaN or infinity in 2 of its 20 rows"):
+        sweep(jax.random.key(0), x, (2, 3))
 
 
 def test_float32_far_from_the_origin():
