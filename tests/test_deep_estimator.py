@@ -23,7 +23,7 @@ from sklearn.utils.estimator_checks import parametrize_with_checks
 
 from jkmeans import DeepClustering, evaluation, recorder
 from jkmeans.errors import CollapseError
-from jkmeans.estimators import deep_config
+from jkmeans.estimators import deep, deep_config
 from jkmeans.estimators.deep import FITTED_FILE
 from jkmeans.estimators.deep_config import BASE
 from jkmeans.training import train_and_evaluate
@@ -224,6 +224,34 @@ def test_pickles_and_copies(fitted, blobs):
     # Of a pickle, of which nothing has been read yet.
     twice = pickle.loads(pickle.dumps(pickle.loads(content)))
     check_same(twice, fitted, x)
+
+
+def test_a_copy_has_a_folder_of_its_own_and_is_saved_before_it_predicts(fitted, blobs, tmp_path):
+    other = copy.deepcopy(fitted)
+    assert Path(other.workdir_) == other._run.path != Path(fitted.workdir_)
+    other.save(tmp_path / "model")
+    check_same(DeepClustering.load(tmp_path / "model"), fitted, blobs[0])
+    with pytest.raises(NotFittedError):
+        make().workdir_  # noqa: B018
+
+
+def test_a_model_of_more_devices_than_there_are(fitted, blobs, tmp_path, monkeypatch):
+    fitted.save(tmp_path / "model")
+
+    def of_99_devices(*arguments):
+        return deep_config.parameters_of(*arguments) | {"n_devices": 99}
+
+    monkeypatch.setattr(deep, "parameters_of", of_99_devices)
+    said = "n_devices is 99, but JAX sees 8: predicting on 8; accepted without a warning: 0 "
+    with pytest.warns(RuntimeWarning, match=said):
+        loaded = DeepClustering.load(tmp_path / "model")
+    check_same(loaded, fitted, blobs[0])
+    assert loaded.n_devices == 99
+    unpickled = pickle.loads(pickle.dumps(loaded))
+    with pytest.warns(RuntimeWarning, match=said):
+        np.testing.assert_array_equal(unpickled.predict(blobs[0]), fitted.labels_)
+    with pytest.raises(ValueError, match=r"n_devices is 99, but JAX sees 8 \(cpu\); accepted: 0"):
+        DeepClustering.load(tmp_path / "model", n_devices=99)
 
 
 def test_temporary_folders_go_with_the_estimator(fitted):

@@ -25,7 +25,7 @@ from sklearn.utils import check_array, check_random_state
 from sklearn.utils._param_validation import Interval, StrOptions
 from sklearn.utils.validation import check_is_fitted, validate_data
 
-from jkmeans import configuration, datasets, evaluation, sharded, training
+from jkmeans import configuration, datasets, evaluation, sharded, sharding, training
 from jkmeans.configuration import Config
 from jkmeans.errors import CollapseError, UserError, refuse_mask
 from jkmeans.estimators.base import at_least
@@ -88,7 +88,8 @@ class DeepClustering(
         ``jkmeans.configuration.FIELDS`` and the method.
       random_state: a seed, a RandomState (a seed is drawn from it), or None for a seed from
         NumPy's global generator, or that of the run which ``workdir`` holds.
-      n_devices: of the mesh; 0 for all.
+      n_devices: of the mesh; 0 for all. A fitted model also predicts where there are fewer, with a
+        warning.
       workdir: folder of the run, with its checkpoints, metrics and TensorBoard events. Where it
         holds an interrupted run of the same parameters and data, ``fit`` goes on with it. None for
         a temporary folder, which is removed with the estimator.
@@ -105,7 +106,7 @@ class DeepClustering(
       n_epochs_: epochs that were trained, pretraining included.
       history_: a dictionary for each epoch: epoch, phase, loss, …, as in metrics.jsonl.
       config_: of the run, an ``ml_collections.ConfigDict``.
-      workdir_: path of the folder of the run.
+      workdir_: path of the folder of the run; of a copy or a loaded estimator, that of its own.
     """
 
     _parameter_constraints: ClassVar[dict] = {
@@ -280,7 +281,8 @@ class DeepClustering(
         new = folder.with_name(f".{folder.name}.new-{os.getpid()}")
         old = folder.with_name(f".{folder.name}.old-{os.getpid()}")
         try:
-            self._run.files().write(new)
+            with _value_errors():
+                self._run.files().write(new)
             arrays: dict[str, Any] = {}
             if hasattr(self, "labels_"):
                 arrays |= {"labels": self.labels_, "embeddings": self.embeddings_}
@@ -305,10 +307,12 @@ class DeepClustering(
 
         Args:
           folder: of `save`, or the workdir of ``experiments.train``.
-          n_devices: of the mesh; None for as many as the run had, 0 for all.
+          n_devices: of the mesh; 0 for all. None for as many as the run had, or, with a warning,
+            for all where there are fewer.
 
         Raises:
-          ValueError: it holds no checkpoint that can be read.
+          ValueError: it holds no checkpoint that can be read, or n_devices is given and there are
+            fewer.
         """
         folder = Path(folder).expanduser().absolute()
         if not (folder / CONFIG_FILE).is_file():
@@ -317,6 +321,8 @@ class DeepClustering(
                 f"{cls.__name__}.save has written, or that of a run"
             )
         with _value_errors(), _said(verbose=False):
+            if n_devices is not None:
+                sharding.make_mesh(n_devices)  # Refuses what there is not.
             there = RunFolder(folder)
             trained = there.model(0)
             config = trained.config
@@ -344,6 +350,12 @@ class DeepClustering(
                 "written; without this file the model loads without labels of its data"
             ) from error
 
+    @property
+    def workdir_(self) -> str:
+        """The folder that the model is in."""
+        check_is_fitted(self)
+        return str(self._run.path)
+
     # The run
 
     def _config(self, seed: int) -> Config:
@@ -369,7 +381,6 @@ class DeepClustering(
         fitted: dict[str, Any] = {
             "_run": run,
             "config_": model.config,
-            "workdir_": str(run.path),
             "cluster_centers_": np.array(model.centroids),
             "n_epochs_": model.epoch,
             "history_": read_metrics(run.path),

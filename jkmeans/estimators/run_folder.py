@@ -10,7 +10,9 @@ import weakref
 from pathlib import Path
 from typing import Any
 
-from jkmeans import evaluation
+import jax
+
+from jkmeans import evaluation, telling
 from jkmeans.recorder import METRICS_FILE
 from jkmeans.workdir import CHECKPOINT_FOLDER, CONFIG_FILE, RESULTS_FILE
 
@@ -51,10 +53,23 @@ class RunFolder:
         weakref.finalize(self, _remove, self.path, os.getpid())
 
     def model(self, n_devices: int) -> evaluation.TrainedModel:
-        """The newest model on so many devices, read once."""
+        """The newest model, read once for each number of devices.
+
+        Args:
+          n_devices: of the mesh; 0 for all. Where there are fewer, all of them, with a warning: the
+            model may come from a larger machine, and says the same here.
+        """
         n_devices = int(n_devices)
         if n_devices not in self._loaded:
-            self._loaded[n_devices] = evaluation.load_model(self.path, n_devices=n_devices)
+            available = len(jax.devices())
+            if n_devices > available:
+                telling.warn(
+                    f"n_devices is {n_devices}, but JAX sees {available}: predicting on "
+                    f"{available}; accepted without a warning: 0 (all of them) to {available}"
+                )
+            self._loaded[n_devices] = evaluation.load_model(
+                self.path, n_devices=min(n_devices, available)
+            )
         return self._loaded[n_devices]
 
     def results(self) -> dict[str, Any] | None:
@@ -68,8 +83,11 @@ class RunFolder:
         """The files that make the model: what `jkmeans.evaluation` reads, and the record.
 
         Raises:
+          UserError: it holds no checkpoint that can be read.
           ValueError: the folder is gone.
         """
+        if not self._loaded:
+            self.model(0)
         position = max(self._loaded.values(), key=lambda model: model.position).position
         checkpoint = self.path / CHECKPOINT_FOLDER / str(position)
         optional = [self.path / name for name in (RESULTS_FILE, METRICS_FILE)]
@@ -89,8 +107,6 @@ class RunFolder:
             ) from error
 
     def __getstate__(self) -> dict[str, Any]:
-        if not self._loaded:
-            self.model(0)
         return {"files": self.files()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
