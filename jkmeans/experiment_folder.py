@@ -12,28 +12,34 @@ from jkmeans.fields import Field
 from jkmeans.whole_files import write_json
 from jkmeans.workdir import CONFIG_FILE, SETTINGS_FILE, claim, only_process_in, usable
 
+_OTHER_DATA = "the data are other ones"
 
-def claim_settings(folder: Path, settings: Mapping[str, Any]) -> None:
+
+def claim_settings(folder: Path, settings: Mapping[str, Any], fingerprint: str) -> None:
     """Writes what decides a result into a new folder, or checks that it is what is there.
 
     Args:
       folder: made if missing.
       settings: by name; any that JSON has.
+      fingerprint: of the data.
 
     Raises:
-      UserError: the folder holds a run with other settings or of another experiment, or cannot be
-        written.
+      UserError: the folder holds a run with other settings, on other data or of another experiment,
+        or cannot be written.
     """
     plain = json.loads(json.dumps(settings))
 
     def differences(there: Any) -> list[str]:
-        return [
+        other_data = there["fingerprint"] != fingerprint
+        different = [
             f"{name} is {value!r} here and {there.get(name)!r} there"
             for name, value in plain.items()
             if value != there.get(name)
         ]
+        return different or [_OTHER_DATA] * other_data
 
-    claim(folder, plain, differences, kind="run", name=SETTINGS_FILE)
+    content = {"fingerprint": fingerprint, **plain}
+    claim(folder, content, differences, kind="run", name=SETTINGS_FILE)
 
 
 @contextlib.contextmanager
@@ -63,7 +69,7 @@ def held(
         config_there = configuration.nest(configuration.convert_fields(there["config"], fields))
         different = configuration.differences(config, config_there, fields, runtime)
         other_data = there["fingerprint"] != fingerprint
-        return different or ["the data are other ones"] * other_data
+        return different or [_OTHER_DATA] * other_data
 
     claim(workdir, content, differences, kind="experiment")
     with only_process_in(workdir):

@@ -14,6 +14,7 @@ import optax
 from jkmeans import datasets
 from jkmeans.configuration import Config
 from jkmeans.errors import UserError
+from jkmeans.fingerprints import fingerprint_of_rows
 from jkmeans.naming import resolve
 
 Tree = Any
@@ -97,6 +98,18 @@ def multilayer_perceptron(config: Config) -> Problem:
         return jnp.mean(found != labels[held_out])
 
     return Problem(init, loss, (x[~held_out], labels[~held_out]), error)
+
+
+def fingerprint_of_examples(problem: Problem) -> str:
+    """Identifies the examples of a problem by their names, shapes, types and bits."""
+    leaves = [
+        (jax.tree_util.keystr(path), np.asarray(leaf))
+        for path, leaf in jax.tree_util.tree_leaves_with_path(problem.examples)
+    ]
+    return " ".join(
+        f"{name}{list(rows.shape)}{rows.dtype.name}:{fingerprint_of_rows(rows):08x}"
+        for name, rows in leaves
+    )
 
 
 PROBLEMS: dict[str, Callable[[Config], Problem]] = {"multilayer_perceptron": multilayer_perceptron}

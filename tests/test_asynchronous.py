@@ -21,6 +21,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from benchmarks.ray_exchanges import Hang, Killer
+from configs import consensus_training
 from configs.parallel_sgd import get_config
 from jkmeans import ray_session
 from jkmeans.asynchronous import Problem, curve, engine, gradients
@@ -39,10 +40,13 @@ from jkmeans.asynchronous.server import (
 )
 from jkmeans.asynchronous.work import Work, gradient_work, quantization_work
 from jkmeans.asynchronous.worker import work_on
+from jkmeans.consensus import experiment
 from jkmeans.errors import CollapseError, UserError
 from jkmeans.experiment_folder import claim_settings
 from jkmeans.interruption import Interrupted, Interruption
-from jkmeans.vq import experiment, make_steps
+from jkmeans.sources.base import ArraySource
+from jkmeans.vq import experiment as vq_experiment
+from jkmeans.vq import make_steps
 
 ONE = np.ones((2, 3), np.float32)
 
@@ -398,13 +402,53 @@ def test_what_cannot_be_trained_is_refused(tmp_path, changes, message):
 
 
 def test_what_ray_fields_mean_is_said_in_the_words_of_each_experiment():
-    of_sgd, of_vq = gradients.FIELDS, experiment.FIELDS
+    of_sgd, of_vq = gradients.FIELDS, vq_experiment.FIELDS
     assert "batches a worker computes" in of_sgd["ray.ahead"].meaning
     assert of_sgd["ray.checkpoint_exchanges"].meaning.startswith("gradients that")
     assert "times tau samples a worker computes" in of_vq["ray.ahead"].meaning
     assert of_vq["ray.checkpoint_exchanges"].meaning.startswith("displacements that")
     # No experiment speaks of a field that is another's.
     assert not any("tau" in field.meaning.split() for field in of_sgd.values())
+
+
+class _Begun(Exception):
+    """Raised where a run would begin."""
+
+
+@pytest.mark.parametrize("change", ["bits", "type", "name"])
+def test_other_examples_in_the_same_folder_are_refused(tmp_path, monkeypatch, change):
+    examples = {"x": np.ones((3, 2), np.float32)}
+
+    def begin(*arguments):
+        raise _Begun
+
+    def problem(config):
+        return Problem(lambda key: {"w": jnp.zeros(2)}, loss, dict(examples), sum)
+
+    monkeypatch.setattr(sys.modules[__name__], "own_problem_of_now", problem, raising=False)
+    monkeypatch.setattr(gradients, "_train", begin)
+    monkeypatch.setattr(experiment, "_compute", begin)
+    sgd, training = get_config(), consensus_training.get_config()
+    training.graph.n_nodes, training.graph.topologies = 3, ("ring",)
+    training.training.deals = ("shuffled",)
+    for config in (sgd, training):
+        config.problem.name = f"{__name__}:own_problem_of_now"
+
+    def both_raise(error, sentence=None):
+        with pytest.raises(error, match=sentence):
+            gradients.run_sgd(sgd, tmp_path / "sgd")
+        with pytest.raises(error, match=sentence):
+            experiment.run_experiment(training, tmp_path / "training")
+
+    both_raise(_Begun)
+    both_raise(_Begun)
+    if change == "bits":
+        examples["x"] = np.array([[1, 1], [1, 1], [1, 1 + 2**-23]], np.float32)
+    elif change == "type":
+        examples["x"] = np.ones((3, 2))
+    else:
+        examples["y"] = examples.pop("x")
+    both_raise(UserError, "the data are other ones; accepted: the same config, or another")
 
 
 # With Ray.
@@ -498,7 +542,7 @@ def test_a_run_that_is_stopped_goes_on_and_loses_nothing(ray, tmp_path):
             os.kill(os.getpid(), signal.SIGTERM)
 
     sent = []
-    claim_settings(tmp_path, {"seed": 0})
+    claim_settings(tmp_path, {"seed": 0}, ArraySource(clusters()).fingerprint())
     with pytest.raises(Interrupted):
         engine.run(job, tmp_path, options, evaluate=lambda *_: True, watch=stop)
     results = quantize_in_parallel(job, tmp_path, options, {"seed": 0}, clusters())
@@ -513,6 +557,8 @@ def test_a_run_that_is_stopped_goes_on_and_loses_nothing(ray, tmp_path):
     assert quantize_in_parallel(job, tmp_path, options, {"seed": 0}, clusters()) == results
     with pytest.raises(UserError, match="seed is 1 here and 0 there"):
         quantize_in_parallel(job, tmp_path, options, {"seed": 1}, clusters())
+    with pytest.raises(UserError, match="the data are other ones"):
+        quantize_in_parallel(job, tmp_path, options, {"seed": 0}, 2 * clusters())
 
 
 def test_a_version_that_explodes_stops_the_run_and_the_last_good_one_is_kept(tmp_path, monkeypatch):

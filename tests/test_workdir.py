@@ -64,7 +64,7 @@ def test_a_folder_that_is_refused_is_left_as_it_was(tmp_path):
     with pytest.raises(UserError, match="of something else"):
         claim(tmp_path, {"n": 1}, lambda there: [], kind="run")
     with pytest.raises(UserError, match="of something else"):
-        claim_settings(tmp_path, {"n": 1})
+        claim_settings(tmp_path, {"n": 1}, "")
     with pytest.raises(UserError, match="of something else"), held(tmp_path, config(), FIELDS):
         pass
     assert [path.name for path in tmp_path.iterdir()] == ["results.json"]

@@ -30,7 +30,13 @@ from jkmeans.configuration import Config, convert_fields, nest
 from jkmeans.errors import UserError
 from jkmeans.experiment_folder import claim_settings
 from jkmeans.fields import Field, choice, integer, integers, number
-from jkmeans.problems import OPTIMIZERS, PROBLEMS, Problem, make_problem
+from jkmeans.problems import (
+    OPTIMIZERS,
+    PROBLEMS,
+    Problem,
+    fingerprint_of_examples,
+    make_problem,
+)
 from jkmeans.ray_session import ray_fields
 from jkmeans.recorder import results_table
 from jkmeans.whole_files import write_json
@@ -161,7 +167,8 @@ def run_sgd(config: Config, workdir: str | os.PathLike[str]) -> dict[str, Any]:
             f"config.workers is {config.workers}, but there are {n:,} examples; accepted: 1 to "
             f"{n:,}"
         )
-    claim_settings(folder, {name: value for name, value in plain.items() if name != "ray"})
+    decisive = {name: value for name, value in plain.items() if name != "ray"}
+    claim_settings(folder, decisive, fingerprint_of_examples(problem))
     with only_process_in(folder):
         results, curves = {}, {}
         for mode in MODES:

@@ -108,7 +108,6 @@ def run_vq(config: Config, workdir: str | os.PathLike[str]) -> dict[str, Any]:
     )
     decisive = ("seed", "n_clusters", "init_samples", "steps", "tau", "duration", "workers")
     settings = {name: values[name] for name in decisive}
-    settings["data"] = ArraySource(data).fingerprint()
     return quantize_in_parallel(job, Path(workdir).absolute(), config.ray, settings, data)
 
 
@@ -132,7 +131,8 @@ def quantize_in_parallel(
       folder: receives ``prototypes.npy`` [k, d], ``results.json``, ``curve.jsonl``,
         ``distortion.png``, ``staleness.png``, the journal and the checkpoints.
       ray: the group ``ray`` of a config, see `jkmeans.ray_session.ray_fields`.
-      settings: all that decides the result, as JSON can hold it: a folder with others is refused.
+      settings: all that decides the result besides the data, as JSON can hold it: a folder with
+        others is refused.
       data: [N, d], what ``job.load`` returns: the distortion is that of all of it.
 
     Returns:
@@ -144,7 +144,7 @@ def quantize_in_parallel(
       CollapseError: the prototypes diverged; the last good ones are kept.
       Interrupted: Ctrl-C or SIGTERM came; the same call goes on.
     """
-    claim_settings(folder, settings)
+    claim_settings(folder, settings, ArraySource(data).fingerprint())
     with only_process_in(folder):
         if (folder / RESULTS_FILE).exists():
             results = json.loads((folder / RESULTS_FILE).read_text())

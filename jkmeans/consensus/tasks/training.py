@@ -33,7 +33,7 @@ from jkmeans.consensus.traffic import all_reduce_bytes, bytes_per_round
 from jkmeans.consensus.training import DEALS, MODES, State, begin, deal_examples, train
 from jkmeans.errors import UserError
 from jkmeans.fields import Field, choice, integer, integers, number, words
-from jkmeans.problems import OPTIMIZERS, PROBLEMS, make_problem
+from jkmeans.problems import OPTIMIZERS, PROBLEMS, fingerprint_of_examples, make_problem
 from jkmeans.sharding import REPLICATED, SHARDED
 
 FIELDS: dict[str, Field] = {
@@ -67,7 +67,7 @@ def make_task(config: Config) -> Task:
             # Only gossip knows a topology.
             for name in nets if mode == "gossip" else list(nets)[:1]:
                 cases.append(Case(_case(deal, mode, name), partial(work.trained, deal, mode, name)))
-    return Task(fingerprint_of(nets), cases, work.write)
+    return Task(fingerprint_of(nets, fingerprint_of_examples(work.problem)), cases, work.write)
 
 
 def _case(deal: str, mode: str, name: str) -> str:
