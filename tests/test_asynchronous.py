@@ -214,20 +214,52 @@ def test_a_damaged_checkpoint_is_put_aside(tmp_path, capsys):
 
 def test_a_record_that_was_cut_is_dropped(tmp_path):
     journal = Journal(tmp_path / "j")
-    journal.begin(0)
+    journal.begin([0])
     journal.applied([(0, 1, 1, 0, 10)])
     journal.close()
     with open(tmp_path / "j", "ab") as file:
         file.write(b"x" * (RECORD.itemsize - 1))
     journal = Journal(tmp_path / "j")
-    journal.begin(1)
+    journal.begin([1])
     journal.applied([(0, 2, 2, 1, 10)])
     journal.close()
     history = read_history(tmp_path / "j")
     assert history.rolled_back == [0, 0]
     history.check_counted_once([2])
-    with pytest.raises(RuntimeError, match="journal does not count 3"):
+    with pytest.raises(RuntimeError, match="journal is wrong: it does not count 3"):
         history.check_counted_once([3])
+    with pytest.raises(RuntimeError, match="journal is wrong: it counts 2 displacements, not 1"):
+        history.check_counted_once([1])
+
+
+@pytest.mark.parametrize(
+    ("damage", "why"),
+    [
+        (lambda content: b"", "does not count 3 displacements from 1 on"),
+        (lambda content: content[: -RECORD.itemsize], "does not count 3 displacements from 1 on"),
+        (lambda content: b"x" + content[1:], "does not count 3 displacements from 1 on"),
+        (
+            lambda content: content[: -RECORD.itemsize] + b"\1" + content[1 - RECORD.itemsize :],
+            "of worker 0 displacements 1 to 3 are not there once",
+        ),
+    ],
+    ids=["gone", "cut", "begun by nobody", "of another worker"],
+)
+def test_a_damaged_journal_is_refused_before_anything_is_computed(tmp_path, damage, why):
+    server = serve(tmp_path)
+    server.enter(0, 1, 0)
+    for n in range(1, 4):
+        give(server, 0, n)
+    server.stop()
+    server.close()
+    content = (tmp_path / JOURNAL_FILE).read_bytes()
+    damaged = damage(content)
+    (tmp_path / JOURNAL_FILE).write_bytes(damaged)
+    with pytest.raises(UserError, match=rf"journal\.bin is damaged: .*{why}.*; accepted: the fi"):
+        serve(tmp_path)
+    assert (tmp_path / JOURNAL_FILE).read_bytes() == damaged
+    (tmp_path / JOURNAL_FILE).write_bytes(content)
+    serve(tmp_path).close()
 
 
 def test_one_worker_that_waits_is_the_sequential_algorithm(tmp_path):

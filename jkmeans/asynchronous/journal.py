@@ -15,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from jkmeans.appending import Appender
+from jkmeans.errors import UserError
 
 RECORD = np.dtype(
     [
@@ -48,6 +49,25 @@ class History(NamedTuple):
         """[clock] int, displacements applied between the version seen and the application."""
         return self.applied["clock"] - 1 - self.applied["seen"]
 
+    def miscount(self, sequences: list[int]) -> str:
+        """What keeps the first displacements from being 1, 2, … of every worker, each once.
+
+        Args:
+          sequences: of each worker, how many of its displacements are among the first Σ.
+
+        Returns:
+          What is wrong, in words; nothing where nothing is.
+        """
+        n = sum(sequences)
+        first = self.applied[:n]
+        if not np.array_equal(first["clock"], np.arange(1, n + 1)):
+            return f"it does not count {n:,} displacements from 1 on"
+        for worker, last in enumerate(sequences):
+            own = first["sequence"][first["worker"] == worker]
+            if not np.array_equal(own, np.arange(1, last + 1)):
+                return f"of worker {worker} displacements 1 to {last:,} are not there once"
+        return ""
+
     def check_counted_once(self, sequences: list[int]) -> None:
         """Asserts that the version left has displacements 1, 2, … of every worker, each once.
 
@@ -57,13 +77,11 @@ class History(NamedTuple):
         Raises:
           RuntimeError: it has not, which is a defect of the program.
         """
-        n = sum(sequences)
-        if not np.array_equal(self.applied["clock"], np.arange(1, n + 1)):
-            raise RuntimeError(f"the journal does not count {n} displacements from 1 on")
-        for worker, last in enumerate(sequences):
-            own = self.applied["sequence"][self.applied["worker"] == worker]
-            if not np.array_equal(own, np.arange(1, last + 1)):
-                raise RuntimeError(f"worker {worker}: displacements 1 to {last} are not there once")
+        wrong = self.miscount(sequences)
+        if not wrong and len(self.applied) > sum(sequences):
+            wrong = f"it counts {len(self.applied):,} displacements, not {sum(sequences):,}"
+        if wrong:
+            raise RuntimeError(f"the journal is wrong: {wrong}")
 
 
 class Journal:
@@ -79,11 +97,22 @@ class Journal:
     def __init__(self, path: Path):
         self.path = Path(path)
         self._file = Appender(self.path, lambda content: len(content) - len(content) % _SIZE)
-        self.life = len(read_history(self.path).rolled_back)
+        self.life = 0
 
-    def begin(self, clock: int) -> None:
-        """A life of the server begins with ``clock`` displacements applied."""
-        self.life += 1
+    def begin(self, sequences: list[int]) -> None:
+        """A life of the server begins with so many displacements of each worker applied.
+
+        Raises:
+          UserError: they are not all in the journal, which was damaged.
+        """
+        history = read_history(self.path)
+        if wrong := history.miscount(sequences):
+            raise UserError(
+                f"{self.path} is damaged: {wrong}, as the checkpoint does; accepted: the file as "
+                "it was written, or another folder"
+            )
+        clock = sum(sequences)
+        self.life = len(history.rolled_back) + 1
         self._append([(_BEGINS, self.life, 0, clock, clock, 0, time.time())])
 
     def applied(self, displacements: list[tuple[int, int, int, int, int]]) -> None:

@@ -135,10 +135,10 @@ class ParameterServer:
         self._journal = Journal(folder / JOURNAL_FILE)  # First: it keeps a second server out.
         try:
             self._restore()
+            self._journal.begin(self.sequences)
         except UserError:
             self._journal.close()
             raise
-        self._journal.begin(self.clock)
         if self._saved_clock < 0:
             self._save()
         with self._changed:
