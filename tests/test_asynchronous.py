@@ -24,8 +24,8 @@ from benchmarks.ray_exchanges import Hang, Killer
 from configs import consensus_training
 from configs.parallel_sgd import get_config
 from jkmeans import ray_session
-from jkmeans.asynchronous import Problem, curve, engine, gradients
-from jkmeans.asynchronous.curve import CURVE_FILE, LAST_GOOD_FILE, Curve, follow
+from jkmeans.asynchronous import Problem, curve, engine, gradients, quantization
+from jkmeans.asynchronous.curve import CURVE_FILE, LAST_GOOD_FILE, SHOWN, Curve, follow
 from jkmeans.asynchronous.journal import RECORD, Journal, read_history
 from jkmeans.asynchronous.quantization import QuantizationJob, quantize_in_parallel
 from jkmeans.asynchronous.rules import displacement_rule, gradient_rule
@@ -481,6 +481,49 @@ def test_other_examples_in_the_same_folder_are_refused(tmp_path, monkeypatch, ch
     else:
         examples["y"] = examples.pop("x")
     both_raise(UserError, "the data are other ones; accepted: the same config, or another")
+
+
+POINTS = [{"seconds": n / 2, "clock": n, "samples": 5 * n, "value": 2.0} for n in range(3)]
+
+
+@pytest.mark.parametrize("damage", [b"\xff\xfe\x00", b"3\n", b'{"seconds": 1.0}\n', b'{"seco'])
+def test_of_a_damaged_curve_the_whole_points_are_kept(tmp_path, damage):
+    path = tmp_path / CURVE_FILE
+    first, second, third = (json.dumps(point).encode() + b"\n" for point in POINTS)
+    path.write_bytes(first + second + damage)
+    assert Curve(path).points == POINTS[:2]
+    assert path.read_bytes() == first + second
+    path.write_bytes(first + damage.strip() + b"\n" + third)
+    assert Curve(path).points == [POINTS[0], POINTS[2]]
+
+
+@pytest.mark.parametrize("content", [b"", b'{"value"', b"[]", b"{}", b"\xff\xfe\x00"])
+def test_damaged_results_are_made_again(tmp_path, monkeypatch, content):
+    whole = dict.fromkeys(SHOWN, 1.0)
+
+    def finish(*arguments, **options):
+        return whole
+
+    monkeypatch.setattr(quantization, "_quantize", finish)
+    config = ConfigDict()
+    arguments = corners_job(10), tmp_path / "vq", config, {}, clusters()
+    quantize_in_parallel(*arguments)
+    (tmp_path / "vq" / "results.json").write_bytes(content)
+    assert quantize_in_parallel(*arguments) == whole
+
+    def begin(*arguments, **options):
+        raise _Begun
+
+    monkeypatch.setattr(gradients, "follow", begin)
+    config = get_config()
+    config.problem.name = f"{__name__}:own_problem"
+    folder = tmp_path / "sgd" / "asynchronous"
+    for results, points in ((content, POINTS), (json.dumps(whole).encode(), [])):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "results.json").write_bytes(results)
+        (folder / CURVE_FILE).write_text("".join(f"{json.dumps(point)}\n" for point in points))
+        with pytest.raises(_Begun):
+            gradients.run_sgd(config, tmp_path / "sgd")
 
 
 # With Ray.

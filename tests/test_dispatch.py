@@ -546,12 +546,22 @@ def test_files_that_moved_go_on_where_the_plan_says_so(run, many, tmp_path):
         (b"[]", "no columns"),
         (b"7", "int"),
         (b"{}", "no col"),
+        ({"shard_rows": 0}, "shard_rows is 0, not a whole number above 0"),
+        ({"shard_rows": "x"}, "shard_rows is 'x', not"),
+        ({"shard_rows": 1e3}, "shard_rows is 1000.0, not"),
+        ({"columns": 3}, "columns is 3, not a list of names"),
+        ({"columns": [3]}, "columns is .3., not a list of names"),
+        ({"input": 3}, "input is 3, not a text"),
+        ({"model": None}, "model is None, not a text"),
     ],
 )
-def test_a_damaged_plan_is_named(run, many, tmp_path, content, why):
-    folder, _, _ = many
-    out = tmp_path / "out"
+def test_a_damaged_plan_is_named(run, tmp_path, content, why):
+    folder, out = tmp_path / "in", tmp_path / "out"
+    folder.mkdir()
+    np.save(folder / "f.npy", tiny.blobs(n=3)[0])
     predict_files(run, str(folder), str(out))
+    if isinstance(content, dict):
+        content = json.dumps(json.loads((out / "plan.json").read_bytes()) | content).encode()
     (out / "plan.json").write_bytes(content)
     with pytest.raises(UserError, match=rf"plan\.json is damaged \(.*{why}.*\); accepted: another"):
         predict_files(run, str(folder), str(out))

@@ -1,5 +1,6 @@
 """Several processes train and cluster as one, and go on after deaths with the same bits."""
 
+import contextlib
 import json
 import os
 import signal
@@ -7,11 +8,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from jkmeans import chaos, clustering
+from jkmeans.chaos import rounds
 from jkmeans.chaos.records import read_faults, table, write_faults
 from jkmeans.chaos.supervised_run import fingerprints
 from jkmeans.errors import UserError
@@ -234,6 +237,36 @@ def test_the_table_counts_by_kind():
 def test_faults_are_kept(tmp_path):
     write_faults(tmp_path / "faults.csv", FAULTS)
     assert read_faults(tmp_path / "faults.csv") == FAULTS
+
+
+@pytest.mark.parametrize("end", [b"0,0,wor", b"3,1,worker,7,,,,0,0.0,True,Fal", b"\xff"])
+def test_faults_that_were_cut_are_named(tmp_path, end):
+    write_faults(tmp_path / "faults.csv", FAULTS)
+    with open(tmp_path / "faults.csv", "ab") as file:
+        file.write(end)
+    with pytest.raises(UserError, match=r"faults\.csv is damaged \(.*\); delete it to begin anew"):
+        read_faults(tmp_path / "faults.csv")
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"{}", b"\xff"])
+def test_a_damaged_reference_is_made_again(tmp_path, monkeypatch, content):
+    made = {"arrays": [1], "results": {}}
+
+    class Undisturbed(contextlib.nullcontext):
+        def status(self):
+            return 0
+
+        def last_epoch(self):
+            return 1
+
+    monkeypatch.setattr(rounds, "SupervisedRun", lambda config, folder: Undisturbed())
+    monkeypatch.setattr(rounds, "fingerprints", lambda folder: made)
+    config = chaos_config(kinds=("worker",))
+    experiment = rounds.Chaos(config, tmp_path, SimpleNamespace(requested=False))
+    (tmp_path / "reference.json").write_bytes(content)
+    assert experiment._reference() == made
+    monkeypatch.delattr(rounds, "SupervisedRun")  # What is whole is taken as it is.
+    assert experiment._reference() == made
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,9 @@ from jkmeans.whole_files import write_arrays, write_whole
 
 CURVE_FILE = "curve.jsonl"
 LAST_GOOD_FILE = "last_good.npz"
+SHOWN = ("value", "seconds", "exchanges", "exchanges_per_second", "staleness_mean")
+"""What of the results is shown at the end."""
+_POINT = ("seconds", "clock", "samples", "value")
 _LINE_SECONDS = 5.0
 
 
@@ -46,18 +49,14 @@ class Curve:
     back from a checkpoint, clock and samples go back.
 
     Args:
-      path: of the file; the points that are there are kept.
+      path: of the file; the points that are there are kept. Lines that are none, as a kill or a
+        damage leaves them, are not.
     """
 
     def __init__(self, path: Path):
         self.path = path
-        lines = path.read_text().splitlines() if path.exists() else []
-        self.points: list[dict[str, float]] = []
-        for line in lines:
-            try:
-                self.points.append(json.loads(line))
-            except ValueError:  # Cut by a kill; nothing follows it.
-                break
+        lines = path.read_bytes().splitlines() if path.exists() else []
+        self.points = [point for line in lines if (point := _point(line)) is not None]
         write_whole(path, "".join(json.dumps(point) + "\n" for point in self.points).encode())
         self._before = self.points[-1]["seconds"] if self.points else 0.0
 
@@ -72,6 +71,16 @@ class Curve:
         self.points.append(point)
         with open(self.path, "a") as file:
             file.write(json.dumps(point) + "\n")
+
+
+def _point(line: bytes) -> dict[str, float] | None:
+    """The point of a line; None where it is none."""
+    try:
+        point = json.loads(line)
+        whole = all(isinstance(point[name], int | float) for name in _POINT)
+    except (ValueError, TypeError, KeyError):
+        return None
+    return point if whole else None
 
 
 def follow(
@@ -191,6 +200,18 @@ def results_of(followed: Followed) -> dict[str, Any]:
         "rolled_back": sum(outcome.history.rolled_back),
         "missing_workers": outcome.missing,
     }
+
+
+def read_results(path: Path) -> dict[str, Any] | None:
+    """What `results_of` made of a run that has ended; None where nothing that can be read is there.
+
+    A run computes it again from its checkpoint, journal and curve.
+    """
+    try:
+        results = json.loads(path.read_bytes())
+    except (FileNotFoundError, ValueError):
+        return None
+    return results if isinstance(results, dict) and set(SHOWN) <= set(results) else None
 
 
 def _busy_seconds(times: np.ndarray) -> float:

@@ -6,7 +6,6 @@ round, with the mean of the gradients of all workers.
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,8 +17,10 @@ from ml_collections import ConfigDict
 from jkmeans import datasets
 from jkmeans.asynchronous.curve import (
     CURVE_FILE,
+    SHOWN,
     Curve,
     follow,
+    read_results,
     results_of,
 )
 from jkmeans.asynchronous.pictures import STALENESS_PICTURE, draw_curves, draw_staleness
@@ -182,8 +183,7 @@ def run_sgd(config: Config, workdir: str | os.PathLike[str]) -> dict[str, Any]:
             title=f"{config.problem.name} on {config.data.name}, M = {config.workers}",
         )
     for mode in MODES:
-        shown = ("value", "seconds", "exchanges", "exchanges_per_second", "staleness_mean")
-        results_table({name: results[mode][name] for name in shown}, f"{mode}, in {folder}")
+        results_table({name: results[mode][name] for name in SHOWN}, f"{mode}, in {folder}")
     return results
 
 
@@ -191,9 +191,10 @@ def _train(
     config: Config, mode: str, folder: Path, problem: Problem, n: int
 ) -> tuple[dict[str, Any], list[dict[str, float]]]:
     """Results and curve of one mode; those that are there already, if it has ended."""
-    if (folder / RESULTS_FILE).exists():
-        return json.loads((folder / RESULTS_FILE).read_text()), Curve(folder / CURVE_FILE).points
     folder.mkdir(exist_ok=True)
+    there, points = read_results(folder / RESULTS_FILE), Curve(folder / CURVE_FILE).points
+    if there is not None and points:
+        return there, points
     job = GradientJob(
         config=config.to_dict(),
         parameters=jax.tree.map(np.asarray, problem.init(jax.random.key(config.seed))),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from jkmeans.asynchronous.curve import follow, results_of
+from jkmeans.asynchronous.curve import SHOWN, follow, read_results, results_of
 from jkmeans.asynchronous.pictures import STALENESS_PICTURE, draw_curves, draw_staleness
 from jkmeans.asynchronous.rules import Rule, displacement_rule
 from jkmeans.asynchronous.work import Work, quantization_work
@@ -146,12 +145,8 @@ def quantize_in_parallel(
     """
     claim_settings(folder, settings, ArraySource(data).fingerprint())
     with only_process_in(folder):
-        if (folder / RESULTS_FILE).exists():
-            results = json.loads((folder / RESULTS_FILE).read_text())
-        else:
-            results = _quantize(job, folder, ray, data)
-    shown = ("value", "seconds", "exchanges", "exchanges_per_second", "staleness_mean")
-    results_table({name: results[name] for name in shown}, f"Results in {folder}")
+        results = read_results(folder / RESULTS_FILE) or _quantize(job, folder, ray, data)
+    results_table({name: results[name] for name in SHOWN}, f"Results in {folder}")
     return results
 
 

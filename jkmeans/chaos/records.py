@@ -13,6 +13,8 @@ from jkmeans.configuration import Config
 from jkmeans.errors import UserError
 from jkmeans.whole_files import write_whole
 
+_TRUTH = ("True", "False")
+
 
 class Fault(NamedTuple):
     """One fault and what came of it.
@@ -61,6 +63,11 @@ def read_faults(path: Path) -> list[Fault]:
     def seconds(value: str) -> float | None:
         return float(value) if value else None
 
+    def whole(row: dict[str, str]) -> dict[str, str]:
+        if row["survived"] not in _TRUTH or row["equal"] not in _TRUTH:
+            raise ValueError(f"the line of fault {row['number']} is no whole one")
+        return row
+
     try:
         with open(path, newline="") as file:
             return [
@@ -70,9 +77,9 @@ def read_faults(path: Path) -> list[Fault]:
                     int(row["lost_epochs"]), float(row["lost_seconds"]),
                     row["survived"] == "True", row["equal"] == "True",
                 )
-                for row in csv.DictReader(file)
+                for row in map(whole, csv.DictReader(file))
             ]  # fmt: skip
-    except (KeyError, ValueError) as error:
+    except (KeyError, ValueError, csv.Error) as error:
         raise UserError(f"{path} is damaged ({error}); delete it to begin anew") from error
 
 

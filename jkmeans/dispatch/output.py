@@ -17,7 +17,7 @@ import os
 import secrets
 import socket
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -292,11 +292,27 @@ def claim(folder: Path, plan: Mapping[str, Any], files: Iterable[str]) -> dict[s
     return mine
 
 
+_TEXT: Any = (lambda value: isinstance(value, str), "a text")
+_PLAN: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "model": _TEXT,
+    "described": _TEXT,
+    "columns": (
+        lambda value: isinstance(value, list) and all(isinstance(name, str) for name in value),
+        "a list of names",
+    ),
+    "shard_rows": (lambda value: type(value) is int and value > 0, "a whole number above 0"),
+    "input": _TEXT,  # Not in a folder of before it was noted.
+}
+
+
 def _read_plan(path: Path) -> dict[str, Any]:
     try:
         plan = json.loads(path.read_text())
-        if missing := {"model", "described", "columns", "shard_rows"} - set(plan):
+        if missing := set(_PLAN) - {"input"} - set(plan):
             raise ValueError(f"it has no {', '.join(sorted(missing))}")
+        for name, (is_one, accepted) in _PLAN.items():
+            if name in plan and not is_one(plan[name]):
+                raise ValueError(f"{name} is {plan[name]!r}, not {accepted}")
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{path} is damaged ({error}); accepted: another --output") from error
     return plan
