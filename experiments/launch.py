@@ -8,6 +8,7 @@ Signals are passed on. SIGUSR1, or a number in the file LOGS/wanted, asks for as
 at first, or that many: they save, leave, and start again. One machine only; see docs/elastic.md.
 """
 
+import math
 from pathlib import Path
 
 from absl import flags
@@ -27,6 +28,9 @@ def main(command: list[str]) -> int:
             f"--min_processes is {FLAGS.min_processes}, but --processes is {FLAGS.processes}; "
             f"accepted: 1 to {FLAGS.processes}"
         )
+    for name in ("hang_seconds", "grace_seconds"):
+        if math.isnan(FLAGS[name].value):  # Which no bound of a flag refuses.
+            raise UserError(f"--{name} is nan; accepted: a number of seconds")
     logs = Path(FLAGS.logs) if FLAGS.logs else _beside(command)
     options = Options(
         command=command,

@@ -27,6 +27,8 @@ FLAGS = flags.FLAGS
 _PROGRAM = os.path.splitext(os.path.basename(sys.argv[0]))[0]
 _OF_PROCESSES = ("processes", "process_id", "coordinator", "join_seconds", "lost_seconds",
                  "stuck_seconds")  # fmt: skip
+_MOST_SECONDS = 10**7
+"""Four months; JAX and XLA take no number that 32 bits do not hold."""
 
 
 def launch(
@@ -196,14 +198,17 @@ def _define_process_flags() -> None:
     flags.DEFINE_integer("process_id", -1, "Number of this process, from 0; −1: as they say.")
     flags.DEFINE_string("coordinator", "", "host:port of process 0; as they say if empty.")
     flags.DEFINE_integer(
-        "join_seconds", 300, "How long processes wait for each other at the start.", lower_bound=1
-    )
+        "join_seconds", 300, "How long processes wait for each other at the start.", lower_bound=1,
+        upper_bound=_MOST_SECONDS,
+    )  # fmt: skip
     flags.DEFINE_integer(
-        "lost_seconds", 30, "A process that is not heard of for so long is dead.", lower_bound=5
-    )
+        "lost_seconds", 30, "A process that is not heard of for so long is dead.", lower_bound=5,
+        upper_bound=_MOST_SECONDS,
+    )  # fmt: skip
     flags.DEFINE_integer(
-        "stuck_seconds", 1800, "A collective that takes longer has failed (CPU).", lower_bound=5
-    )
+        "stuck_seconds", 1800, "A collective that takes longer has failed (CPU).", lower_bound=5,
+        upper_bound=_MOST_SECONDS,
+    )  # fmt: skip
 
 
 def _join(several: bool) -> None:

@@ -198,6 +198,10 @@ BAD = {
         ],
         "config.objective.cluster_weight is -1.0; accepted:",
     ),
+    "seconds that nobody waits": (
+        ["--config=configs/digits.py", "--workdir=w", "--join_seconds=10000001"],
+        "--join_seconds",
+    ),
     "a config without a name": (["--config=", "--workdir=w"], "--config"),
     "a config that opens a file": (
         ["--config=opens.py", "--workdir=w"],

@@ -113,6 +113,13 @@ def test_what_would_fail_again_is_not_started_again(tmp_path, final):
     assert f"process 1 ended with status {final}" in said[-1]
 
 
+def test_a_signal_without_a_name_has_a_number(tmp_path):
+    body = "os.kill(os.getpid(), signal.SIGRTMIN + 1)"
+    status, said, _ = supervise(tmp_path, body, n=1, max_restarts=0)
+    assert status == 75
+    assert f"process 0 was killed by signal {signal.SIGRTMIN + 1}" in said[-1]
+
+
 def test_restarts_are_counted(tmp_path):
     status, said, _ = supervise(tmp_path, "sys.exit(1)", n=1, max_restarts=2)
     assert status == 75
@@ -252,6 +259,11 @@ BAD = {
     "no such command": (["--processes=2", "--", "no-such-command"], "cannot start 'no-such-com"),
     "too many": (["--processes=2", "--min_processes=3", "--", "true"], "--min_processes is 3"),
     "none": (["--processes=0", "--", "true"], "processes"),
+    "no time to be silent": (
+        ["--processes=1", "--hang_seconds=nan", "--", "true"],
+        "--hang_seconds",
+    ),
+    "no time to save": (["--processes=1", "--grace_seconds=nan", "--", "true"], "--grace_seconds"),
     "not said": (["--", "true"], "--processes must be given"),
 }
 

@@ -103,10 +103,17 @@ class _Process:
         if self.silent:
             return f"process {self.number} gave no sign of life"
         if status < 0:
-            return f"process {self.number} was killed by {signal.Signals(-status).name}"
+            return f"process {self.number} was killed by {_name_of_signal(-status)}"
         if status in _ASKED:
             return f"process {self.number} was asked to leave by somebody else, and saved"
         return f"process {self.number} ended with status {status}"
+
+
+def _name_of_signal(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:  # Of those for real time only the first and the last have names.
+        return f"signal {number}"
 
 
 class Supervisor:
