@@ -365,6 +365,9 @@ def read_edges(path: str | Path, n_nodes: int = 0) -> Graph:
             )
     if not edges:
         raise UserError(f"{path} holds no edge; accepted: two node numbers a line")
+    smallest = min(min(edge) for edge in edges)
+    if smallest < 0:
+        raise UserError(f"{path} names node {smallest:,}; accepted: nodes numbered from 0")
     largest = max(max(edge) for edge in edges)
     # It is not connected anyway; but to say which nodes are not takes an array of all of them.
     if largest > max(len(edges), _LISTED_NODES):

@@ -15,14 +15,16 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
-from scipy.sparse import coo_array, csr_array
-from scipy.sparse.linalg import eigsh
+from scipy.sparse import coo_array, csc_array, csr_array
+from scipy.sparse.linalg import ArpackNoConvergence, eigsh
 
 from jkmeans.consensus.graphs import Graph
 from jkmeans.errors import UserError
 
 _DENSE_NODES = 500
 _ZERO = 1e-12
+_BESIDE = 1e-10
+_RESTARTS = 100
 
 
 class Mixing(NamedTuple):
@@ -97,7 +99,7 @@ def given(graph: Graph) -> Mixing:
 
     Raises:
       UserError: there are none, or those of a node add up to more than 1, or W has an eigenvalue
-        of −1, so that gossip never ends.
+        of −1 or a second one of 1, so that gossip never ends.
     """
     if graph.weights is None:
         raise UserError(
@@ -112,7 +114,13 @@ def given(graph: Graph) -> Mixing:
             f"{node}; accepted: at most 1, for what is left is the weight of its own value"
         )
     found = spectrum(mixing)
-    if found.rate > 1 - _ZERO:
+    if found.second > 1 - _ZERO:
+        raise UserError(
+            f"the weights of the graph {graph.name!r} have a second eigenvalue of 1 − "
+            f"{1 - found.second:.1g}, with which nodes never agree; accepted: larger weights (the "
+            f"smallest is {mixing.weights.min():g})"
+        )
+    if found.last < -1 + _ZERO:
         raise UserError(
             f"the weights of the graph {graph.name!r} have an eigenvalue of {found.last:g}, with "
             "which gossip swings for ever; accepted: smaller weights"
@@ -140,7 +148,11 @@ def make_mixing(name: str, graph: Graph) -> Mixing:
 
 
 def spectrum(mixing: Mixing) -> Spectrum:
-    """λ₂, λ_N and the slowest mode; by a dense solver up to 500 nodes, by Lanczos beyond."""
+    """λ₂, λ_N and the slowest mode; by a dense solver up to 500 nodes, by Lanczos beyond.
+
+    Where gossip is slow the end of the spectrum is crowded, and Lanczos finds it in the inverse:
+    such a graph has bottlenecks, so that its matrix takes little room when it is factorized.
+    """
     return _spectrum(mixing.graph, mixing.weights.tobytes())
 
 
@@ -151,10 +163,26 @@ def _spectrum(graph: Graph, weights: bytes) -> Spectrum:
         values, modes = np.linalg.eigh(matrix.toarray())
         upper, lower = (values[-2], modes[:, -2]), (values[0], modes[:, 0])
     else:
-        start = np.random.default_rng(0).standard_normal(graph.n_nodes)
-        top, top_modes = eigsh(matrix, k=2, which="LA", v0=start)
-        low, low_modes = eigsh(matrix, k=1, which="SA", v0=start)
+        # No eigenvalue is above 1, nor below the least of 2 w_ii − 1 (Gershgorin).
+        top, top_modes = _end_of_spectrum(matrix, 2, "LA", 1 + _BESIDE)
+        floor = 2 * float(matrix.diagonal().min()) - 1
+        low, low_modes = _end_of_spectrum(matrix, 1, "SA", floor - _BESIDE)
         least = int(np.argmin(top))
         upper, lower = (top[least], top_modes[:, least]), (low[0], low_modes[:, 0])
     slowest = upper[1] if upper[0] >= -lower[0] else lower[1]
     return Spectrum(float(upper[0]), float(lower[0]), slowest)
+
+
+def _end_of_spectrum(
+    matrix: csr_array, k: int, which: str, beside: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """The k largest ("LA") or smallest ("SA") eigenvalues, next to a number beside all of them.
+
+    Returns:
+      The eigenvalues [k] and their modes [N, k].
+    """
+    start = np.random.default_rng(0).standard_normal(matrix.shape[0])
+    try:
+        return eigsh(matrix, k=k, which=which, v0=start, maxiter=_RESTARTS)
+    except ArpackNoConvergence:
+        return eigsh(csc_array(matrix), k=k, sigma=beside, v0=start)

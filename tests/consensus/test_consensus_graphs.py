@@ -138,6 +138,8 @@ def test_edges_are_read_from_a_file(tmp_path):
         ("# nothing\n", "holds no edge"),
         ("0 1\n2 3\n", "not connected"),
         ("0 1\n1 0\n1 2\n2 0\n3 3\n", "self-loop"),
+        ("-1 0\n", "names node -1; accepted: nodes numbered from 0"),
+        ("0 1\n-5 -3\n", "names node -5; accepted: nodes numbered from 0"),
         (f"0 {10**30}\n", "names node 1,000,000.*, but has 1 edges"),
     ],
 )

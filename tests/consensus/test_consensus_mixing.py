@@ -1,5 +1,7 @@
 """Mixing weights and spectra against closed forms."""
 
+import itertools
+
 import numpy as np
 import pytest
 
@@ -63,6 +65,36 @@ def test_lanczos_agrees_with_the_dense_solver(monkeypatch):
     mixing._spectrum.cache_clear()
 
 
+@pytest.mark.parametrize("name", ["path", "ring", "barbell"])
+def test_slow_graphs_beyond_the_dense_solver(monkeypatch, name):
+    n = 400
+    if name == "barbell":  # Two complete graphs at the ends of a path.
+        hall, way = list(itertools.combinations(range(20), 2)), n - 40
+        far = [(i + n - 20, j + n - 20) for i, j in hall]
+        graph = make_graph(name, n, hall + far + [(i, i + 1) for i in range(19, 20 + way)])
+    else:
+        graph = make_topology(name, n)
+    ours = metropolis(graph)
+    dense = np.linalg.eigvalsh(ours.matrix().toarray())
+    monkeypatch.setattr(mixing, "_DENSE_NODES", 10)
+    monkeypatch.setattr(mixing, "_RESTARTS", 10)
+    mixing._spectrum.cache_clear()
+    sparse = spectrum(ours)
+    mixing._spectrum.cache_clear()
+    assert sparse.gap == pytest.approx(1 - dense[-2], rel=1e-8)
+    assert sparse.last == pytest.approx(dense[0], abs=1e-12)
+    moved = ours.matrix() @ sparse.slowest
+    assert np.abs(moved - sparse.rate * sparse.slowest).max() < 1e-12
+    assert abs(sparse.slowest.sum()) < 1e-6
+
+
+def test_a_long_path_in_closed_form():
+    n = 3000
+    found = spectrum(metropolis(make_topology("path", n)))
+    assert found.gap == pytest.approx(2 / 3 * (1 - np.cos(np.pi / n)), rel=1e-6)
+    assert found.last == pytest.approx(1 / 3 - 2 / 3 * np.cos(np.pi / n), abs=1e-12)
+
+
 def test_given_weights():
     edges = [(0, 1), (1, 2)]
     assert make_mixing("given", make_graph("g", 3, edges, weights=[0.3, 0.5])).own == pytest.approx(
@@ -72,7 +104,9 @@ def test_given_weights():
         make_mixing("given", make_graph("g", 3, edges))
     with pytest.raises(UserError, match=r"add up to 1\.1 at node 1; accepted: at most 1"):
         make_mixing("given", make_graph("g", 3, edges, weights=[0.6, 0.5]))
-    with pytest.raises(UserError, match="swings for ever"):
+    with pytest.raises(UserError, match=r"of 1 − .*never agree; accepted: larger .* is 1e-15"):
+        make_mixing("given", make_graph("g", 3, edges, weights=[1e-15, 0.3]))
+    with pytest.raises(UserError, match="of -1, with which gossip swings for ever; accepted: sm"):
         make_mixing("given", make_graph("g", 2, [(0, 1)], weights=[1.0]))
     with pytest.raises(UserError, match="accepted: 'metropolis', 'maximum_degree', 'given'"):
         make_mixing("best", make_graph("g", 2, [(0, 1)]))
