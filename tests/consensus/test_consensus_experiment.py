@@ -244,6 +244,9 @@ def test_configs_are_complete(module):
         ({"estimation.x": (0.0, 0.0), "estimation.noise": 0.0}, "an x that is not 0"),
         ({"task": "sorting"}, "'estimation', 'kmeans'"),
         ({"gossip.tolerance": 0.0}, "above 0"),
+        ({"gossip.tolerance": 1e300}, "above 0 and below 1"),
+        ({"estimation.tolerance": 1.0}, "above 0 and below 1"),
+        ({"estimation.matrix": ((1e-200, 0.0), (0.0, 1e-200))}, "not all so small"),
     ],
 )
 def test_bad_input_is_answered_before_anything_is_made(tmp_path, fields, accepted):
@@ -253,6 +256,14 @@ def test_bad_input_is_answered_before_anything_is_made(tmp_path, fields, accepte
     with pytest.raises(UserError, match="accepted") as caught:
         run_experiment(config, tmp_path / "w")
     assert accepted in str(caught.value)
+    assert not (tmp_path / "w").exists()
+
+
+def test_vector_quantization_loses_links_or_messages(tmp_path):
+    config = small(consensus_vq)
+    config.loss.links, config.loss.messages = 0.1, 0.2
+    with pytest.raises(UserError, match=r"links is 0\.1 and .*messages is 0\.2; accepted: one of"):
+        run_experiment(config, tmp_path / "w")
     assert not (tmp_path / "w").exists()
 
 

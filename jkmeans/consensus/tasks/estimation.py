@@ -91,6 +91,12 @@ def make_task(config: Config) -> Task:
       UserError: graphs, problem or steps cannot be used.
     """
     refuse_lost_messages(config, "estimation")
+    for name in ("gossip", "estimation"):
+        if config[name].tolerance >= 1:
+            raise UserError(
+                f"config.{name}.tolerance is {config[name].tolerance}; accepted: above 0 and below "
+                "1, for it is a part of the first distance"
+            )
     nets = nets_of(config)
     if config.loss.links and "extra" in config.estimation.methods:
         raise UserError(
@@ -105,6 +111,11 @@ def make_task(config: Config) -> Task:
             "are relative to its length; accepted: an x that is not 0"
         )
     curved = curvature(problem)
+    if curved.mean < np.finfo(np.float64).tiny:
+        raise UserError(
+            f"config.estimation.matrix is {config.estimation.matrix}, of which squares vanish in "
+            "float64; accepted: numbers that are not all so small"
+        )
     for net in nets.values():
         for method in config.estimation.methods:
             if config.estimation.step:

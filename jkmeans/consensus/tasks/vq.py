@@ -64,6 +64,12 @@ def make_task(config: Config) -> Task:
     Raises:
       UserError: graphs or data cannot be used.
     """
+    if config.loss.links and config.loss.messages:
+        raise UserError(
+            f"config.loss.links is {config.loss.links} and config.loss.messages is "
+            f"{config.loss.messages}; accepted: one of them 0, for vector quantization mixes in "
+            "one way"
+        )
     nets = nets_of(config)
     points = load_points(config)
     ours = config.vq
