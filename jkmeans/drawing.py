@@ -15,6 +15,7 @@ from jkmeans.whole_files import whole_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
 DPI = 150
@@ -65,6 +66,21 @@ def soften(ax: Axes, size: float) -> None:
     ax.grid(color=GRID, linewidth=0.7)
     ax.set_axisbelow(True)
     ax.tick_params(labelsize=size, colors=INK, which="both", length=2.5)
+
+
+def plain_numbers(axis: Axis) -> None:
+    """Labels a logarithmic axis with numbers as they are, not as powers of ten.
+
+    The decades have labels; between them, as matplotlib has it, what there is room for.
+    """
+    from matplotlib.ticker import LogFormatter
+
+    class Between(LogFormatter):
+        def __call__(self, x, pos=None):
+            return f"{x:,.6g}" if super().__call__(x, pos) else ""
+
+    axis.set_major_formatter(lambda value, _: f"{value:,.6g}")
+    axis.set_minor_formatter(Between())
 
 
 def say_instead(ax: Axes, text: str) -> None:

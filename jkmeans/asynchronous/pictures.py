@@ -7,7 +7,17 @@ from pathlib import Path
 
 import numpy as np
 
-from jkmeans.drawing import BLUE, INK, LINES, head_figure, new_figure, panel_title, save, soften
+from jkmeans.drawing import (
+    BLUE,
+    INK,
+    LINES,
+    head_figure,
+    new_figure,
+    panel_title,
+    plain_numbers,
+    save,
+    soften,
+)
 
 STALENESS_PICTURE = "staleness.png"
 _MOST_BINS, _BIN_SIZE = 200, 50
@@ -28,6 +38,7 @@ def draw_staleness(path: Path, staleness: np.ndarray, title: str) -> None:
     values, counts = np.unique(staleness, return_counts=True)
     left.bar(values, counts / len(staleness), width=1.0, color=BLUE, edgecolor="white")
     left.set_yscale("log")
+    plain_numbers(left.yaxis)
     left.xaxis.set_major_locator(MaxNLocator(integer=True))
     right.yaxis.set_major_locator(MaxNLocator(integer=True))
     left.set_xlabel("staleness", fontsize=9, color=INK)
@@ -75,6 +86,7 @@ def draw_curves(
             ax.plot(x, y, color=colour, linewidth=1.5, marker=".", markersize=4, label=name)
         ax.set_xlabel(label, fontsize=9, color=INK)
         ax.set_yscale("log")
+        plain_numbers(ax.yaxis)
         ax.set_xlim(left=0)
         soften(ax, 8.5)
     axes[0].set_ylabel(value, fontsize=9, color=INK)

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from jkmeans.configuration import Config
-from jkmeans.drawing import BLUE, DPI, GREEN, GRID, INK, ORANGE, RED, new_figure
+from jkmeans.drawing import BLUE, DPI, GREEN, GRID, INK, ORANGE, RED, new_figure, plain_numbers
 from jkmeans.vq.simulation import Setting
 
 SEQUENTIAL = "averaging"
@@ -242,7 +242,11 @@ def picture(title: str, curves: Sequence[Curve], *, logarithmic: bool = False) -
     n_seeds = len(curves[0].distortion)
     of_seeds = f", mean and range of {n_seeds} seeds" if n_seeds > 1 else ""
     axes.set_ylabel(f"distortion C(w){of_seeds}")
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    if logarithmic:
+        plain_numbers(axes.xaxis)
+        axes.tick_params(axis="x", which="both", length=3, pad=3.5)  # All labels on one line.
+    else:
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.6g}")
     axes.grid(color=GRID)
     axes.set_axisbelow(True)
