@@ -28,8 +28,9 @@ def main(command: list[str]) -> int:
             f"--min_processes is {FLAGS.min_processes}, but --processes is {FLAGS.processes}; "
             f"accepted: 1 to {FLAGS.processes}"
         )
-    for name in ("hang_seconds", "grace_seconds"):
-        if math.isnan(FLAGS[name].value):  # Which no bound of a flag refuses.
+    seconds = {"hang_seconds": FLAGS.hang_seconds, "grace_seconds": FLAGS.grace_seconds}
+    for name, value in seconds.items():
+        if math.isnan(value):  # Which no bound of a flag refuses.
             raise UserError(f"--{name} is nan; accepted: a number of seconds")
     logs = Path(FLAGS.logs) if FLAGS.logs else _beside(command)
     options = Options(

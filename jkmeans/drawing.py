@@ -77,9 +77,9 @@ def plain_numbers(axis: Axis) -> None:
 
     class Between(LogFormatter):
         def __call__(self, x, pos=None):
-            return f"{x:,.6g}" if super().__call__(x, pos) else ""
+            return f"{x:,.10g}" if super().__call__(x, pos) else ""
 
-    axis.set_major_formatter(lambda value, _: f"{value:,.6g}")
+    axis.set_major_formatter(lambda value, _: f"{value:,.10g}")
     axis.set_minor_formatter(Between())
 
 

@@ -10,6 +10,7 @@ from jkmeans.drawing import new_figure, palette, plain_numbers
         (400, 2000, ["400", "600", "1,000", "2,000"]),
         (0.08, 150, ["0.1", "1", "10", "100"]),
         (2e-7, 3e-5, ["1e-06", "1e-05"]),
+        (4e5, 2e6, ["400,000", "600,000", "1,000,000", "2,000,000"]),
     ],
 )
 def test_logarithmic_axes_have_labels_of_one_form(low, high, shown):

@@ -53,7 +53,7 @@ class History(NamedTuple):
         """What keeps the first displacements from being 1, 2, … of every worker, each once.
 
         Args:
-          sequences: of each worker, how many of its displacements are among the first Σ.
+          sequences: of each worker, how many of its displacements are among them.
 
         Returns:
           What is wrong, in words; nothing where nothing is.

@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy.sparse import coo_array, csc_array, csr_array
@@ -163,10 +163,11 @@ def _spectrum(graph: Graph, weights: bytes) -> Spectrum:
         values, modes = np.linalg.eigh(matrix.toarray())
         upper, lower = (values[-2], modes[:, -2]), (values[0], modes[:, 0])
     else:
+        start = np.random.default_rng(0).standard_normal(graph.n_nodes)
         # No eigenvalue is above 1, nor below the least of 2 w_ii − 1 (Gershgorin).
-        top, top_modes = _end_of_spectrum(matrix, 2, "LA", 1 + _BESIDE)
+        top, top_modes = _end_of_spectrum(matrix, start, 2, "LA", 1 + _BESIDE)
         floor = 2 * float(matrix.diagonal().min()) - 1
-        low, low_modes = _end_of_spectrum(matrix, 1, "SA", floor - _BESIDE)
+        low, low_modes = _end_of_spectrum(matrix, start, 1, "SA", floor - _BESIDE)
         least = int(np.argmin(top))
         upper, lower = (top[least], top_modes[:, least]), (low[0], low_modes[:, 0])
     slowest = upper[1] if upper[0] >= -lower[0] else lower[1]
@@ -174,14 +175,17 @@ def _spectrum(graph: Graph, weights: bytes) -> Spectrum:
 
 
 def _end_of_spectrum(
-    matrix: csr_array, k: int, which: str, beside: float
-) -> tuple[np.ndarray, np.ndarray]:
-    """The k largest ("LA") or smallest ("SA") eigenvalues, next to a number beside all of them.
+    matrix: csr_array, start: np.ndarray, k: int, which: str, beside: float
+) -> Any:
+    """The k largest ("LA") or smallest ("SA") eigenvalues [k], and their modes [N, k].
 
-    Returns:
-      The eigenvalues [k] and their modes [N, k].
+    Args:
+      matrix: W.
+      start: of the search, [N].
+      k: how many.
+      which: of which end.
+      beside: a number just beyond that end.
     """
-    start = np.random.default_rng(0).standard_normal(matrix.shape[0])
     try:
         return eigsh(matrix, k=k, which=which, v0=start, maxiter=_RESTARTS)
     except ArpackNoConvergence:
