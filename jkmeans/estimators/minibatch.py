@@ -42,6 +42,9 @@ class MiniBatchKMeans(CentroidEstimator):
     All steps of a fit are one compiled program, and so is a call of ``partial_fit``. Parameters,
     attributes and rules are those of ``sklearn.cluster.MiniBatchKMeans``.
 
+    Batches are summed as they are, while ``KMeans`` takes a far origin away first: give columns
+    whose mean is more than some 10⁴ standard deviations from 0 less that mean, or as float64.
+
     Args:
       n_clusters: k.
       init: "k-means++", "k-means||", "random", the first centroids [k, d], or a callable
