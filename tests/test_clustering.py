@@ -289,7 +289,10 @@ def test_integers_that_float32_cannot_tell_apart(memory, tmp_path):
     assert summary["silhouette"] > 0.8
 
 
-@pytest.mark.parametrize("memory", [pytest.param(1, id="streamed"), pytest.param(0, id="whole")])
+@pytest.mark.parametrize(
+    "memory",
+    [pytest.param(1, id="streamed"), pytest.param(0, id="whole", marks=pytest.mark.slow)],
+)
 def test_values_whose_squares_overflow(memory, tmp_path):
     x = np.random.default_rng(0).normal(size=(40_000, 10)).astype(np.float32) * 1e30
     np.save(tmp_path / "x.npy", x)
@@ -349,6 +352,7 @@ def fog(tmp_path_factory):
     return path
 
 
+@pytest.mark.slow
 def test_the_answer_does_not_depend_on_the_memory_there_is(fog, tmp_path):
     changes = {"input": str(fog), "n_clusters": "7", "n_init": 2, "max_iter": 3, "n_devices": 2}
     found = [

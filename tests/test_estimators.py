@@ -638,7 +638,8 @@ def test_values_whose_squares_overflow_leave_the_model_of_the_fit_before(make, b
             assert all(vars(model)[name] is before[name] for name in before)
 
 
-@pytest.mark.parametrize("kind", [KMeans, pytest.param(BisectingKMeans, marks=pytest.mark.slow)])
+@pytest.mark.slow  # As of lloyd.
+@pytest.mark.parametrize("kind", [KMeans, BisectingKMeans])
 def test_rows_far_from_the_origin(kind, mesh):
     rng = np.random.default_rng(0)
     x = rng.normal(size=(20_001, 4)) + 20 * rng.normal(size=(6, 4))[rng.integers(6, size=20_001)]
