@@ -92,14 +92,13 @@ def help_of_fields(argv: Sequence[str], fields: str, config: Any) -> str:
     Args:
       argv: with a ``--config`` or without.
       fields: as of `experiments.launcher.launch`.
-      config: what the command line gives; None for what is in the file.
+      config: what the command line gives.
     """
     file = _last(argv, "config")
     if file is None:
         return "With --config FILE --help: the fields of that config, and what they accept."
     try:
-        of_file = load(file[1])
-        config = of_file if config is None else config
+        config.keys()  # A file that could not be loaded says so when it is first used.
     except Exception as error:
         return sentence(argv, error, fields)
     known = _fields_of(fields, config)

@@ -92,11 +92,6 @@ def description(config, data_record: dict[str, Any]) -> dict[str, Any]:
     return found | ({"sources": sources} if sources else {})
 
 
-def is_there(config, data_record: dict[str, Any]) -> bool:
-    """Whether `load` would find a network."""
-    return _read(_path(config, data_record), quiet=True) is not None
-
-
 def load(config, data_record: dict[str, Any]) -> Pretrained | None:
     """The network that some other run has pretrained as this one would; None if there is none.
 

@@ -303,7 +303,7 @@ def test_a_network_of_other_layers_is_not_taken(how, tmp_path, capsys):
     drawn = run.create()
     whole = {name: np.asarray(value) + 1 for name, value in drawn.parameters.items()}
     pretrained.save(config, run.data_record, Pretrained(whole, 2.0, 1.0))
-    state, seconds = checkpointing.create_pretrained(run)
+    state, seconds = checkpointing.create_pretrained(run, checkpointing.find_pretrained(run))
     assert seconds == 1.0
     for name, value in whole.items():
         np.testing.assert_array_equal(state.parameters[name], value)
@@ -311,7 +311,7 @@ def test_a_network_of_other_layers_is_not_taken(how, tmp_path, capsys):
     if how == "other shape":
         whole["encoder/0/kernel"] = kernel[:, :-1]
     pretrained.save(config, run.data_record, Pretrained(whole, 2.0, 1.0))
-    state, seconds = checkpointing.create_pretrained(run)
+    state, seconds = checkpointing.create_pretrained(run, checkpointing.find_pretrained(run))
     assert "has other layers than this one; pretraining anew" in capsys.readouterr().out
     assert seconds == 0.0
     assert int(state.epoch) == 0

@@ -305,6 +305,13 @@ def test_data_of_older_versions_is_known_again():
     assert not is_same_data(here, changed)
 
 
+def test_too_few_examples_for_the_run_in_the_workdir(finished, files):
+    np.save(files["data__path"], tiny.blobs()[0][:2])
+    np.save(files["data__labels_path"], tiny.blobs()[1][:2])
+    with pytest.raises(UserError, match="n_clusters is 3, but there are 2 examples"):
+        training.train_and_evaluate(tiny.config(**files), finished)
+
+
 def test_a_folder_in_the_place_of_the_lock(finished, files):
     (finished / ".lock").unlink()
     (finished / ".lock").mkdir()

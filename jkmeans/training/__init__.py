@@ -76,6 +76,10 @@ def check_data(config: Config, dataset: datasets.Dataset) -> None:
       UserError: they are such.
     """
     configuration.check_data(config, dataset.n_examples, dataset.example_shape)
+    _check_for_method(config, dataset)
+
+
+def _check_for_method(config: Config, dataset: datasets.Dataset) -> None:
     part = processes.number(), processes.count()
     check = method_spec(config.objective.name).check_data
     processes.together(lambda: check(config, dataset, part))
@@ -92,8 +96,9 @@ def train(config: Config, dataset: datasets.Dataset, workdir: str | os.PathLike)
     """
     config = configuration.validate(config)
     workdir = Path(workdir).absolute()
+    configuration.check_data(config, dataset.n_examples, dataset.example_shape)
     if not processes.on_first((workdir / CONFIG_FILE).exists):  # A run there has been checked.
-        check_data(config, dataset)
+        _check_for_method(config, dataset)
     if config.n_seeds > 1:
         from jkmeans.training.seeds import train_side_by_side
 

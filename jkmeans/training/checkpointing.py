@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -23,15 +23,20 @@ if TYPE_CHECKING:
 _MODEL = ("parameters", "clusters")
 
 
-def create_pretrained(run: Run) -> tuple[TrainState, float]:
-    """The state to begin with, and the seconds it stands for: pretrained, if it can be."""
-    state = run.create()
+def find_pretrained(run: Run) -> pretrained.Pretrained | None:
+    """The network that another run has pretrained as this one would, if all processes find it."""
     # What the optimizer remembers is not kept with the network.
     continues = not run.method.fresh_optimizer
     found = None if continues else pretrained.load(run.config, run.data_record)
     if found is not None:
         found = found.of(run.blueprint)
-    if processes.any_of(found is None) or found is None:
+    return None if processes.any_of(found is None) else found
+
+
+def create_pretrained(run: Run, found: pretrained.Pretrained | None) -> tuple[TrainState, float]:
+    """The state to begin with, and the seconds it stands for: pretrained, if that was found."""
+    state = run.create()
+    if found is None:
         return state, 0.0
     telling.tell(f"the network was pretrained by another run ({found.seconds:.0f} s)")
     everywhere = functools.partial(place, mesh=run.mesh, spec=REPLICATED)
@@ -43,12 +48,6 @@ def create_pretrained(run: Run) -> tuple[TrainState, float]:
         epoch=everywhere(np.asarray(run.config.training.n_pretrain_epochs, np.int32)),
     )
     return state, found.seconds
-
-
-def all_pretrained(runs: Sequence[Run]) -> bool:
-    """Whether `create_pretrained` would find the networks of all of them."""
-    found = all(pretrained.is_there(run.config, run.data_record) for run in runs)
-    return not processes.any_of(not found)
 
 
 def restore(

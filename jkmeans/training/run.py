@@ -124,7 +124,9 @@ class Run:
         """Trains what is left to train, and reports."""
         restored, record = checkpointing.restore(self, checkpoints), None
         if restored is None:
-            state, seconds = checkpointing.create_pretrained(self)
+            state, seconds = checkpointing.create_pretrained(
+                self, checkpointing.find_pretrained(self)
+            )
         else:
             state, record = restored
             seconds = record["seconds"]

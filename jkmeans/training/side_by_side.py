@@ -120,11 +120,11 @@ class SideBySide:
         if states:
             seconds = [member.record["seconds"] for member in self.members if member.record]
             return states, sum(seconds), True
-        if not checkpointing.all_pretrained(self.runs):
-            return [run.create() for run in self.runs], 0.0, False
-        begun = [checkpointing.create_pretrained(run) for run in self.runs]
-        if len({int(state.epoch) for state, _ in begun}) > 1:
-            return [run.create() for run in self.runs], 0.0, False
+        found = [checkpointing.find_pretrained(run) for run in self.runs]
+        if any(network is None for network in found):  # All are pretrained where one is to be.
+            found = [None] * len(found)
+        pairs = zip(self.runs, found, strict=True)
+        begun = [checkpointing.create_pretrained(run, network) for run, network in pairs]
         return [state for state, _ in begun], sum(seconds for _, seconds in begun), False
 
     def _train(self, stack: contextlib.ExitStack) -> list[dict[str, Any]]:
